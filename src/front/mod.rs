@@ -1,0 +1,196 @@
+//! Front ends: the only code that knows how a kernel asks for data and how it is answered.
+//!
+//! A front end turns whatever its kernel interface delivers into [`Request`]s. Each request that wants an
+//! answer carries a [`Ticket`]; the engine does the work and answers the ticket. Nothing else passes
+//! between the two, so a second kernel interface is a second implementation of [`FrontEnd`].
+
+use std::fmt;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::errno::Errno;
+
+use crate::key::Key;
+use crate::range::ByteRange;
+
+/// Identifies an object (one blob's cache file as the kernel sees it) among the live ones of a front end.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct ObjectId(pub u32);
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "object {}", self.0)
+    }
+}
+
+/// What the kernel wants.
+#[derive(Debug)]
+pub enum Request {
+    /// An object comes to life: find its blob, answer with its length.
+    Open(OpenRequest),
+    /// A reader waits for a range of an object.
+    Need(NeedRequest),
+    /// The object is gone: drop its work and its descriptors. No answer is expected, and this may come
+    /// for an object that was never opened.
+    Close(ObjectId),
+}
+
+/// The kernel opened an object. Fields are dropped in this order, which matters: a refused open must be
+/// answered before its descriptor is closed.
+#[derive(Debug)]
+pub struct OpenRequest {
+    /// The new object.
+    pub object: ObjectId,
+    /// Which blob it is.
+    pub key: Key,
+    /// To be answered with [`Outcome::Opened`] or [`Outcome::Failed`].
+    pub ticket: Ticket,
+    /// Where its data is to be written; closed when the last clone is dropped.
+    pub sink: Arc<OwnedFd>,
+}
+
+/// A reader waits for `range`. The range is what the kernel said: unchecked, it may lie beyond the blob.
+#[derive(Debug)]
+pub struct NeedRequest {
+    /// The object that is read.
+    pub object: ObjectId,
+    /// The bytes that are missing.
+    pub range: ByteRange,
+    /// To be answered with [`Outcome::Done`] or [`Outcome::Failed`].
+    pub ticket: Ticket,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// An open: the blob exists and is this long, the same for ever.
+    Opened {
+        /// Exact length of the blob.
+        len_bytes: u64,
+    },
+    /// A need: every byte of the range has been written.
+    Done,
+    /// Either: it cannot be had, with the reason.
+    Failed(Errno),
+}
+
+/// Takes answers back to the kernel. Implemented by front ends.
+pub trait Answer: Send + Sync {
+    /// Answers the request that `token` stands for.
+    ///
+    /// # Errors
+    /// The kernel's refusal, other than "no such request", which is normal (a killed reader, a closed
+    /// object) and reported as success.
+    fn answer(&self, token: u64, outcome: Outcome) -> io::Result<()>;
+}
+
+static UNANSWERED: AtomicU64 = AtomicU64::new(0);
+
+/// How many tickets were dropped without an answer since the process started; anything but 0 is a bug.
+#[must_use]
+pub fn unanswered_tickets() -> u64 {
+    UNANSWERED.load(Ordering::Relaxed)
+}
+
+/// The right and the duty to answer one request. Dropping it unanswered answers with `EIO`, so that no
+/// reader hangs, and counts a bug.
+#[must_use = "a request that is not answered makes its reader fail"]
+pub struct Ticket {
+    to: Option<Arc<dyn Answer>>,
+    token: u64,
+}
+
+impl Ticket {
+    /// A ticket whose answer goes to `to`, which knows the request by `token`.
+    pub fn new(to: Arc<dyn Answer>, token: u64) -> Self {
+        Self {
+            to: Some(to),
+            token,
+        }
+    }
+
+    /// Answers the request.
+    ///
+    /// # Errors
+    /// See [`Answer::answer`].
+    pub fn answer(mut self, outcome: Outcome) -> io::Result<()> {
+        match self.to.take() {
+            Some(to) => to.answer(self.token, outcome),
+            None => Ok(()),
+        }
+    }
+
+    /// The front end's name for the request, for logs.
+    #[must_use]
+    pub const fn token(&self) -> u64 {
+        self.token
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if let Some(to) = self.to.take() {
+            UNANSWERED.fetch_add(1, Ordering::Relaxed);
+            tracing::error!(
+                token = self.token,
+                "bug: a request was dropped unanswered; answering it with EIO"
+            );
+            // Nothing is left to do about a refusal here: the kernel no longer wants the answer.
+            let _ = to.answer(self.token, Outcome::Failed(Errno::EIO));
+        }
+    }
+}
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Ticket({})", self.token)
+    }
+}
+
+/// What a front end's sinks allow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Caps {
+    /// Offset, length and memory of every write to a sink are multiples of this (a power of two).
+    pub align_bytes: u64,
+    /// A hole in the sink means "not there", so `SEEK_DATA` and `SEEK_HOLE` on it tell what is present.
+    pub holes_are_absent: bool,
+    /// The kernel opens an object again when its sink was closed and data is missing (`restore` exists).
+    pub reopens: bool,
+}
+
+/// One kernel interface.
+pub trait FrontEnd: Send + Sync {
+    /// The name used in settings, logs and statistics.
+    fn name(&self) -> &'static str;
+
+    /// What its sinks allow.
+    fn caps(&self) -> Caps;
+
+    /// Becomes readable when [`FrontEnd::next`] may have something.
+    fn poll_fd(&self) -> BorrowedFd<'_>;
+
+    /// The next request; `None` when there is nothing now. Never blocks.
+    ///
+    /// # Errors
+    /// [`FrontError::Malformed`] for a message that made no sense (it was answered as far as that was
+    /// possible; go on), anything else if the interface itself failed.
+    fn next(&self) -> Result<Option<Request>, FrontError>;
+}
+
+/// Why a front end could not deliver a request.
+#[derive(Debug, thiserror::Error)]
+pub enum FrontError {
+    /// The kernel's message could not be understood; the next one may be fine.
+    #[error("malformed message from the kernel: {0}")]
+    Malformed(String),
+    /// No descriptor was free for an open, so the kernel failed that open for good.
+    #[error(
+        "an open was lost because no file descriptor was free ({0}); raise LimitNOFILE= or fs.file-max, then mount that image again"
+    )]
+    OutOfDescriptors(Errno),
+    /// The interface is gone or refuses to work.
+    #[error("cannot read requests from the kernel: {0}")]
+    Broken(#[source] io::Error),
+}

@@ -1,0 +1,8 @@
+//! infill serves the data of EROFS images on demand.
+//!
+//! Data flows one way, front end -> shard -> store -> sink -> answer; nothing calls back up.
+
+pub mod front;
+pub mod key;
+pub mod range;
+pub mod store;

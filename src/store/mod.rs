@@ -1,0 +1,125 @@
+//! Stores: where the bytes of blobs come from.
+//!
+//! A store maps a [`Key`] to a [`Blob`], and a blob says where the bytes of any of its ranges are. It does
+//! no reading of its own on the hot path: the engine reads the files that the blob names.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::key::Key;
+
+/// Maps keys to blobs. Used by several threads; a call may block on the file system below.
+pub trait Store: Send + Sync + fmt::Debug {
+    /// The setting this store was made from, such as `dir:/srv/blobs`, for messages.
+    fn name(&self) -> &str;
+
+    /// Finds a blob. `Ok(None)`: this store does not have it, ask the next one.
+    ///
+    /// # Errors
+    /// The store has or may have the blob but could not open it.
+    fn open(&self, key: &Key) -> Result<Option<Arc<dyn Blob>>, StoreError>;
+}
+
+/// Bytes of one blob, addressed from 0 to [`Blob::len_bytes`].
+pub trait Blob: Send + Sync + fmt::Debug {
+    /// Exact length; never changes while the blob is open.
+    fn len_bytes(&self) -> u64;
+
+    /// Where the bytes from `offset` (below the length) on are. The extent starts at `offset`.
+    fn extent(&self, offset: u64) -> Extent;
+
+    /// The files that extents refer to by index.
+    fn files(&self) -> &[Arc<SourceFile>];
+}
+
+/// A run of bytes of a blob that lie together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Extent {
+    /// How many bytes, at least 1; it may reach the end of the blob but not beyond.
+    pub len_bytes: u64,
+    /// Where they are.
+    pub data: Data,
+}
+
+/// Where a run of bytes is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Data {
+    /// Nowhere: they are all zero.
+    Zero,
+    /// In a file, to be read into a buffer.
+    Read {
+        /// Index into [`Blob::files`].
+        file: usize,
+        /// Where in the file.
+        offset: u64,
+    },
+    /// In a file that is mapped: its pages can be handed to a write as they are.
+    Mapped {
+        /// Index into [`Blob::files`].
+        file: usize,
+        /// Where in the file.
+        offset: u64,
+    },
+}
+
+/// How a source is read.
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Debug,
+    Default,
+    clap::ValueEnum,
+    serde::Deserialize,
+    serde::Serialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceMode {
+    /// Past the page cache into registered buffers (`O_DIRECT`); buffered where the file system refuses.
+    #[default]
+    Direct,
+    /// Through the page cache into registered buffers.
+    Buffered,
+    /// Mapped; the pages are written to the cache without being copied.
+    Mmap,
+}
+
+/// An open file of a store.
+#[derive(Debug)]
+pub struct SourceFile {
+    /// Open for reading, with `O_DIRECT` if `mode` says so.
+    pub fd: OwnedFd,
+    /// Length when it was opened.
+    pub len_bytes: u64,
+    /// How it is really read, after any fallback.
+    pub mode: SourceMode,
+    /// The whole file, if it is mapped. Never formed into a slice: the file may shrink under us.
+    pub map: Option<memmap2::MmapRaw>,
+}
+
+/// Why a store could not open a blob that it has or may have.
+#[derive(Debug, thiserror::Error)]
+#[error("store {store}: cannot open the blob {key}: {source}")]
+pub struct StoreError {
+    /// The store's setting.
+    pub store: String,
+    /// The blob, escaped for printing.
+    pub key: String,
+    /// What the file system said.
+    pub source: nix::errno::Errno,
+}
+
+impl StoreError {
+    /// Whether trying again may help: the blob exists and the failure may pass. An open that is failed
+    /// for such a reason would be lost for good, so it is worth waiting.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        use nix::errno::Errno::{EAGAIN, EINTR, EIO, EMFILE, ENFILE, ENOMEM, ESTALE, ETIMEDOUT};
+        matches!(
+            self.source,
+            EAGAIN | EINTR | EIO | EMFILE | ENFILE | ENOMEM | ESTALE | ETIMEDOUT
+        )
+    }
+}
