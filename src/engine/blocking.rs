@@ -62,7 +62,7 @@ fn work(queue: &Mutex<Receiver<Op>>, results: &Sender<Done>, completions: &Event
             Kind::Read => op.memory.read_at(op.file.fd, op.offset),
             Kind::Write => op.memory.write_at(op.file.fd, op.offset),
         };
-        if results.send(Done { key: op.key, result }).is_err() {
+        if results.send(Done { op, result }).is_err() {
             return;
         }
         // The counter cannot overflow in practice, and a full one wakes as well.
@@ -131,7 +131,7 @@ mod tests {
         while done.len() < 101 {
             io.wait(Some(Duration::from_secs(10)), &mut done).unwrap();
         }
-        assert_eq!(done[100], Done { key: 100, result: 1024 });
+        assert_eq!((done[100].op.key, done[100].result), (100, 1024));
         assert_eq!(file.metadata().unwrap().len(), 409_600);
         let mut last = [1];
         file.read_exact_at(&mut last, 409_599).unwrap();

@@ -133,6 +133,14 @@ impl Memory {
         self.len as u32
     }
 
+    /// The mapped file it is a part of, if it is.
+    pub(super) const fn file(&self) -> Option<&Arc<SourceFile>> {
+        match &self.owner {
+            Owner::File(file) => Some(file),
+            Owner::Region(_) => None,
+        }
+    }
+
     /// Whether it lies in the region that [`Buffers::whole`] describes.
     pub(super) const fn is_slot(&self) -> bool {
         matches!(self.owner, Owner::Region(_))

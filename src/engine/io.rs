@@ -36,7 +36,7 @@ impl FileRef {
 /// One operation.
 #[derive(Debug)]
 pub struct Op {
-    /// The caller's name for it, given back in [`Done`].
+    /// The caller's name for it.
     pub key: u64,
     /// What to do.
     pub kind: Kind,
@@ -49,10 +49,10 @@ pub struct Op {
 }
 
 /// An operation that has ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub struct Done {
-    /// [`Op::key`].
-    pub key: u64,
+    /// The operation, given back.
+    pub op: Op,
     /// Bytes, or a negative errno.
     pub result: i32,
 }

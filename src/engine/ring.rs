@@ -215,7 +215,7 @@ impl Ring {
                 self.arm(user_data);
             }
         } else if let Some(op) = usize::try_from(user_data).ok().and_then(|key| self.ops.try_remove(key)) {
-            done.push(Done { key: op.key, result: cqe.result() });
+            done.push(Done { op, result: cqe.result() });
         }
     }
 
@@ -380,7 +380,7 @@ mod tests {
         }
     }
 
-    fn wait_for(ring: &mut Ring, n: usize) -> Vec<Done> {
+    fn wait_for(ring: &mut Ring, n: usize) -> Vec<(u64, i32)> {
         let mut done = Vec::new();
         for _ in 0..100 {
             if done.len() >= n {
@@ -388,7 +388,7 @@ mod tests {
             }
             ring.wait(Some(Duration::from_millis(100)), &mut done).unwrap();
         }
-        done
+        done.iter().map(|done| (done.op.key, done.result)).collect()
     }
 
     #[test]
@@ -400,9 +400,9 @@ mod tests {
         source.write_all_at(&data, 0).unwrap();
         let (from, to) = (ring.add_file(source.as_fd()), ring.add_file(sink.as_fd()));
         ring.push(Op { key: 7, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(1, 0, 65536) });
-        assert_eq!(wait_for(&mut ring, 1), [Done { key: 7, result: 65536 }]);
+        assert_eq!(wait_for(&mut ring, 1), [(7, 65536)]);
         ring.push(Op { key: 8, kind: Kind::Write, file: to, offset: 4096, memory: buffers.slot(1, 0, 65536) });
-        assert_eq!(wait_for(&mut ring, 1), [Done { key: 8, result: 65536 }]);
+        assert_eq!(wait_for(&mut ring, 1), [(8, 65536)]);
         let mut got = vec![0; 65536];
         sink.read_exact_at(&mut got, 4096).unwrap();
         assert!(got == data);
@@ -450,7 +450,7 @@ mod tests {
         for key in 0..100 {
             ring.push(Op { key, kind: Kind::Write, file: to, offset: key * 4096, memory: buffers.zeros(4096) });
         }
-        let mut keys: Vec<_> = wait_for(&mut ring, 100).iter().map(|done| done.key).collect();
+        let mut keys: Vec<_> = wait_for(&mut ring, 100).iter().map(|done| done.0).collect();
         keys.sort_unstable();
         assert_eq!(keys, (0..100).collect::<Vec<_>>());
     }
