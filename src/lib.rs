@@ -4,5 +4,6 @@
 
 pub mod front;
 pub mod key;
+pub mod ops;
 pub mod range;
 pub mod store;
