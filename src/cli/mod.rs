@@ -6,20 +6,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// The exit codes that scripts and systemd units rely on (`sysexits.h` where it has a name).
-pub mod exit {
-    /// Something failed.
-    pub const FAILED: u8 = 1;
-    /// The command line was wrong.
-    pub const USAGE: u8 = 2;
-    /// The kernel lacks the feature, or the device is busy (`EX_UNAVAILABLE`).
-    pub const UNAVAILABLE: u8 = 69;
-    /// Not permitted (`EX_NOPERM`).
-    pub const NOT_PERMITTED: u8 = 77;
-    /// Bad configuration (`EX_CONFIG`).
-    pub const CONFIG: u8 = 78;
-}
-
 /// Serves EROFS container images on demand, from local blobs.
 #[derive(Debug, Parser)]
 #[command(name = "infill", version, about, max_term_width = 120)]
@@ -39,7 +25,7 @@ enum Verb {
 pub struct Failure {
     /// One line: what, where, what to do.
     pub message: String,
-    /// See [`exit`].
+    /// See [`crate::ops::exit`].
     pub code: u8,
 }
 

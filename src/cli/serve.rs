@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{Failure, exit};
+use super::Failure;
 use crate::config::{Config, FrontEndKind, Options};
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
@@ -17,7 +17,7 @@ use crate::engine::{Engine, EngineError, Settings};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, CullLimits, Device};
 use crate::ops::signals::{Event, Signals};
-use crate::ops::{limits, log};
+use crate::ops::{exit, limits, log};
 use crate::store::{Store, Stores};
 
 /// Flags of `infill serve`.
@@ -48,14 +48,14 @@ pub struct ServeArgs {
 /// Whatever keeps it from serving, with the exit code that says what kind it is.
 pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let ServeArgs { config, options, trace_requests, json, check_config, sim_socket } = args;
-    let config = options.resolve(config.as_deref()).map_err(|error| Failure::new(exit::CONFIG, error))?;
+    let config = options.resolve(config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     if check_config {
         return Ok(());
     }
     log::start(config.log_level, config.log_format);
     // Before the first thread, so that all of them leave signals to this one.
     let signals = Signals::block().map_err(|error| Failure::new(exit::FAILED, format!("cannot receive signals: {error}")))?;
-    let raised = limits::raise().map_err(|error| Failure::new(exit::CONFIG, error))?;
+    let raised = limits::raise().map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     tracing::debug!(fds = raised.fds, "limits raised");
     let store = open_stores(&config)?;
     let front = open_front(&config, sim_socket)?;
@@ -70,7 +70,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
 }
 
 fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
-    let stores = Stores::from_specs(&config.stores, config.source).map_err(|error| Failure::new(exit::CONFIG, error))?;
+    let stores = Stores::from_specs(&config.stores, config.source).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     Ok(Arc::new(stores))
 }
 
