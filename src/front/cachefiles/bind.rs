@@ -10,10 +10,10 @@ use nix::errno::Errno;
 use nix::sys::stat::{major, minor};
 
 use super::cache_dir::{self, CacheDirError};
+use super::command::{self, CommandError};
 use super::device::write_command;
 use super::fsck;
 use super::limits::{BadLimits, CullLimits};
-use super::wire::{self, CommandError};
 use crate::ops::exit;
 use crate::ops::holder::{self, Holder};
 
@@ -61,7 +61,7 @@ impl BindOptions {
     /// The commands up to, but not including, `bind`, for a cache in `dir`.
     fn commands(&self, dir: &Path) -> Result<Vec<Vec<u8>>, BindError> {
         let set = |verb, value: &[u8]| {
-            wire::setup(verb, value).map_err(|why| BindError::BadValue { verb, value: value.escape_ascii().to_string(), why })
+            command::setup(verb, value).map_err(|why| BindError::BadValue { verb, value: value.escape_ascii().to_string(), why })
         };
         let mut commands = vec![set("dir", dir.as_os_str().as_bytes())?, set("tag", self.tag.as_bytes())?];
         if let Some(secctx) = &self.secctx {
