@@ -1,0 +1,3 @@
+//! What operators meet: whether this host can run the daemon.
+
+pub mod doctor;
