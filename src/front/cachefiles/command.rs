@@ -1,9 +1,12 @@
-//! The commands that `/dev/cachefiles` takes, as text. Pure.
+//! The commands that `/dev/cachefiles` takes, as text.
 //!
 //! One command a write(2): the kernel drops what follows a newline without a word
 //! (`cachefiles_daemon_write`, fs/cachefiles/daemon.c).
 
+use std::os::fd::BorrowedFd;
+
 use nix::errno::Errno;
+use nix::unistd;
 
 /// Longest command in bytes: `PAGE_SIZE - 1` where pages are smallest (`cachefiles_daemon_write`).
 pub(super) const COMMAND_MAX_BYTES: usize = 4095;
@@ -63,6 +66,17 @@ pub(super) fn setup(verb: &str, value: &[u8]) -> Result<Vec<u8>, CommandError> {
         return Err(CommandError::TooLong(command.len()));
     }
     Ok(command)
+}
+
+/// Gives the kernel one command; it takes the whole or nothing.
+pub(super) fn give(devnode: BorrowedFd<'_>, command: &[u8]) -> Result<(), Errno> {
+    loop {
+        return match unistd::write(devnode, command) {
+            Err(Errno::EINTR) => continue,
+            Ok(len) if len < command.len() => Err(Errno::EIO),
+            result => result.map(drop),
+        };
+    }
 }
 
 #[cfg(test)]

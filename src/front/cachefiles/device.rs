@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::unistd::{self, SysconfVar};
+use nix::unistd;
 
 use super::bind::{self, BindError, BindOptions, Bound};
 use super::command;
@@ -18,7 +18,7 @@ use super::object::{self, Objects};
 use super::wire::{self, Body, Header, Message, WireError};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
-use crate::range::ByteRange;
+use crate::range::{self, ByteRange};
 
 /// Smallest alignment of writes, whatever the page size: `CACHEFILES_DIO_BLOCK_SIZE`.
 const ALIGN_MIN_BYTES: u64 = 4096;
@@ -55,7 +55,7 @@ impl Device {
             devnode: Arc::new(Devnode { fd: bound.devnode, counters: Arc::clone(&counters) }),
             objects: Objects::default(),
             counters,
-            caps: Caps { align_bytes: page_bytes().max(ALIGN_MIN_BYTES), holes_are_absent: true, reopens: bound.reopens },
+            caps: Caps { align_bytes: range::page_bytes().max(ALIGN_MIN_BYTES), holes_are_absent: true, reopens: bound.reopens },
         })
     }
 
@@ -204,7 +204,7 @@ impl Answer for Devnode {
         // An answer that cannot be given is an error, but the kernel still must hear something.
         let refused = opened.as_ref().err().copied();
         let command = opened.unwrap_or_else(|errno| command::refuse(msg_id, errno));
-        let wanted = match write_command(self.fd.as_fd(), command.as_bytes()) {
+        let wanted = match command::give(self.fd.as_fd(), command.as_bytes()) {
             Err(Errno::EINVAL) => {
                 self.counters.late_answers.bump();
                 false
@@ -213,22 +213,6 @@ impl Answer for Devnode {
         };
         refused.map_or(Ok(wanted), |errno| Err(errno.into()))
     }
-}
-
-/// Gives the kernel one command; it takes the whole or nothing.
-pub(super) fn write_command(devnode: BorrowedFd<'_>, command: &[u8]) -> Result<(), Errno> {
-    loop {
-        return match unistd::write(devnode, command) {
-            Err(Errno::EINTR) => continue,
-            Ok(len) if len < command.len() => Err(Errno::EIO),
-            result => result.map(drop),
-        };
-    }
-}
-
-pub(super) fn page_bytes() -> u64 {
-    let page = unistd::sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
-    page.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(ALIGN_MIN_BYTES)
 }
 
 #[cfg(test)]
