@@ -56,10 +56,11 @@ pub fn checks(dir: &Path, probes: &Probes<'_>) -> Vec<Check> {
     let bad = |found: String, remedy: String| vec![Check::fail(ID, Verdict::BadCacheDir, found, remedy)];
     match fs::metadata(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            return bad(
-                format!("{shown} does not exist"),
-                format!("create it on ext4 or better XFS: mkdir -p -m 0700 {shown}; or name another with --cache-dir"),
-            );
+            return vec![Check::warn(
+                ID,
+                format!("{shown} does not exist yet; infill serve makes it"),
+                format!("see that it will lie on ext4 or better XFS, then: mkdir -p -m 0700 {shown}"),
+            )];
         }
         Err(error) => {
             let remedy = "run as root, or name another with --cache-dir".to_owned();
@@ -279,7 +280,8 @@ mod tests {
         let probes = Probes { ring: &|| Ok(String::new()), holders: &|_| Vec::new(), set_xattr: &|_| Ok(()) };
         let found = checks(Path::new("/no/such/directory"), &probes);
         assert_eq!(found.len(), 1);
-        assert_eq!(found[0].verdict, Verdict::BadCacheDir);
+        // Not in the way: serving makes it.
+        assert_eq!((found[0].status, found[0].verdict), (Status::Warn, Verdict::Ready));
         let temp = tempfile::tempdir().unwrap();
         assert!(checks(temp.path(), &probes).len() > 3);
     }

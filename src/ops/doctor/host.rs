@@ -60,7 +60,9 @@ fn files_check((soft, hard): (u64, u64), nr_open: u64) -> Check {
     const ID: &str = "open-files";
     let found = format!("limit {soft}, up to {hard} (fs.nr_open {nr_open})");
     if hard.min(nr_open) < WANTED_FILES {
-        let remedy = format!("LimitNOFILE={NR_OPEN} in the systemd unit; more blobs than descriptors are served, but slower");
+        let remedy = format!(
+            "LimitNOFILE={NR_OPEN} in the systemd unit; an open blob needs two descriptors, and one that gets none cannot be mounted"
+        );
         return Check::warn(ID, found, remedy);
     }
     Check::ok(ID, found)

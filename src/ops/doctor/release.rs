@@ -201,7 +201,7 @@ fn reopen(running: &Running, version: Version) -> Check {
     let without = "every mounted blob keeps a descriptor, and reads in flight fail when the daemon crashes";
     let remedy = "boot 6.1.95, 6.6.35, 6.8 or later";
     if version.has(&REOPEN) {
-        Check::ok(ID, "blobs are opened again on demand; a restart of the daemon loses no read")
+        Check::ok(ID, "the kernel opens blobs again on demand, and repeats unanswered requests to a daemon that asks (restore)")
     } else if running.exact {
         Check::warn(ID, format!("no re-opening: {without}"), remedy)
     } else {
