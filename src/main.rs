@@ -1,7 +1,5 @@
 //! The command line's entry.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    infill::cli::run()
+fn main() -> std::process::ExitCode {
+    infill::cli::main()
 }

@@ -5,9 +5,8 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::ops::doctor::{
-    Check, DEFAULT_CACHE_DIR, Probes, Report, Status, Subject, Verdict, examine,
-};
+use crate::config::DEFAULT_CACHE_DIR;
+use crate::ops::doctor::{Check, Report, Status, Subject, Verdict, examine};
 use crate::store::StoreSpec;
 
 /// Width of a line, in columns.
@@ -34,14 +33,8 @@ pub struct DoctorArgs {
 
 /// Examines the host and prints the findings.
 #[must_use]
-pub fn run(args: &DoctorArgs, probes: &Probes<'_>) -> ExitCode {
-    let report = examine(
-        &Subject {
-            cache_dir: args.cache_dir.clone(),
-            stores: args.stores.clone(),
-        },
-        probes,
-    );
+pub fn run(args: &DoctorArgs) -> ExitCode {
+    let report = examine(&Subject { cache_dir: &args.cache_dir, stores: &args.stores });
     let stdout = io::stdout();
     let text = if args.json {
         // A report is made of texts only, which always have a JSON form.
@@ -57,12 +50,7 @@ pub fn run(args: &DoctorArgs, probes: &Probes<'_>) -> ExitCode {
 
 /// The report as aligned lines: mark, name, finding, and what to do below.
 fn table(report: &Report, colour: bool) -> String {
-    let width = report
-        .checks
-        .iter()
-        .map(|check| check.id.len())
-        .max()
-        .unwrap_or(0);
+    let width = report.checks.iter().map(|check| check.id.len()).max().unwrap_or(0);
     let mut text = String::new();
     for check in &report.checks {
         let (mark, paint) = mark(check);
@@ -75,20 +63,13 @@ fn table(report: &Report, colour: bool) -> String {
             let _ = writeln!(text, "{:indent$}{line}", "");
         }
         if !check.remedy.is_empty() {
-            for (i, line) in wrap(&check.remedy, LINE_COLUMNS - indent - 4)
-                .iter()
-                .enumerate()
-            {
+            for (i, line) in wrap(&check.remedy, LINE_COLUMNS - indent - 4).iter().enumerate() {
                 let lead = if i == 0 { "do: " } else { "    " };
                 let _ = writeln!(text, "{:indent$}{lead}{line}", "");
             }
         }
     }
-    let lead = if report.verdict == Verdict::Ready {
-        "ready"
-    } else {
-        "NOT READY"
-    };
+    let lead = if report.verdict == Verdict::Ready { "ready" } else { "NOT READY" };
     let _ = writeln!(text, "\n{lead}: {}", report.verdict);
     text
 }
@@ -122,33 +103,15 @@ fn wrap(text: &str, columns: usize) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn check(
-        id: &'static str,
-        status: Status,
-        found: &str,
-        remedy: &str,
-        verdict: Verdict,
-    ) -> Check {
-        Check {
-            id,
-            status,
-            found: found.into(),
-            remedy: remedy.into(),
-            verdict,
-        }
+    fn check(id: &'static str, status: Status, found: &str, remedy: &str, verdict: Verdict) -> Check {
+        Check { id, status, found: found.into(), remedy: remedy.into(), verdict }
     }
 
     #[test]
     fn the_table_is_aligned_and_says_what_to_do() {
         let report = Report::new(vec![
             check("kernel", Status::Ok, "Linux 6.12.117", "", Verdict::Ready),
-            check(
-                "cache-dir",
-                Status::Fail,
-                "no",
-                "mkdir it",
-                Verdict::BadCacheDir,
-            ),
+            check("cache-dir", Status::Fail, "no", "mkdir it", Verdict::BadCacheDir),
         ]);
         assert_eq!(
             table(&report, false),

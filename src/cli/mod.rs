@@ -1,16 +1,15 @@
-//! The command line.
+//! The command line: one file a verb.
 
 pub mod doctor;
+pub mod serve;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::ops::doctor::Probes;
-
-/// Serves the data of EROFS images on demand.
+/// Serves EROFS container images on demand, from local blobs.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "infill", version, about, max_term_width = 120)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -18,21 +17,40 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Find out whether this host can serve images, and what to do if not.
+    /// Answer the kernel's requests until told to stop
+    Serve(serve::ServeArgs),
+    /// Find out whether this host can serve images, and what to do if not
     Doctor(doctor::DoctorArgs),
 }
 
-/// Does what the arguments say.
+/// Why a verb failed: what to print, and the exit code.
+#[derive(Debug)]
+pub struct Failure {
+    /// One line: what, where, what to do.
+    pub message: String,
+    /// See [`crate::ops::exit`].
+    pub code: u8,
+}
+
+impl Failure {
+    /// A failure with an exit code.
+    pub fn new(code: u8, error: impl std::fmt::Display) -> Self {
+        Self { message: error.to_string(), code }
+    }
+}
+
+/// Runs what the command line asks for.
 #[must_use]
-pub fn run() -> ExitCode {
-    match Cli::parse().verb {
-        Verb::Doctor(args) => doctor::run(
-            &args,
-            &Probes {
-                ring: &|| Ok("not tried".to_owned()),
-                holders: &|_| Vec::new(),
-                set_xattr: &|_| Ok(()),
-            },
-        ),
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().verb {
+        Verb::Serve(args) => serve::run(args),
+        Verb::Doctor(args) => return doctor::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("infill: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
     }
 }

@@ -1,3 +1,9 @@
-//! What operators meet: whether this host can run the daemon.
+//! What an operator meets: limits, signals, the log, and who holds the device.
 
 pub mod doctor;
+pub mod exit;
+pub mod holder;
+pub mod limits;
+pub mod log;
+pub mod signals;
+pub mod xattr;

@@ -55,11 +55,7 @@ impl Beneath {
             Err(Errno::ENOSYS | Errno::EPERM) => Lookup::NoLinks,
             _ => Lookup::Beneath,
         };
-        Ok(Self {
-            path,
-            lookup,
-            dir: RwLock::new(Arc::new(dir)),
-        })
+        Ok(Self { path, lookup, dir: RwLock::new(Arc::new(dir)) })
     }
 
     /// The same directory as if `openat2` were blocked.
@@ -70,11 +66,7 @@ impl Beneath {
     }
 
     /// Opens the file or directory that `names` lead to; `None` if there is none.
-    pub(super) fn open(
-        &self,
-        names: &[FileName<'_>],
-        flags: OFlag,
-    ) -> Result<Option<OwnedFd>, Cause> {
+    pub(super) fn open(&self, names: &[FileName<'_>], flags: OFlag) -> Result<Option<OwnedFd>, Cause> {
         let held = Arc::clone(&self.dir.read().unwrap_or_else(PoisonError::into_inner));
         let mut result = self.lookup(&held, names, flags);
         if let Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ESTALE) = result
@@ -114,12 +106,7 @@ impl Beneath {
         Ok(Some(new))
     }
 
-    fn lookup(
-        &self,
-        dir: &OwnedFd,
-        names: &[FileName<'_>],
-        flags: OFlag,
-    ) -> Result<OwnedFd, Errno> {
+    fn lookup(&self, dir: &OwnedFd, names: &[FileName<'_>], flags: OFlag) -> Result<OwnedFd, Errno> {
         match self.lookup {
             Lookup::Beneath => {
                 let path: PathBuf = names.iter().map(|name| name.as_os_str()).collect();
@@ -132,9 +119,7 @@ impl Beneath {
 
 /// `openat2` that follows links as long as they stay below `dir`.
 fn open_beneath(dir: &OwnedFd, path: &Path, flags: OFlag) -> Result<OwnedFd, Errno> {
-    let how = OpenHow::new()
-        .flags(flags)
-        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let how = OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     let mut result = openat2(dir, path, how);
     for _ in 0..RACE_RETRIES {
         match result {
@@ -146,11 +131,7 @@ fn open_beneath(dir: &OwnedFd, path: &Path, flags: OFlag) -> Result<OwnedFd, Err
 }
 
 /// Walks name by name; `ELOOP` if one of them is a symbolic link.
-fn open_without_links(
-    dir: &OwnedFd,
-    names: &[FileName<'_>],
-    flags: OFlag,
-) -> Result<OwnedFd, Errno> {
+fn open_without_links(dir: &OwnedFd, names: &[FileName<'_>], flags: OFlag) -> Result<OwnedFd, Errno> {
     let (last, parents) = names.split_last().ok_or(Errno::ENOENT)?;
     let step = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mut parent: Option<OwnedFd> = None;
@@ -166,8 +147,7 @@ fn open_without_links(
 fn open_no_follow(dir: &OwnedFd, name: &OsStr, flags: OFlag) -> Result<OwnedFd, Errno> {
     openat(dir, name, flags, Mode::empty()).map_err(|errno| {
         let is_link = errno == Errno::ENOTDIR
-            && fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW)
-                .is_ok_and(|stat| file_type(&stat) == SFlag::S_IFLNK);
+            && fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok_and(|stat| file_type(&stat) == SFlag::S_IFLNK);
         if is_link { Errno::ELOOP } else { errno }
     })
 }
@@ -178,10 +158,7 @@ fn open_dir(path: &Path) -> Result<OwnedFd, Unusable> {
         Errno::ENOENT => Unusable::Missing(path.to_owned()),
         Errno::ENOTDIR => Unusable::NotADirectory(path.to_owned()),
         Errno::EACCES | Errno::EPERM => Unusable::NotReadable(path.to_owned()),
-        errno => Unusable::Os {
-            path: path.to_owned(),
-            errno,
-        },
+        errno => Unusable::Os { path: path.to_owned(), errno },
     };
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let dir = open(path, flags, Mode::empty()).map_err(unusable)?;

@@ -52,11 +52,7 @@ impl Store for DirStore {
 }
 
 /// Opens the file that `names` lead to below `root` as a blob.
-pub(super) fn open_file(
-    root: &Beneath,
-    names: &[FileName<'_>],
-    mode: SourceMode,
-) -> Result<Option<FileBlob>, Cause> {
+pub(super) fn open_file(root: &Beneath, names: &[FileName<'_>], mode: SourceMode) -> Result<Option<FileBlob>, Cause> {
     let Some(fd) = root.open(names, OPEN_FLAGS)? else {
         return Ok(None);
     };
@@ -64,18 +60,10 @@ pub(super) fn open_file(
 }
 
 /// Gives the result of a search the form that [`Store::open`] returns.
-pub(super) fn answer(
-    store: &str,
-    key: &Key,
-    found: Result<Option<FileBlob>, Cause>,
-) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+pub(super) fn answer(store: &str, key: &Key, found: Result<Option<FileBlob>, Cause>) -> Result<Option<Arc<dyn Blob>>, StoreError> {
     match found {
         Ok(blob) => Ok(blob.map(|blob| Arc::new(blob) as Arc<dyn Blob>)),
-        Err(source) => Err(StoreError {
-            store: store.to_owned(),
-            key: key.to_string(),
-            source,
-        }),
+        Err(source) => Err(StoreError { store: store.to_owned(), key: key.to_string(), source }),
     }
 }
 

@@ -43,9 +43,7 @@ pub enum Cause {
     #[error("it is {0}, and a blob must be a regular file; replace it")]
     NotAFile(&'static str),
     /// A symbolic link points out of the store.
-    #[error(
-        "it is a symbolic link that leaves the store; put the blob itself or a hard link in its place"
-    )]
+    #[error("it is a symbolic link that leaves the store; put the blob itself or a hard link in its place")]
     Leaves,
     /// A symbolic link, where the kernel offers no way to check where it leads; or a loop of links.
     #[error(
@@ -54,9 +52,7 @@ pub enum Cause {
     )]
     Link,
     /// The file lies on an EROFS mount, which may be one that waits for this very daemon.
-    #[error(
-        "it lies on an EROFS mount, which could be waiting for infill itself; move it to another file system"
-    )]
+    #[error("it lies on an EROFS mount, which could be waiting for infill itself; move it to another file system")]
     OnErofs,
     /// The store's directory went away, perhaps for the moment of an exchange.
     #[error("the store's directory {} is gone; put it back", .0.display())]
@@ -70,25 +66,12 @@ impl Cause {
     /// See [`StoreError::is_transient`].
     #[must_use]
     pub fn is_transient(&self) -> bool {
-        use Errno::{
-            EAGAIN, EBUSY, EINTR, EIO, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOTCONN, ESTALE, ETIMEDOUT,
-        };
+        use Errno::{EAGAIN, EBUSY, EINTR, EIO, EMFILE, ENFILE, ENOBUFS, ENOMEM, ENOTCONN, ESTALE, ETIMEDOUT};
         match self {
             Self::Gone(_) => true,
-            Self::Os(errno) => matches!(
-                errno,
-                EAGAIN
-                    | EBUSY
-                    | EINTR
-                    | EIO
-                    | EMFILE
-                    | ENFILE
-                    | ENOBUFS
-                    | ENOMEM
-                    | ENOTCONN
-                    | ESTALE
-                    | ETIMEDOUT
-            ),
+            Self::Os(errno) => {
+                matches!(errno, EAGAIN | EBUSY | EINTR | EIO | EMFILE | ENFILE | ENOBUFS | ENOMEM | ENOTCONN | ESTALE | ETIMEDOUT)
+            }
             _ => false,
         }
     }
@@ -115,9 +98,7 @@ const fn advice(errno: Errno) -> &'static str {
         Errno::EMFILE => "; raise LimitNOFILE=",
         Errno::ENFILE => "; raise the sysctl fs.file-max",
         Errno::EIO => "; look for disk errors in the kernel log",
-        Errno::ENOTCONN | Errno::ESTALE | Errno::ETIMEDOUT => {
-            "; mount the store's file system again"
-        }
+        Errno::ENOTCONN | Errno::ESTALE | Errno::ETIMEDOUT => "; mount the store's file system again",
         _ => "",
     }
 }

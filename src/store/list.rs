@@ -19,10 +19,7 @@ impl Stores {
     #[must_use]
     pub fn new(stores: Vec<Arc<dyn Store>>) -> Self {
         let names: Vec<&str> = stores.iter().map(|store| store.name()).collect();
-        Self {
-            name: names.join(", "),
-            stores,
-        }
+        Self { name: names.join(", "), stores }
     }
 
     /// Opens all stores of a list of settings.

@@ -86,17 +86,7 @@ pub enum Data {
 }
 
 /// How a source is read.
-#[derive(
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Debug,
-    Default,
-    clap::ValueEnum,
-    serde::Deserialize,
-    serde::Serialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceMode {
     /// Past the page cache into registered buffers (`O_DIRECT`); buffered where the file system refuses.

@@ -53,9 +53,7 @@ pub enum NameError {
     #[error("'.' and '..' cannot name a blob; mount with another fsid or device name")]
     Dots,
     /// A path instead of a name.
-    #[error(
-        "a name with '/' in it could leave the store; mount with another fsid, domain_id or device name"
-    )]
+    #[error("a name with '/' in it could leave the store; mount with another fsid, domain_id or device name")]
     Slash,
     /// A NUL byte.
     #[error("a name with a NUL byte cannot be a file; mount with another fsid or device name")]
@@ -75,18 +73,8 @@ mod tests {
     #[test]
     fn accepts_what_stays_in_a_directory_and_nothing_else() {
         let longest = [b'a'; NAME_MAX_BYTES];
-        for good in [
-            &b"a"[..],
-            b"...",
-            b".hidden",
-            b"\xff\xfe\n",
-            b"a\\b",
-            &longest,
-        ] {
-            assert_eq!(
-                FileName::new(good).map(|n| n.as_os_str().as_bytes()),
-                Ok(good)
-            );
+        for good in [&b"a"[..], b"...", b".hidden", b"\xff\xfe\n", b"a\\b", &longest] {
+            assert_eq!(FileName::new(good).map(|n| n.as_os_str().as_bytes()), Ok(good));
         }
         let too_long = [b'a'; NAME_MAX_BYTES + 1];
         for (bad, why) in [

@@ -17,10 +17,7 @@ use crate::range::align_down;
 
 /// How a file is opened that is to become a source. `O_NONBLOCK` so that a FIFO cannot hold the caller up;
 /// [`SourceFile::new`] takes it away again.
-pub const OPEN_FLAGS: OFlag = OFlag::O_RDONLY
-    .union(OFlag::O_CLOEXEC)
-    .union(OFlag::O_NOCTTY)
-    .union(OFlag::O_NONBLOCK);
+pub const OPEN_FLAGS: OFlag = OFlag::O_RDONLY.union(OFlag::O_CLOEXEC).union(OFlag::O_NOCTTY).union(OFlag::O_NONBLOCK);
 
 /// Alignment in bytes of every direct read that the engine makes: of offset, length and memory.
 pub const DIRECT_ALIGN_BYTES: usize = 4096;
@@ -46,12 +43,8 @@ impl SourceFile {
         // Without O_NONBLOCK from here on: with it, io_uring would return EAGAIN instead of waiting on
         // file systems that cannot do better (io_rw_init_file, io_uring/rw.c).
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
-        let mut source = Self {
-            fd,
-            len_bytes: u64::try_from(stat.st_size).map_err(|_| Errno::EOVERFLOW)?,
-            mode: SourceMode::Buffered,
-            map: None,
-        };
+        let mut source =
+            Self { fd, len_bytes: u64::try_from(stat.st_size).map_err(|_| Errno::EOVERFLOW)?, mode: SourceMode::Buffered, map: None };
         match wanted {
             SourceMode::Buffered => {}
             SourceMode::Direct => source.try_direct()?,
@@ -78,10 +71,7 @@ impl SourceFile {
         let map = match usize::try_from(self.len_bytes) {
             // An empty file cannot be mapped, and has no bytes that would need it.
             Ok(0) => Ok(None),
-            Ok(len_bytes) => MmapOptions::new()
-                .len(len_bytes)
-                .map_raw_read_only(&self.fd)
-                .map(Some),
+            Ok(len_bytes) => MmapOptions::new().len(len_bytes).map_raw_read_only(&self.fd).map(Some),
             Err(_) => return,
         };
         if let Ok(map) = map {
@@ -107,10 +97,7 @@ fn unfit_kind(kind: SFlag) -> Option<&'static str> {
 /// a hole is read without the device having a say.
 fn direct_read_works(fd: &OwnedFd) -> bool {
     let mut memory = vec![0_u8; 4 * DIRECT_ALIGN_BYTES];
-    let start = memory
-        .as_ptr()
-        .align_offset(2 * DIRECT_ALIGN_BYTES)
-        .saturating_add(DIRECT_ALIGN_BYTES);
+    let start = memory.as_ptr().align_offset(2 * DIRECT_ALIGN_BYTES).saturating_add(DIRECT_ALIGN_BYTES);
     let Some(buffer) = memory.get_mut(start..start.saturating_add(DIRECT_ALIGN_BYTES)) else {
         return false;
     };
@@ -129,9 +116,7 @@ impl FileBlob {
     /// The blob that has the bytes of `file`.
     #[must_use]
     pub fn new(file: SourceFile) -> Self {
-        Self {
-            file: [Arc::new(file)],
-        }
+        Self { file: [Arc::new(file)] }
     }
 }
 
@@ -147,10 +132,7 @@ impl Blob for FileBlob {
             SourceMode::Mmap => Data::Mapped { file: 0, offset },
             SourceMode::Direct | SourceMode::Buffered => Data::Read { file: 0, offset },
         };
-        Extent {
-            len_bytes: self.len_bytes().saturating_sub(offset),
-            data,
-        }
+        Extent { len_bytes: self.len_bytes().saturating_sub(offset), data }
     }
 
     fn files(&self) -> &[Arc<SourceFile>] {

@@ -99,17 +99,10 @@ impl From<StoreSpec> for String {
 pub fn open_store(spec: &StoreSpec, mode: SourceMode) -> Result<Arc<dyn Store>, SetupError> {
     let name = spec.to_string();
     let store: Result<Arc<dyn Store>, _> = match spec {
-        StoreSpec::Dir(path) => {
-            DirStore::new(name, path, mode).map(|store| Arc::new(store) as Arc<dyn Store>)
-        }
-        StoreSpec::Oci(path) => {
-            OciStore::new(name, path, mode).map(|store| Arc::new(store) as Arc<dyn Store>)
-        }
+        StoreSpec::Dir(path) => DirStore::new(name, path, mode).map(|store| Arc::new(store) as Arc<dyn Store>),
+        StoreSpec::Oci(path) => OciStore::new(name, path, mode).map(|store| Arc::new(store) as Arc<dyn Store>),
     };
-    store.map_err(|source| SetupError {
-        store: spec.to_string(),
-        source,
-    })
+    store.map_err(|source| SetupError { store: spec.to_string(), source })
 }
 
 #[cfg(test)]
@@ -121,20 +114,14 @@ mod tests {
         assert_eq!("dir:/a:b".parse(), Ok(StoreSpec::Dir("/a:b".into())));
         assert_eq!("oci:x".parse(), Ok(StoreSpec::Oci("x".into())));
         for text in ["dir:/srv/blobs", "oci:relative path"] {
-            assert_eq!(
-                text.parse::<StoreSpec>().map(|s| s.to_string()),
-                Ok(text.into())
-            );
+            assert_eq!(text.parse::<StoreSpec>().map(|s| s.to_string()), Ok(text.into()));
         }
         let error = |text: &str| text.parse::<StoreSpec>().unwrap_err().to_string();
         assert!(error("chunk:/x").contains("not yet supported in this version"));
         assert!(error("dir:").contains("path after the colon"));
         for text in ["", "/srv/blobs", "DIR:/x", "nfs:/x"] {
             let message = error(text);
-            assert!(
-                message.contains("dir:PATH") && message.contains("oci:PATH"),
-                "{message}"
-            );
+            assert!(message.contains("dir:PATH") && message.contains("oci:PATH"), "{message}");
         }
     }
 }

@@ -23,9 +23,7 @@ const MODES: [SourceMode; 3] = [SourceMode::Direct, SourceMode::Buffered, Source
 
 /// Bytes that differ from page to page.
 fn pattern(len_bytes: usize) -> Vec<u8> {
-    (0..len_bytes)
-        .map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8)
-        .collect()
+    (0..len_bytes).map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8).collect()
 }
 
 /// Reads a blob the way the engine does: extent by extent, with aligned pieces where it must.
@@ -129,9 +127,8 @@ fn files_below(dir: &Path, files: &mut HashSet<(u64, u64)>) {
 
 fn hostile_bytes() -> impl Strategy<Value = Vec<u8>> {
     let part = prop::sample::select(vec![
-        "", ".", "..", "/", "\0", "plain", "dom", "deep", "good", "good-up", "good-dir", "abs",
-        "up", "deep-up", "chain", "out-dir", "up-dir", "here", "root", "magic", "secret",
-        "outside", "etc", "passwd", "fifo", "loop", "dangling", "device",
+        "", ".", "..", "/", "\0", "plain", "dom", "deep", "good", "good-up", "good-dir", "abs", "up", "deep-up", "chain", "out-dir",
+        "up-dir", "here", "root", "magic", "secret", "outside", "etc", "passwd", "fifo", "loop", "dangling", "device",
     ]);
     prop_oneof![
         3 => part.clone().prop_map(|part| part.as_bytes().to_vec()),
@@ -145,10 +142,7 @@ fn no_key_opens_a_file_outside() {
     let (_temp, path) = link_farm();
     let mut inside = HashSet::new();
     files_below(&path, &mut inside);
-    let stores = [
-        dir_store(&path, SourceMode::Buffered),
-        dir_store(&path, SourceMode::Buffered).without_links(),
-    ];
+    let stores = [dir_store(&path, SourceMode::Buffered), dir_store(&path, SourceMode::Buffered).without_links()];
     let keys = (hostile_bytes(), hostile_bytes());
     proptest!(ProptestConfig::with_cases(2000), |((domain, name) in keys)| {
         for store in &stores {
@@ -166,21 +160,8 @@ fn links_are_followed_inside_and_refused_outside() {
     let store = dir_store(&path, SourceMode::Direct);
     assert_eq!(found(&store, &key("", "good")), b"inside and far down");
     assert_eq!(found(&store, &key("", "good-up")), b"inside");
-    assert_eq!(
-        found(&store, &key("good-dir", "plain")),
-        b"inside the domain"
-    );
-    for name in [
-        "abs",
-        "abs-inside",
-        "up",
-        "deep-up",
-        "chain",
-        "out-dir",
-        "root",
-        "magic",
-        "device",
-    ] {
+    assert_eq!(found(&store, &key("good-dir", "plain")), b"inside the domain");
+    for name in ["abs", "abs-inside", "up", "deep-up", "chain", "out-dir", "root", "magic", "device"] {
         assert_eq!(cause(&store, &key("", name)), Cause::Leaves, "{name}");
     }
     assert_eq!(cause(&store, &key("out-dir", "secret")), Cause::Leaves);
@@ -190,17 +171,8 @@ fn links_are_followed_inside_and_refused_outside() {
 
     let strict = dir_store(&path, SourceMode::Direct).without_links();
     assert_eq!(found(&strict, &key("dom", "plain")), b"inside the domain");
-    for (domain, name) in [
-        ("", "good"),
-        ("", "up"),
-        ("good-dir", "plain"),
-        ("out-dir", "secret"),
-    ] {
-        assert_eq!(
-            cause(&strict, &key(domain, name)),
-            Cause::Link,
-            "{domain}/{name}"
-        );
+    for (domain, name) in [("", "good"), ("", "up"), ("good-dir", "plain"), ("out-dir", "secret")] {
+        assert_eq!(cause(&strict, &key(domain, name)), Cause::Link, "{domain}/{name}");
     }
 }
 
@@ -209,10 +181,7 @@ fn what_is_no_file_is_refused_for_good() {
     let (_temp, path) = link_farm();
     let store = dir_store(&path, SourceMode::Direct);
     assert_eq!(cause(&store, &key("", "fifo")), Cause::NotAFile("a FIFO"));
-    assert_eq!(
-        cause(&store, &key("", "dom")),
-        Cause::NotAFile("a directory")
-    );
+    assert_eq!(cause(&store, &key("", "dom")), Cause::NotAFile("a directory"));
     let error = store.open(&key("dom", "../plain")).unwrap_err();
     assert_eq!(error.source, Cause::Name(NameError::Slash));
     assert!(!error.is_transient());
@@ -251,10 +220,7 @@ fn modes_agree(dir: &Path) {
             let got = blob.files()[0].mode;
             let fell_back = got == SourceMode::Buffered && !has_all_modes;
             assert!(got == mode || fell_back, "{mode:?} became {got:?}");
-            assert_eq!(
-                blob.files()[0].map.is_some(),
-                got == SourceMode::Mmap && len_bytes > 0
-            );
+            assert_eq!(blob.files()[0].map.is_some(), got == SourceMode::Mmap && len_bytes > 0);
             assert!(read_all(&*blob) == bytes, "{mode:?}, {len_bytes} bytes");
         }
     }
@@ -282,10 +248,7 @@ fn a_sparse_file_reads_as_zeros() {
     let mut bytes = vec![0; 300_000];
     bytes[200_000..200_004].copy_from_slice(b"data");
     for mode in MODES {
-        assert!(
-            found(&dir_store(dir.path(), mode), &key("", "blob")) == bytes,
-            "{mode:?}"
-        );
+        assert!(found(&dir_store(dir.path(), mode), &key("", "blob")) == bytes, "{mode:?}");
     }
 }
 
@@ -310,17 +273,10 @@ fn an_exchanged_directory_takes_over_at_the_next_miss() {
     fs::write(path.join("a"), "a").unwrap();
     let store = dir_store(&path, SourceMode::Buffered);
     fs::rename(&path, &old).unwrap();
-    assert_eq!(
-        found(&store, &key("", "a")),
-        b"a",
-        "the held directory still serves"
-    );
+    assert_eq!(found(&store, &key("", "a")), b"a", "the held directory still serves");
     let error = store.open(&key("", "b")).unwrap_err();
     assert!(matches!(error.source, Cause::Gone(_)), "{error}");
-    assert!(
-        error.is_transient(),
-        "a gap during an exchange must not fail an open for good"
-    );
+    assert!(error.is_transient(), "a gap during an exchange must not fail an open for good");
     fs::create_dir(&path).unwrap();
     fs::write(path.join("b"), "b").unwrap();
     assert_eq!(found(&store, &key("", "b")), b"b");
@@ -340,12 +296,7 @@ fn oci_layouts_and_containerds_root_are_found() {
         assert_eq!(store.name(), spec.to_string());
         assert_eq!(found(&*store, &key("any", &hex)), b"layer");
         assert_eq!(found(&*store, &key("", &format!("sha256:{hex}"))), b"layer");
-        for name in [
-            "../../index.json",
-            "index.json",
-            "sha256:..",
-            &"cd".repeat(32),
-        ] {
+        for name in ["../../index.json", "index.json", "sha256:..", &"cd".repeat(32)] {
             assert!(store.open(&key("", name)).unwrap().is_none(), "{name}");
         }
     }
@@ -380,11 +331,7 @@ impl Store for Failing {
     }
 
     fn open(&self, key: &Key) -> Result<Option<Arc<dyn Blob>>, StoreError> {
-        Err(StoreError {
-            store: "failing".into(),
-            key: key.to_string(),
-            source: self.0.clone(),
-        })
+        Err(StoreError { store: "failing".into(), key: key.to_string(), source: self.0.clone() })
     }
 }
 
@@ -407,10 +354,5 @@ fn stores_are_asked_in_order_and_errors_wait_for_the_last() {
     let error = stores.open(&key("", "neither")).unwrap_err();
     assert_eq!(error.errno(), Errno::EMFILE);
     assert!(error.is_transient());
-    assert!(
-        Stores::new(Vec::new())
-            .open(&key("", "x"))
-            .unwrap()
-            .is_none()
-    );
+    assert!(Stores::new(Vec::new()).open(&key("", "x")).unwrap().is_none());
 }

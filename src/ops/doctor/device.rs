@@ -8,10 +8,13 @@ use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
 use super::features::{Driver, Kernel};
-use super::{Check, DEVICE, Probes, Verdict, read};
+use super::{Check, DEVICE, Verdict, read};
+use crate::ops::holder::{Holder, describe, find_holders};
 
 /// `CAP_IPC_LOCK` of include/uapi/linux/capability.h.
 pub const CAP_IPC_LOCK: u32 = 14;
+/// `CAP_SYS_RESOURCE`, with which the daemon raises its own limits.
+pub const CAP_SYS_RESOURCE: u32 = 24;
 /// `CAP_SYS_ADMIN`, which opening the device takes (`cachefiles_daemon_open`, fs/cachefiles/daemon.c).
 pub const CAP_SYS_ADMIN: u32 = 21;
 
@@ -35,7 +38,7 @@ pub enum Node {
 
 /// Looks at the device node and the rights of this process.
 #[must_use]
-pub fn checks(kernel: &Kernel, probes: &Probes<'_>) -> Vec<Check> {
+pub fn checks(kernel: &Kernel) -> Vec<Check> {
     let path = Path::new(DEVICE);
     let node = match fs::metadata(path) {
         Err(_) => Node::Missing,
@@ -44,14 +47,11 @@ pub fn checks(kernel: &Kernel, probes: &Probes<'_>) -> Vec<Check> {
     };
     let mut checks = vec![node_check(&node, &kernel.cachefiles.driver)];
     if matches!(node, Node::Device(_)) {
-        checks.push(holder_check(&(probes.holders)(path)));
+        checks.push(holder_check(&find_holders(path)));
     }
     let status = read("/proc/self/status").unwrap_or_default();
     let namespace = fs::read_link("/proc/self/ns/user").unwrap_or_default();
-    checks.push(rights_check(
-        capabilities(&status),
-        namespace == Path::new(INITIAL_USER_NAMESPACE),
-    ));
+    checks.push(rights_check(capabilities(&status), namespace == Path::new(INITIAL_USER_NAMESPACE)));
     checks
 }
 
@@ -69,9 +69,7 @@ fn node_check(node: &Node, driver: &Driver) -> Check {
             ID,
             Verdict::Unavailable,
             format!("{DEVICE} is no device"),
-            format!(
-                "remove it, then load the driver again: modprobe -r cachefiles; modprobe cachefiles ({DEVICE} is made by it)"
-            ),
+            format!("remove it, then load the driver again: modprobe -r cachefiles; modprobe cachefiles ({DEVICE} is made by it)"),
         ),
         (Node::Missing, Driver::Running) => Check::fail(
             ID,
@@ -84,25 +82,18 @@ fn node_check(node: &Node, driver: &Driver) -> Check {
             format!("{DEVICE} is missing because the driver is not loaded"),
             "modprobe cachefiles; at every boot: a line 'cachefiles' in /etc/modules-load.d/infill.conf",
         ),
-        (Node::Missing, Driver::Absent) => Check::fail(
-            ID,
-            Verdict::Unavailable,
-            format!("{DEVICE} is missing, and so is its driver"),
-            "see the line on cachefiles above",
-        ),
+        (Node::Missing, Driver::Absent) => {
+            Check::fail(ID, Verdict::Unavailable, format!("{DEVICE} is missing, and so is its driver"), "see the line on cachefiles above")
+        }
     }
 }
 
-fn holder_check(holders: &[(i32, String)]) -> Check {
+fn holder_check(holders: &[Holder]) -> Check {
     const ID: &str = "device-holder";
-    let names: Vec<String> = holders
-        .iter()
-        .map(|(pid, command)| format!("pid {pid} ({command})"))
-        .collect();
-    let names = names.join(", ");
+    let names = describe(holders);
     if holders.is_empty() {
         Check::ok(ID, "no process that is visible here holds it")
-    } else if holders.iter().all(|(_, command)| is_own(command)) {
+    } else if holders.iter().all(|holder| is_own(&holder.command)) {
         Check::ok(ID, format!("held by infill itself: {names}"))
     } else {
         Check::fail(
@@ -130,10 +121,7 @@ fn rights_check(capabilities: Option<u64>, initial_namespace: bool) -> Check {
             "run infill on the host, or in a container without a user namespace of its own",
         )
     } else if !has_admin {
-        fail(
-            "CAP_SYS_ADMIN is missing",
-            "run as root, or with AmbientCapabilities=CAP_SYS_ADMIN in the systemd unit",
-        )
+        fail("CAP_SYS_ADMIN is missing", "run as root, or with AmbientCapabilities=CAP_SYS_ADMIN in the systemd unit")
     } else {
         Check::ok(ID, "CAP_SYS_ADMIN in the first user namespace")
     }
@@ -151,10 +139,7 @@ pub(super) const fn has_capability(set: u64, capability: u32) -> bool {
 
 /// The value of a line `Name:\tvalue`.
 pub(super) fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-        .map(str::trim)
+    status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
 }
 
 #[cfg(test)]
@@ -174,17 +159,13 @@ mod tests {
 
     #[test]
     fn only_a_foreign_holder_is_in_the_way() {
-        let own = (7, "/usr/bin/infill serve".to_owned());
-        let other = (8, "/sbin/cachefilesd -n".to_owned());
+        let own = Holder { pid: 7, command: "/usr/bin/infill serve".to_owned() };
+        let other = Holder { pid: 8, command: "/sbin/cachefilesd -n".to_owned() };
         assert_eq!(holder_check(&[]).status, Status::Ok);
         assert_eq!(holder_check(std::slice::from_ref(&own)).status, Status::Ok);
         let busy = holder_check(&[own, other]);
         assert_eq!(busy.verdict, Verdict::Unavailable);
-        assert!(
-            busy.found.contains("pid 8 (/sbin/cachefilesd -n)"),
-            "{}",
-            busy.found
-        );
+        assert!(busy.found.contains("pid 8 (/sbin/cachefilesd -n)"), "{}", busy.found);
         assert!(!is_own("vi infill.toml"));
     }
 
@@ -196,9 +177,6 @@ mod tests {
         assert_eq!(field(status, "Seccomp"), Some("2"));
         assert_eq!(rights_check(set, true).status, Status::Ok);
         assert_eq!(rights_check(set, false).verdict, Verdict::NotPermitted);
-        assert_eq!(
-            rights_check(Some(1 << CAP_IPC_LOCK), true).verdict,
-            Verdict::NotPermitted
-        );
+        assert_eq!(rights_check(Some(1 << CAP_IPC_LOCK), true).verdict, Verdict::NotPermitted);
     }
 }

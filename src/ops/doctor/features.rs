@@ -47,19 +47,11 @@ pub struct Config {
 impl Config {
     fn read(release: &str) -> Option<Self> {
         let origin = "/proc/config.gz".to_owned();
-        if let Some(bytes) = File::open(&origin)
-            .ok()
-            .and_then(|file| filter("gzip", file))
-        {
+        if let Some(bytes) = File::open(&origin).ok().and_then(|file| filter("gzip", file)) {
             let text = String::from_utf8_lossy(&bytes).into_owned();
             return Some(Self { origin, text });
         }
-        [
-            format!("/boot/config-{release}"),
-            format!("/lib/modules/{release}/config"),
-        ]
-        .into_iter()
-        .find_map(|origin| {
+        [format!("/boot/config-{release}"), format!("/lib/modules/{release}/config")].into_iter().find_map(|origin| {
             let text = read(&origin)?;
             Some(Self { origin, text })
         })
@@ -71,10 +63,7 @@ impl Config {
         self.text
             .lines()
             .find_map(|line| {
-                let value = line
-                    .strip_prefix("CONFIG_")?
-                    .strip_prefix(name)?
-                    .strip_prefix('=')?;
+                let value = line.strip_prefix("CONFIG_")?.strip_prefix(name)?.strip_prefix('=')?;
                 Some(match value.trim_end() {
                     "y" => Setting::Yes,
                     "m" => Setting::Module,
@@ -135,40 +124,18 @@ impl Kernel {
     pub fn read(release: &str) -> Self {
         let config = Config::read(release);
         let symbols = read("/proc/kallsyms").unwrap_or_default();
-        let lists = |path, word: &str| {
-            read(path).is_some_and(|text: String| text.split_ascii_whitespace().any(|w| w == word))
-        };
+        let lists = |path, word: &str| read(path).is_some_and(|text: String| text.split_ascii_whitespace().any(|w| w == word));
         let has_modules = Path::new(MODPROBE).exists();
         let look = |module, running, symbol, option: &str| {
-            let driver = if running {
-                Driver::Running
-            } else {
-                loadable(module)
-            };
+            let driver = if running { Driver::Running } else { loadable(module) };
             let ondemand = find_code(symbol, option, &driver, &symbols, config.as_ref());
             let base = option.trim_end_matches("_ONDEMAND");
-            let builtin = config
-                .as_ref()
-                .is_some_and(|c| c.setting(base) == Setting::Yes);
-            Feature {
-                driver,
-                ondemand,
-                is_module: has_modules && !builtin,
-            }
+            let builtin = config.as_ref().is_some_and(|c| c.setting(base) == Setting::Yes);
+            Feature { driver, ondemand, is_module: has_modules && !builtin }
         };
         Self {
-            cachefiles: look(
-                "cachefiles",
-                lists("/proc/misc", "cachefiles"),
-                "cachefiles_ondemand_daemon_read",
-                "CACHEFILES_ONDEMAND",
-            ),
-            erofs: look(
-                "erofs",
-                lists("/proc/filesystems", "erofs"),
-                "erofs_fscache_register_fs",
-                "EROFS_FS_ONDEMAND",
-            ),
+            cachefiles: look("cachefiles", lists("/proc/misc", "cachefiles"), "cachefiles_ondemand_daemon_read", "CACHEFILES_ONDEMAND"),
+            erofs: look("erofs", lists("/proc/filesystems", "erofs"), "erofs_fscache_register_fs", "EROFS_FS_ONDEMAND"),
             config,
         }
     }
@@ -179,11 +146,7 @@ impl Kernel {
         vec![
             self.fscache(),
             driver("cachefiles", "CONFIG_CACHEFILES", &self.cachefiles.driver),
-            ondemand(
-                "cachefiles-ondemand",
-                "CACHEFILES_ONDEMAND",
-                &self.cachefiles,
-            ),
+            ondemand("cachefiles-ondemand", "CACHEFILES_ONDEMAND", &self.cachefiles),
             driver("erofs", "CONFIG_EROFS_FS", &self.erofs.driver),
             ondemand("erofs-ondemand", "EROFS_FS_ONDEMAND", &self.erofs),
         ]
@@ -191,26 +154,15 @@ impl Kernel {
 
     fn fscache(&self) -> Check {
         const ID: &str = "fscache";
-        match self
-            .config
-            .as_ref()
-            .map(|config| (config, config.setting("FSCACHE")))
-        {
+        match self.config.as_ref().map(|config| (config, config.setting("FSCACHE"))) {
             // cachefiles cannot exist without it.
             _ if self.cachefiles.driver == Driver::Running => Check::ok(ID, "in use by cachefiles"),
             Some((config, Setting::No)) => {
                 let found = format!("CONFIG_FSCACHE is not set ({})", config.origin);
-                Check::fail(
-                    ID,
-                    Verdict::Unavailable,
-                    found,
-                    "boot a kernel that has CONFIG_FSCACHE",
-                )
+                Check::fail(ID, Verdict::Unavailable, found, "boot a kernel that has CONFIG_FSCACHE")
             }
             Some((config, Setting::Yes)) => Check::ok(ID, format!("built in ({})", config.origin)),
-            Some((config, Setting::Module)) => {
-                Check::ok(ID, format!("a module ({})", config.origin))
-            }
+            Some((config, Setting::Module)) => Check::ok(ID, format!("a module ({})", config.origin)),
             None => Check::unknown(ID, "the kernel's configuration was not found", ""),
         }
     }
@@ -222,9 +174,7 @@ fn driver(id: &'static str, option: &str, driver: &Driver) -> Check {
         Driver::Loadable(_) => Check::ok(id, format!("can be loaded (modprobe {id})")),
         Driver::Absent => {
             let found = format!("neither loaded nor a module that could be ({option})");
-            let remedy = format!(
-                "install the package with this kernel's modules if there is one, or boot a kernel that has {option}"
-            );
+            let remedy = format!("install the package with this kernel's modules if there is one, or boot a kernel that has {option}");
             Check::fail(id, Verdict::Unavailable, found, remedy)
         }
     }
@@ -240,11 +190,7 @@ fn ondemand(id: &'static str, option: &str, feature: &Feature) -> Check {
         }
         Code::Unknown => {
             let found = format!("CONFIG_{option}: neither code nor configuration can be looked at");
-            Check::unknown(
-                id,
-                found,
-                "run as root, with this kernel's modules installed",
-            )
+            Check::unknown(id, found, "run as root, with this kernel's modules installed")
         }
     }
 }
@@ -253,35 +199,23 @@ fn ondemand(id: &'static str, option: &str, feature: &Feature) -> Check {
 #[must_use]
 pub fn later_front_end(running: &Running, kernel: &Kernel) -> Check {
     const ID: &str = "fanotify";
-    let new_enough = running
-        .version
-        .is_some_and(|version| version >= Version(6, 14, 0));
+    let new_enough = running.version.is_some_and(|version| version >= Version(6, 14, 0));
     let config = kernel.config.as_ref();
     let missing = ["FANOTIFY_ACCESS_PERMISSIONS", "EROFS_FS_BACKED_BY_FILE"]
         .into_iter()
         .find(|name| config.is_some_and(|config| config.setting(name) == Setting::No));
     let found = match (new_enough, missing) {
-        (false, _) => {
-            "for information: pre-content events, the later front end, need 6.14".to_owned()
-        }
+        (false, _) => "for information: pre-content events, the later front end, need 6.14".to_owned(),
         (true, Some(name)) => {
             format!("for information: pre-content events are there, but CONFIG_{name} is not set")
         }
-        (true, None) => {
-            "for information: pre-content events, the later front end, are possible".to_owned()
-        }
+        (true, None) => "for information: pre-content events, the later front end, are possible".to_owned(),
     };
     Check::ok(ID, found)
 }
 
 /// Looks for on-demand code; see the head of this file for the order.
-fn find_code(
-    symbol: &str,
-    option: &str,
-    driver: &Driver,
-    symbols: &str,
-    config: Option<&Config>,
-) -> Code {
+fn find_code(symbol: &str, option: &str, driver: &Driver, symbols: &str, config: Option<&Config>) -> Code {
     if has_symbol(symbols, symbol) {
         return Code::Present("the running kernel".to_owned());
     }
@@ -291,29 +225,21 @@ fn find_code(
         }
         Driver::Loadable(Some(path)) => {
             if let Some(bytes) = module_bytes(path) {
-                return if contains(&bytes, symbol.as_bytes()) {
-                    Code::Present(path.clone())
-                } else {
-                    Code::Absent(path.clone())
-                };
+                return if contains(&bytes, symbol.as_bytes()) { Code::Present(path.clone()) } else { Code::Absent(path.clone()) };
             }
         }
         _ => {}
     }
     match config {
         None => Code::Unknown,
-        Some(config) if config.setting(option) == Setting::No => {
-            Code::Absent(config.origin.clone())
-        }
+        Some(config) if config.setting(option) == Setting::No => Code::Absent(config.origin.clone()),
         Some(config) => Code::Present(config.origin.clone()),
     }
 }
 
 /// Whether `/proc/kallsyms` names a function.
 fn has_symbol(symbols: &str, symbol: &str) -> bool {
-    symbols
-        .lines()
-        .any(|line| line.split_ascii_whitespace().nth(2) == Some(symbol))
+    symbols.lines().any(|line| line.split_ascii_whitespace().nth(2) == Some(symbol))
 }
 
 fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
@@ -326,24 +252,16 @@ fn loadable(module: &str) -> Driver {
         return Driver::Absent;
     };
     let mut command = Command::new(modprobe);
-    command
-        .args(["--show-depends", module])
-        .stderr(Stdio::null());
+    command.args(["--show-depends", module]).stderr(Stdio::null());
     match command.output() {
-        Ok(output) if output.status.success() => {
-            parse_depends(&String::from_utf8_lossy(&output.stdout))
-        }
+        Ok(output) if output.status.success() => parse_depends(&String::from_utf8_lossy(&output.stdout)),
         _ => Driver::Absent,
     }
 }
 
 /// The last line of `modprobe --show-depends`: `insmod PATH [OPTIONS]` or `builtin NAME`.
 fn parse_depends(output: &str) -> Driver {
-    let mut words = output
-        .lines()
-        .last()
-        .unwrap_or_default()
-        .split_ascii_whitespace();
+    let mut words = output.lines().last().unwrap_or_default().split_ascii_whitespace();
     match (words.next(), words.next()) {
         (Some("insmod"), Some(path)) => Driver::Loadable(Some(path.to_owned())),
         (Some("builtin"), _) => Driver::Loadable(None),
@@ -369,12 +287,7 @@ fn module_bytes(path: &str) -> Option<Vec<u8>> {
 
 /// What a decompressor makes of a file; `None` if it is missing or fails.
 fn filter(program: &str, file: File) -> Option<Vec<u8>> {
-    let output = Command::new(program)
-        .arg("-dc")
-        .stdin(file)
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
+    let output = Command::new(program).arg("-dc").stdin(file).stderr(Stdio::null()).output().ok()?;
     output.status.success().then_some(output.stdout)
 }
 
@@ -384,10 +297,7 @@ mod tests {
     use super::*;
 
     fn config(text: &str) -> Config {
-        Config {
-            origin: "/boot/config-test".into(),
-            text: text.into(),
-        }
+        Config { origin: "/boot/config-test".into(), text: text.into() }
     }
 
     #[test]
@@ -408,13 +318,7 @@ mod tests {
         let off = config("# CONFIG_X_ONDEMAND is not set\n");
         let on = config("CONFIG_X_ONDEMAND=y\n");
         let symbols = "0000000000000000 T x_ondemand_read\t[x]\n0000000000000000 t other\n";
-        let find = |driver: &Driver, symbols, config| match find_code(
-            "x_ondemand_read",
-            "X_ONDEMAND",
-            driver,
-            symbols,
-            config,
-        ) {
+        let find = |driver: &Driver, symbols, config| match find_code("x_ondemand_read", "X_ONDEMAND", driver, symbols, config) {
             Code::Present(_) => Some(true),
             Code::Absent(_) => Some(false),
             Code::Unknown => None,
@@ -422,10 +326,7 @@ mod tests {
         let file = Driver::Loadable(Some("/no/such/module.ko".into()));
         // Rebuilt modules are loaded: the old configuration does not matter.
         assert_eq!(find(&Driver::Running, symbols, Some(&off)), Some(true));
-        assert_eq!(
-            find(&Driver::Running, "0 T x_ondemand_read_not\n", Some(&on)),
-            Some(false)
-        );
+        assert_eq!(find(&Driver::Running, "0 T x_ondemand_read_not\n", Some(&on)), Some(false));
         assert_eq!(find(&file, "", Some(&on)), Some(true));
         assert_eq!(find(&file, "", Some(&off)), Some(false));
         assert_eq!(find(&Driver::Running, "", None), None);
@@ -437,12 +338,7 @@ mod tests {
         let plain = dir.path().join("x.ko");
         std::fs::write(&plain, b"\x7fELF\0x_ondemand_read\0").unwrap();
         let mut files = vec![plain.clone()];
-        if Command::new("gzip")
-            .arg("-k")
-            .arg(&plain)
-            .status()
-            .is_ok_and(|s| s.success())
-        {
+        if Command::new("gzip").arg("-k").arg(&plain).status().is_ok_and(|s| s.success()) {
             files.push(dir.path().join("x.ko.gz"));
         }
         for path in files {
@@ -457,9 +353,7 @@ mod tests {
     #[test]
     fn modprobe_is_understood() {
         assert_eq!(
-            parse_depends(
-                "insmod /lib/modules/x/netfs.ko \ninsmod /lib/modules/x/cachefiles.ko.xz debug=0\n"
-            ),
+            parse_depends("insmod /lib/modules/x/netfs.ko \ninsmod /lib/modules/x/cachefiles.ko.xz debug=0\n"),
             Driver::Loadable(Some("/lib/modules/x/cachefiles.ko.xz".into()))
         );
         assert_eq!(parse_depends("builtin erofs\n"), Driver::Loadable(None));
@@ -469,22 +363,12 @@ mod tests {
     #[test]
     fn missing_parts_are_named_with_the_way_out() {
         let judge = |is_module| {
-            let feature = Feature {
-                driver: Driver::Running,
-                ondemand: Code::Absent("the running kernel".into()),
-                is_module,
-            };
+            let feature = Feature { driver: Driver::Running, ondemand: Code::Absent("the running kernel".into()), is_module };
             ondemand("erofs-ondemand", "EROFS_FS_ONDEMAND", &feature)
         };
         let check = judge(true);
-        assert_eq!(
-            (check.status, check.verdict),
-            (Status::Fail, Verdict::Unavailable)
-        );
-        assert_eq!(
-            check.found,
-            "CONFIG_EROFS_FS_ONDEMAND: not in the running kernel"
-        );
+        assert_eq!((check.status, check.verdict), (Status::Fail, Verdict::Unavailable));
+        assert_eq!(check.found, "CONFIG_EROFS_FS_ONDEMAND: not in the running kernel");
         assert!(check.remedy.contains("rebuild"));
         assert!(!judge(false).remedy.contains("rebuild"));
     }

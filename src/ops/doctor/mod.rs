@@ -19,20 +19,15 @@ pub mod release;
 
 use std::fmt;
 use std::fs;
-use std::os::fd::BorrowedFd;
-use std::path::{Path, PathBuf};
-
-use nix::errno::Errno;
+use std::path::Path;
 
 use self::features::Kernel;
 use self::release::Running;
+use crate::ops::exit;
 use crate::store::{SourceMode, StoreSpec, open_store};
 
 /// The device of the cachefiles front end.
 pub const DEVICE: &str = "/dev/cachefiles";
-
-/// Where the cache is by default.
-pub const DEFAULT_CACHE_DIR: &str = "/var/cache/infill";
 
 /// How a check ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
@@ -65,15 +60,15 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// The exit code, after sysexits.h where it has one.
+    /// The exit code, one of [`exit`].
     #[must_use]
     pub const fn exit_code(self) -> u8 {
         match self {
             Self::Ready => 0,
-            Self::Failed => 1,
-            Self::Unavailable => 69,
-            Self::NotPermitted => 77,
-            Self::BadCacheDir => 78,
+            Self::Failed => exit::FAILED,
+            Self::Unavailable => exit::UNAVAILABLE,
+            Self::NotPermitted => exit::NO_PERMISSION,
+            Self::BadCacheDir => exit::BAD_CONFIGURATION,
         }
     }
 }
@@ -82,9 +77,7 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Ready => "this host can serve images through cachefiles",
-            Self::Unavailable => {
-                "not possible: the kernel lacks what is needed, or its device is in use"
-            }
+            Self::Unavailable => "not possible: the kernel lacks what is needed, or its device is in use",
             Self::NotPermitted => "not possible: this process is not permitted to",
             Self::BadCacheDir => "not possible: the cache directory cannot be used",
             Self::Failed => "not possible as things are",
@@ -122,29 +115,12 @@ impl Check {
         Self::new(id, Status::Unknown, Verdict::Ready, found.into(), remedy)
     }
 
-    fn fail(
-        id: &'static str,
-        verdict: Verdict,
-        found: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
+    fn fail(id: &'static str, verdict: Verdict, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::new(id, Status::Fail, verdict, found.into(), remedy)
     }
 
-    fn new(
-        id: &'static str,
-        status: Status,
-        verdict: Verdict,
-        found: String,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self {
-            id,
-            status,
-            found,
-            remedy: remedy.into(),
-            verdict,
-        }
+    fn new(id: &'static str, status: Status, verdict: Verdict, found: String, remedy: impl Into<String>) -> Self {
+        Self { id, status, found, remedy: remedy.into(), verdict }
     }
 }
 
@@ -162,48 +138,29 @@ impl Report {
     #[must_use]
     pub fn new(checks: Vec<Check>) -> Self {
         let verdict = checks.iter().map(|check| check.verdict).min();
-        Self {
-            verdict: verdict.unwrap_or(Verdict::Ready),
-            checks,
-        }
+        Self { verdict: verdict.unwrap_or(Verdict::Ready), checks }
     }
 }
 
 /// What is to be checked.
-#[derive(Clone, Debug)]
-pub struct Subject {
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
     /// Where the cache is to be.
-    pub cache_dir: PathBuf,
+    pub cache_dir: &'a Path,
     /// The stores that are to be used.
-    pub stores: Vec<StoreSpec>,
-}
-
-/// What other parts of the program find out for the doctor.
-pub struct Probes<'a> {
-    /// Sets up a ring the way the engine does; says what it is like, or why there is none.
-    pub ring: &'a dyn Fn() -> Result<String, String>,
-    /// The processes that hold a device, as `(pid, command)`.
-    pub holders: &'a dyn Fn(&Path) -> Vec<(i32, String)>,
-    /// Sets a `user.` attribute on an open file.
-    pub set_xattr: &'a dyn Fn(BorrowedFd<'_>) -> Result<(), Errno>,
-}
-
-impl fmt::Debug for Probes<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Probes")
-    }
+    pub stores: &'a [StoreSpec],
 }
 
 /// Examines this host.
 #[must_use]
-pub fn examine(subject: &Subject, probes: &Probes<'_>) -> Report {
+pub fn examine(subject: &Subject<'_>) -> Report {
     let running = Running::read();
     let kernel = Kernel::read(&running.release);
     let mut checks = release::checks(&running);
     checks.extend(kernel.checks());
-    checks.extend(device::checks(&kernel, probes));
-    checks.extend(cache_dir::checks(&subject.cache_dir, probes));
-    checks.extend(host::checks(probes));
+    checks.extend(device::checks(&kernel));
+    checks.extend(cache_dir::checks(subject.cache_dir));
+    checks.extend(host::checks());
     checks.extend(subject.stores.iter().map(check_store));
     checks.push(features::later_front_end(&running, &kernel));
     Report::new(checks)
@@ -230,20 +187,11 @@ mod tests {
     fn the_worst_finding_decides() {
         let fail = |verdict| Check::fail("x", verdict, "", "");
         let verdict = |checks: &[Check]| Report::new(checks.to_vec()).verdict.exit_code();
-        let harmless = [
-            Check::ok("x", ""),
-            Check::warn("x", "", ""),
-            Check::unknown("x", "", ""),
-        ];
+        let harmless = [Check::ok("x", ""), Check::warn("x", "", ""), Check::unknown("x", "", "")];
         assert_eq!(verdict(&[]), 0);
         assert_eq!(verdict(&harmless), 0);
         let mut checks = harmless.to_vec();
-        for (worse, code) in [
-            (Verdict::Failed, 1),
-            (Verdict::BadCacheDir, 78),
-            (Verdict::NotPermitted, 77),
-            (Verdict::Unavailable, 69),
-        ] {
+        for (worse, code) in [(Verdict::Failed, 1), (Verdict::BadCacheDir, 78), (Verdict::NotPermitted, 77), (Verdict::Unavailable, 69)] {
             checks.push(fail(worse));
             assert_eq!(verdict(&checks), code);
         }

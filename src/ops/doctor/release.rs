@@ -14,9 +14,7 @@ impl Version {
     /// The version at the start of `text`, such as `6.1.0-56-amd64` or `7.2-rc3`.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let end = text
-            .find(|c: char| c != '.' && !c.is_ascii_digit())
-            .unwrap_or(text.len());
+        let end = text.find(|c: char| c != '.' && !c.is_ascii_digit()).unwrap_or(text.len());
         let mut numbers = text[..end].split('.').map(str::parse);
         let major = numbers.next()?.ok()?;
         let minor = numbers.next()?.ok()?;
@@ -28,10 +26,7 @@ impl Version {
     /// that got it, and last the first mainline release.
     fn has(self, fixed: &[Self]) -> bool {
         let branch = |v: Self| (v.0, v.1);
-        fixed
-            .iter()
-            .any(|first| branch(*first) == branch(self) && self >= *first)
-            || fixed.last().is_some_and(|mainline| self >= *mainline)
+        fixed.iter().any(|first| branch(*first) == branch(self) && self >= *first) || fixed.last().is_some_and(|mainline| self >= *mainline)
     }
 }
 
@@ -48,22 +43,11 @@ const EROFS_REMOVED: [Version; 2] = [Version(7, 1, 8), Version(7, 2, 0)];
 /// 949eb95d5bcc: the on-demand mode itself removed.
 const ONDEMAND_REMOVED: [Version; 1] = [Version(7, 3, 0)];
 /// The fixes of copen, READ_COMPLETE, killable waiters and the withdrawal races.
-const SANE: [Version; 4] = [
-    Version(6, 1, 101),
-    Version(6, 6, 42),
-    Version(6, 9, 11),
-    Version(6, 10, 0),
-];
+const SANE: [Version; 4] = [Version(6, 1, 101), Version(6, 6, 42), Version(6, 9, 11), Version(6, 10, 0)];
 /// 0a7e54c1959c and e73fa11a356c: objects are opened again; `restore`.
 const REOPEN: [Version; 3] = [Version(6, 1, 95), Version(6, 6, 35), Version(6, 8, 0)];
 /// CVE-2024-56549: NULL dereference by a write before the object has its file.
-const EARLY_WRITE: [Version; 5] = [
-    Version(6, 1, 129),
-    Version(6, 6, 78),
-    Version(6, 11, 11),
-    Version(6, 12, 2),
-    Version(6, 13, 0),
-];
+const EARLY_WRITE: [Version; 5] = [Version(6, 1, 129), Version(6, 6, 78), Version(6, 11, 11), Version(6, 12, 2), Version(6, 13, 0)];
 
 /// What an operator should run instead.
 const GOOD_KERNELS: &str = "boot a kernel from 6.1.101, 6.6.42 or 6.10 up to 7.1.7, best the long-term \
@@ -101,18 +85,12 @@ impl Running {
         let told = debian.or(ubuntu).and_then(Version::parse);
         let version = told.or_else(|| Version::parse(release));
         let own_numbers = matches!(version, Some(Version(_, _, 0))) && release.contains(".0-");
-        Self {
-            release: release.to_owned(),
-            version,
-            exact: told.is_some() || !own_numbers,
-        }
+        Self { release: release.to_owned(), version, exact: told.is_some() || !own_numbers }
     }
 
     /// Alibaba's and OpenAnolis' kernels 4.19 and 5.10, which are reported to have the mode back-ported.
     fn is_anolis(&self) -> bool {
-        [".an", ".al"]
-            .iter()
-            .any(|mark| self.release.contains(mark))
+        [".an", ".al"].iter().any(|mark| self.release.contains(mark))
     }
 }
 
@@ -120,10 +98,7 @@ impl Running {
 #[must_use]
 pub fn checks(running: &Running) -> Vec<Check> {
     let Some(version) = running.version else {
-        let found = format!(
-            "'{}' is no version that could be understood",
-            running.release
-        );
+        let found = format!("'{}' is no version that could be understood", running.release);
         return vec![Check::unknown("kernel", found, "")];
     };
     let mut checks = vec![window(running, version)];
@@ -136,53 +111,31 @@ pub fn checks(running: &Running) -> Vec<Check> {
 
 fn window(running: &Running, version: Version) -> Check {
     const ID: &str = "kernel";
-    let linux = if running.exact {
-        format!("Linux {version}")
-    } else {
-        format!("Linux {}.{} ({})", version.0, version.1, running.release)
-    };
-    let missing = |why| {
-        Check::fail(
-            ID,
-            Verdict::Unavailable,
-            format!("{linux}: {why}"),
-            GOOD_KERNELS,
-        )
-    };
+    let linux = if running.exact { format!("Linux {version}") } else { format!("Linux {}.{} ({})", version.0, version.1, running.release) };
+    let missing = |why| Check::fail(ID, Verdict::Unavailable, format!("{linux}: {why}"), GOOD_KERNELS);
     let removed_71 = version.0 == 7 && version.1 == 1 && !running.exact;
     if version < FIRST && running.is_anolis() {
         let found = format!("{linux}: reported to have on-demand mode back-ported");
-        return Check::unknown(
-            ID,
-            found,
-            "look at the lines on the kernel's features below",
-        );
+        return Check::unknown(ID, found, "look at the lines on the kernel's features below");
     }
     if version < FIRST {
         return missing("cachefiles on-demand mode came with 5.19");
     }
     if version.has(&ONDEMAND_REMOVED) {
-        return missing(
-            "cachefiles on-demand mode was removed in 7.3, and EROFS over fscache before it",
-        );
+        return missing("cachefiles on-demand mode was removed in 7.3, and EROFS over fscache before it");
     }
     if version.has(&EROFS_REMOVED) {
         return missing("EROFS over fscache was removed in 7.1.8 and 7.2");
     }
     if removed_71 || version.0 == 7 && version.1 == 0 {
-        let found = format!(
-            "{linux}: EROFS over fscache was removed in 7.1.8, perhaps in a late 7.0 release too"
-        );
+        let found = format!("{linux}: EROFS over fscache was removed in 7.1.8, perhaps in a late 7.0 release too");
         return Check::unknown(ID, found, GOOD_KERNELS);
     }
     if !running.exact {
-        let found =
-            format!("{linux}: the source has on-demand mode; its point release is not known");
+        let found = format!("{linux}: the source has on-demand mode; its point release is not known");
         let do_this = "make sure that it includes the fixes of 6.1.101, 6.6.42 or 6.9.11";
         return match version {
-            version if version >= Version(6, 10, 0) => {
-                Check::ok(ID, format!("{linux}: the source has on-demand mode"))
-            }
+            version if version >= Version(6, 10, 0) => Check::ok(ID, format!("{linux}: the source has on-demand mode")),
             _ => Check::unknown(ID, found, do_this),
         };
     }
@@ -193,10 +146,7 @@ fn window(running: &Running, version: Version) -> Check {
         );
         return Check::warn(ID, found, GOOD_KERNELS);
     }
-    Check::ok(
-        ID,
-        format!("{linux}: the source has on-demand mode and its fixes"),
-    )
+    Check::ok(ID, format!("{linux}: the source has on-demand mode and its fixes"))
 }
 
 /// A bug that an operator should know of.
@@ -207,11 +157,7 @@ struct Bug {
 }
 
 const BUGS: [Bug; 3] = [
-    Bug {
-        first: FIRST,
-        fixed: &EARLY_WRITE,
-        text: "a write that comes very early can crash the kernel (CVE-2024-56549)",
-    },
+    Bug { first: FIRST, fixed: &EARLY_WRITE, text: "a write that comes very early can crash the kernel (CVE-2024-56549)" },
     Bug {
         // cfd86ef7e8e7, reverted by 1e7ab6f67824 before 6.16.
         first: Version(6, 15, 0),
@@ -237,11 +183,7 @@ fn bugs(running: &Running, version: Version) -> Check {
         "mount uncompressed images only: compressed ones need 6.9"
     }
     .to_owned();
-    let known: Vec<&str> = BUGS
-        .iter()
-        .filter(|bug| version >= bug.first && !version.has(bug.fixed))
-        .map(|bug| bug.text)
-        .collect();
+    let known: Vec<&str> = BUGS.iter().filter(|bug| version >= bug.first && !version.has(bug.fixed)).map(|bug| bug.text).collect();
     if known.is_empty() {
         return Check::ok(ID, format!("none that infill does not avoid; {advice}"));
     }
@@ -250,32 +192,20 @@ fn bugs(running: &Running, version: Version) -> Check {
     if running.exact {
         Check::warn(ID, text, advice)
     } else {
-        Check::unknown(
-            ID,
-            format!("unless the distribution fixed it: {text}"),
-            advice,
-        )
+        Check::unknown(ID, format!("unless the distribution fixed it: {text}"), advice)
     }
 }
 
 fn reopen(running: &Running, version: Version) -> Check {
     const ID: &str = "kernel-reopen";
-    let without =
-        "every mounted blob keeps a descriptor, and reads in flight fail when the daemon crashes";
+    let without = "every mounted blob keeps a descriptor, and reads in flight fail when the daemon crashes";
     let remedy = "boot 6.1.95, 6.6.35, 6.8 or later";
     if version.has(&REOPEN) {
-        Check::ok(
-            ID,
-            "blobs are opened again on demand; a restart of the daemon loses no read",
-        )
+        Check::ok(ID, "blobs are opened again on demand; a restart of the daemon loses no read")
     } else if running.exact {
         Check::warn(ID, format!("no re-opening: {without}"), remedy)
     } else {
-        Check::unknown(
-            ID,
-            format!("perhaps no re-opening; without it {without}"),
-            remedy,
-        )
+        Check::unknown(ID, format!("perhaps no re-opening; without it {without}"), remedy)
     }
 }
 
@@ -357,20 +287,14 @@ mod tests {
         assert_eq!(letters("7.1.0-3-generic", "#3-Ubuntu SMP", None), "?oo");
         assert_eq!(letters("5.10.134-16.an8.x86_64", "#1 SMP", None), "?");
         assert_eq!(letters("5.14.0-503.el9.x86_64", "#1 SMP", None), "F");
-        assert_eq!(
-            letters("6.1.141-155.222.amzn2023.x86_64", "#1 SMP", None),
-            "ooo"
-        );
+        assert_eq!(letters("6.1.141-155.222.amzn2023.x86_64", "#1 SMP", None), "ooo");
     }
 
     #[test]
     fn a_kernel_without_the_feature_is_told_plainly() {
         let removed = &checks(&Running::new("7.1.8", "", None))[0];
         assert_eq!(removed.verdict, Verdict::Unavailable);
-        assert_eq!(
-            removed.found,
-            "Linux 7.1.8: EROFS over fscache was removed in 7.1.8 and 7.2"
-        );
+        assert_eq!(removed.found, "Linux 7.1.8: EROFS over fscache was removed in 7.1.8 and 7.2");
         assert!(removed.remedy.starts_with("boot a kernel from 6.1.101"));
     }
 }
