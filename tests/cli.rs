@@ -26,8 +26,8 @@ fn refused(args: &[&str], code: i32, words: &[&str]) {
 
 fn settings(dir: &Path, text: &str) -> String {
     let path = dir.join("config.toml");
-    std::fs::write(&path, text).unwrap();
-    path.to_str().unwrap().to_owned()
+    std::fs::write(&path, text).expect("a scratch file can be written");
+    path.to_str().expect("a scratch path is text").to_owned()
 }
 
 #[test]
