@@ -4,6 +4,8 @@
 //! answer carries a [`Ticket`]; the engine does the work and answers the ticket. Nothing else passes
 //! between the two, so a second kernel interface is a second implementation of [`FrontEnd`].
 
+pub mod sim;
+
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
