@@ -2,6 +2,7 @@
 //!
 //! Data flows one way, front end -> shard -> store -> sink -> answer; nothing calls back up.
 
+pub mod engine;
 pub mod front;
 pub mod key;
 pub mod range;

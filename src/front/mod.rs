@@ -107,10 +107,7 @@ pub struct Ticket {
 impl Ticket {
     /// A ticket whose answer goes to `to`, which knows the request by `token`.
     pub fn new(to: Arc<dyn Answer>, token: u64) -> Self {
-        Self {
-            to: Some(to),
-            token,
-        }
+        Self { to: Some(to), token }
     }
 
     /// Answers the request.
@@ -135,10 +132,7 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if let Some(to) = self.to.take() {
             UNANSWERED.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(
-                token = self.token,
-                "bug: a request was dropped unanswered; answering it with EIO"
-            );
+            tracing::error!(token = self.token, "bug: a request was dropped unanswered; answering it with EIO");
             // Nothing is left to do about a refusal here: the kernel no longer wants the answer.
             let _ = to.answer(self.token, Outcome::Failed(Errno::EIO));
         }
@@ -188,9 +182,7 @@ pub enum FrontError {
     #[error("malformed message from the kernel: {0}")]
     Malformed(String),
     /// No descriptor was free for an open, so the kernel failed that open for good.
-    #[error(
-        "an open was lost because no file descriptor was free ({0}); raise LimitNOFILE= or fs.file-max, then mount that image again"
-    )]
+    #[error("an open was lost because no file descriptor was free ({0}); raise LimitNOFILE= or fs.file-max, then mount that image again")]
     OutOfDescriptors(Errno),
     /// The interface is gone or refuses to work.
     #[error("cannot read requests from the kernel: {0}")]

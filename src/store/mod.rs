@@ -64,17 +64,7 @@ pub enum Data {
 }
 
 /// How a source is read.
-#[derive(
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Debug,
-    Default,
-    clap::ValueEnum,
-    serde::Deserialize,
-    serde::Serialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceMode {
     /// Past the page cache into registered buffers (`O_DIRECT`); buffered where the file system refuses.
@@ -117,9 +107,6 @@ impl StoreError {
     #[must_use]
     pub fn is_transient(&self) -> bool {
         use nix::errno::Errno::{EAGAIN, EINTR, EIO, EMFILE, ENFILE, ENOMEM, ESTALE, ETIMEDOUT};
-        matches!(
-            self.source,
-            EAGAIN | EINTR | EIO | EMFILE | ENFILE | ENOMEM | ESTALE | ETIMEDOUT
-        )
+        matches!(self.source, EAGAIN | EINTR | EIO | EMFILE | ENFILE | ENOMEM | ESTALE | ETIMEDOUT)
     }
 }
