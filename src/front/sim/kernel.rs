@@ -277,19 +277,19 @@ impl Kernel {
         }
     }
 
-    /// One step of a reader that is not asleep.
-    pub fn run_reader(&mut self, index: usize) {
+    /// One step of a reader; `false` if it sleeps, is over, or waits for the mount.
+    pub fn run_reader(&mut self, index: usize) -> bool {
         let reader = &mut self.readers[index];
         let cookie = &self.cookies[reader.cookie];
         if reader.is_over() || matches!(reader.doing, Doing::Asleep { .. }) {
-            return;
+            return false;
         }
         match cookie.phase {
             Phase::Live => {}
-            Phase::LookingUp | Phase::Publishing => return,
+            Phase::LookingUp | Phase::Publishing => return false,
             Phase::Idle | Phase::Failed | Phase::Withdrawing => {
                 reader.doing = Doing::Failed(Errno::EIO);
-                return;
+                return true;
             }
         }
         if let Look::Ask { offset, len } = reader.look(&cookie.file) {
@@ -297,6 +297,7 @@ impl Kernel {
             let msg_id = self.push(cookie, Ask::Read { offset, len, reader: index });
             self.readers[index].doing = Doing::Asleep { msg_id };
         }
+        true
     }
 
     /// Kills a reader; its request vanishes.

@@ -15,3 +15,4 @@ pub mod queue;
 pub mod readers;
 pub mod rng;
 pub mod sink;
+pub mod world;
