@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use infill::front::sim::world::{self, Rule, Sabotage, Seen};
+use infill::front::sim::world::{self, Report, Rule, Sabotage, Seen};
 
 const SEEDS: u64 = 10_000;
 /// Worlds in which a mistake made on purpose must show.
@@ -15,30 +15,28 @@ fn from_env(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// Runs seeds on all cores; the first broken rule ends the test.
-fn run_all(seeds: u64) -> Seen {
+/// Runs seeds on all cores until one breaks a rule.
+fn run_all(seeds: u64) -> Result<Seen, Box<Report>> {
     let next = AtomicU64::new(0);
-    let workers = thread::available_parallelism().map_or(1, usize::from);
-    let run_some = || {
+    let run_some = || -> Result<Seen, Box<Report>> {
         let mut total = Seen::default();
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= seeds {
-                return total;
+                return Ok(total);
             }
-            match world::run(seed, None) {
-                Ok(seen) => total.add(&seen),
-                Err(report) => panic!("{report}"),
-            }
+            let seen = world::run(seed, None).inspect_err(|_| next.store(seeds, Ordering::Relaxed))?;
+            total.add(&seen);
         }
     };
+    let workers = thread::available_parallelism().map_or(1, usize::from);
     thread::scope(|scope| {
         let threads: Vec<_> = (0..workers).map(|_| scope.spawn(run_some)).collect();
         let mut total = Seen::default();
         for thread in threads {
-            total.add(&thread.join().expect("a world broke a rule, see above"));
+            total.add(&thread.join().expect("a worker panicked")?);
         }
-        total
+        Ok(total)
     })
 }
 
@@ -49,7 +47,10 @@ fn every_world_keeps_the_rules() {
         println!("{report}");
         return;
     }
-    let seen = run_all(from_env("INFILL_SIM_SEEDS").unwrap_or(SEEDS));
+    let seen = match run_all(from_env("INFILL_SIM_SEEDS").unwrap_or(SEEDS)) {
+        Ok(seen) => seen,
+        Err(report) => panic!("{report}"),
+    };
     println!("{seen:?}");
     assert!(seen.readers_served > seen.readers_failed, "the worlds are too hostile to show much: {seen:?}");
 }

@@ -12,6 +12,9 @@ use crate::store::{Blob, Data, Extent, SourceFile, SourceMode};
 pub const PAGE_BYTES: u64 = 4096;
 /// Longest blob that is made by chance.
 const BLOB_MAX_BYTES: u64 = 3 << 20;
+/// Whether extents may start and end anywhere; otherwise they start at pages, in the
+/// blob and in mapped files, and a mapped file ends where the blob ends.
+const ODD_EXTENTS: bool = false;
 /// Most extents in a blob that is made by chance.
 const EXTENTS_MAX: u64 = 12;
 
@@ -60,7 +63,7 @@ impl SimBlob {
         let mut starts = vec![0];
         for _ in 1..count {
             let start = rng.below(len);
-            starts.push(if rng.chance(500) { align_down(start, PAGE_BYTES) } else { start });
+            starts.push(if !ODD_EXTENTS || rng.chance(500) { align_down(start, PAGE_BYTES) } else { start });
         }
         starts.sort_unstable();
         starts.dedup();
@@ -72,7 +75,7 @@ impl SimBlob {
             let data = if kind == 2 {
                 Data::Zero
             } else {
-                let offset = place(used[kind], start, rng);
+                let offset = place(used[kind], start, kind == 1, rng);
                 used[kind] = offset + (end - start);
                 match kind {
                     0 => Data::Read { file: 0, offset },
@@ -83,11 +86,12 @@ impl SimBlob {
         }
         // A source may go on behind the last byte that this blob uses.
         let slack = rng.pick(&[0, 0, 1, 100, 3 * PAGE_BYTES]);
+        let mapped_slack = if ODD_EXTENTS { slack } else { 0 };
         Self {
             id,
             len,
             extents,
-            files: vec![source_file(used[0] + slack, SourceMode::Buffered), source_file(used[1] + slack, SourceMode::Mmap)],
+            files: vec![source_file(used[0] + slack, SourceMode::Buffered), source_file(used[1] + mapped_slack, SourceMode::Mmap)],
             broken: vec![Vec::new(), Vec::new()],
         }
     }
@@ -161,8 +165,8 @@ impl SimBlob {
 
 /// Where in a file to put an extent: behind what is used, as far from page boundaries as the blob's own
 /// offset (so that whole pages can be mapped), or anywhere.
-const fn place(used: u64, start: u64, rng: &mut Rng) -> u64 {
-    if rng.chance(600) { align_up(used, PAGE_BYTES) + start % PAGE_BYTES } else { used + rng.below(700) }
+const fn place(used: u64, start: u64, mapped: bool, rng: &mut Rng) -> u64 {
+    if (mapped && !ODD_EXTENTS) || rng.chance(600) { align_up(used, PAGE_BYTES) + start % PAGE_BYTES } else { used + rng.below(700) }
 }
 
 /// A file that is never read: the simulation only asks for its length and mode.

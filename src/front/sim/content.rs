@@ -43,14 +43,14 @@ pub trait Origins: std::fmt::Debug {
 /// Whether `len` bytes of `a` from `a_start` on equal those of `b` from `b_start` on.
 #[must_use]
 pub fn equal(a: &dyn Origins, a_start: u64, b: &dyn Origins, b_start: u64, len: u64) -> bool {
-    let mut done = 0;
+    let mut done: u64 = 0;
     while done < len {
         let (from_a, run_a) = a.at(a_start + done);
         let (from_b, run_b) = b.at(b_start + done);
         if from_a != from_b || from_a == Origin::Garbage {
             return false;
         }
-        done += run_a.min(run_b);
+        done = done.saturating_add(run_a.min(run_b));
     }
     true
 }

@@ -48,46 +48,46 @@ impl fmt::Display for Violation {
 }
 
 /// What a check gives.
-pub type Checked<T = ()> = Result<T, Violation>;
+pub(super) type Checked<T = ()> = Result<T, Violation>;
 
 /// Fails with `rule` unless `holds`.
 ///
 /// # Errors
 /// The violation, described by `how`.
-pub fn ensure(holds: bool, rule: Rule, how: impl FnOnce() -> String) -> Checked {
+pub(super) fn ensure(holds: bool, rule: Rule, how: impl FnOnce() -> String) -> Checked {
     if holds { Ok(()) } else { Err(Violation { rule, how: how() }) }
 }
 
 /// The ticket that the simulation gives to a machine: the number of one delivery of one request. A request
 /// that is delivered twice has two.
 #[derive(PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct SimTicket(pub u64);
+pub(super) struct SimTicket(pub u64);
 
 /// A delivered request that waits for its answer.
 #[derive(Clone, Debug)]
-pub struct Waiting {
+pub(super) struct Waiting {
     /// The kernel's name for it.
-    pub msg_id: u32,
+    pub(super) msg_id: u32,
     /// The object's id in the message.
-    pub object: u32,
+    pub(super) object: u32,
     /// What was asked.
-    pub range: ByteRange,
+    pub(super) range: ByteRange,
     /// Why it may fail, if something happened that is reason enough.
-    pub excuse: Option<&'static str>,
+    pub(super) excuse: Option<&'static str>,
     /// A kernel reported a short write of this object as complete: "done" may be wrong, in good faith.
-    pub lied_to: bool,
+    pub(super) lied_to: bool,
 }
 
 /// Every request that was delivered and not answered.
 #[derive(Clone, Default, Debug)]
-pub struct Ledger {
+pub(super) struct Ledger {
     waiting: BTreeMap<u64, Waiting>,
     next: u64,
 }
 
 impl Ledger {
     /// Notes a delivery and makes its ticket.
-    pub fn issue(&mut self, waiting: Waiting) -> SimTicket {
+    pub(super) fn issue(&mut self, waiting: Waiting) -> SimTicket {
         self.next += 1;
         self.waiting.insert(self.next, waiting);
         SimTicket(self.next)
@@ -97,27 +97,27 @@ impl Ledger {
     ///
     /// # Errors
     /// The request was answered before.
-    pub fn answered(&mut self, ticket: &SimTicket) -> Checked<Waiting> {
+    pub(super) fn answered(&mut self, ticket: &SimTicket) -> Checked<Waiting> {
         let waiting = self.waiting.remove(&ticket.0);
         waiting.ok_or_else(|| Violation { rule: Rule::OneAnswer, how: format!("{ticket:?} is answered a second time") })
     }
 
     /// Something happened to an object that is reason enough for its requests to fail.
-    pub fn excuse(&mut self, object: u32, reason: &'static str) {
+    pub(super) fn excuse(&mut self, object: u32, reason: &'static str) {
         for waiting in self.waiting.values_mut().filter(|waiting| waiting.object == object) {
             waiting.excuse = Some(reason);
         }
     }
 
     /// Something happened that is reason enough for every request to fail.
-    pub fn excuse_all(&mut self, reason: &'static str) {
+    pub(super) fn excuse_all(&mut self, reason: &'static str) {
         for waiting in self.waiting.values_mut() {
             waiting.excuse = Some(reason);
         }
     }
 
     /// The kernel lied about a write to an object.
-    pub fn lied_to(&mut self, object: u32) {
+    pub(super) fn lied_to(&mut self, object: u32) {
         for waiting in self.waiting.values_mut().filter(|waiting| waiting.object == object) {
             waiting.lied_to = true;
         }
@@ -125,24 +125,24 @@ impl Ledger {
 
     /// Whether a request for an object is waiting.
     #[must_use]
-    pub fn has(&self, object: u32) -> bool {
+    pub(super) fn has(&self, object: u32) -> bool {
         self.waiting.values().any(|waiting| waiting.object == object)
     }
 
     /// How many are waiting.
     #[must_use]
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.waiting.len()
     }
 
     /// Whether none is waiting.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
 
     /// The daemon died: its tickets are void.
-    pub fn forget_all(&mut self) {
+    pub(super) fn forget_all(&mut self) {
         self.waiting.clear();
     }
 }

@@ -235,14 +235,17 @@ impl World {
             });
         };
         let end = align_up(waiting.range.end, PAGE_BYTES).min(sink.blob.padded_len());
-        let clamped = align_down(waiting.range.start, PAGE_BYTES)..end;
+        let start = if waiting.range.is_empty() { end } else { align_down(waiting.range.start, PAGE_BYTES) };
+        let clamped = start..end;
         if matches!(outcome, Outcome::Failed(_)) {
-            let beyond = clamped.start >= clamped.end;
-            let reason = beyond || waiting.excuse.is_some() || self.sources.is_lost(&sink.blob, &clamped);
+            let reason = clamped.is_empty() || waiting.excuse.is_some() || self.sources.is_lost(&sink.blob, &clamped);
             return ensure(reason, Rule::FailureHasReason, || format!("{waiting:?} is answered {outcome:?} for no reason"));
         }
+        if clamped.is_empty() {
+            return Ok(());
+        }
         let withdrawn = self.kernel.present(sink.fd, &(0..0)).is_err();
-        let missing = || !self.kernel.present(sink.fd, &clamped).is_ok_and(|parts| clamped.is_empty() || parts == [clamped.clone()]);
+        let missing = || !self.kernel.present(sink.fd, &clamped).is_ok_and(|parts| parts == [clamped.clone()]);
         ensure(withdrawn || waiting.lied_to || !missing(), Rule::DoneMeansThere, || {
             format!("{waiting:?} is answered {outcome:?} but not everything is there")
         })

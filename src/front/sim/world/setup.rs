@@ -15,41 +15,41 @@ use crate::store::Blob;
 
 /// How often each thing goes wrong, in a thousand chances.
 #[derive(Clone, Copy, Default, Debug)]
-pub struct Faults {
+pub(super) struct Faults {
     /// An operation moves less than it was asked to.
-    pub short: u64,
+    pub(super) short: u64,
     /// An operation is interrupted: `EINTR` or `EAGAIN`.
-    pub soft: u64,
+    pub(super) soft: u64,
     /// A write finds no room, but will at the next try: `ENOSPC` or `ENOBUFS`.
-    pub no_room: u64,
+    pub(super) no_room: u64,
     /// An operation fails once for no reason: `EIO` or `ECANCELED`.
-    pub hard: u64,
+    pub(super) hard: u64,
     /// A short write is reported as complete (kernels that round their result).
-    pub lie: u64,
+    pub(super) lie: u64,
     /// A sector of a blob cannot be read, for ever.
-    pub broken: u64,
+    pub(super) broken: u64,
     /// `read(2)` on the device returns 0 for no reason.
-    pub nothing: u64,
+    pub(super) nothing: u64,
     /// A wake-up is lost.
-    pub deaf: u64,
+    pub(super) deaf: u64,
     /// An OPEN finds no descriptor.
-    pub no_descriptor: u64,
+    pub(super) no_descriptor: u64,
     /// A reader is killed.
-    pub kill: u64,
+    pub(super) kill: u64,
     /// A blob is unmounted under its readers, or mounted again.
-    pub umount: u64,
+    pub(super) umount: u64,
     /// A source file is truncated.
-    pub truncate: u64,
+    pub(super) truncate: u64,
     /// Every write finds no room, for a while.
-    pub full: u64,
+    pub(super) full: u64,
     /// The daemon gives an object's descriptor back.
-    pub evict: u64,
+    pub(super) evict: u64,
     /// The daemon dies and starts again with `restore`.
-    pub crash: u64,
+    pub(super) crash: u64,
     /// `restore` without a reason: everything is delivered twice.
-    pub restore: u64,
+    pub(super) restore: u64,
     /// A READ that the kernel never sent, for an object that nobody opened.
-    pub forged: u64,
+    pub(super) forged: u64,
 }
 
 impl Faults {
@@ -87,27 +87,27 @@ impl Faults {
 
 /// What a seed says about a world before its first step.
 #[derive(Debug)]
-pub struct Setup {
+pub(super) struct Setup {
     /// The machine's limits, the same for every shard.
-    pub limits: Limits,
+    pub(super) limits: Limits,
     /// Number of shards.
-    pub shards: usize,
+    pub(super) shards: usize,
     /// What goes wrong.
-    pub faults: Faults,
+    pub(super) faults: Faults,
     /// Steps before the faults end and everything must come to rest.
-    pub steps: u64,
+    pub(super) steps: u64,
     /// How often, in a thousand, a shard takes all its actions at once; otherwise it hears more first.
-    pub prompt: u64,
+    pub(super) prompt: u64,
     /// The kernel with its cookies and readers, nothing mounted.
-    pub kernel: Kernel,
+    pub(super) kernel: Kernel,
     /// The blobs that the store has.
-    pub blobs: Vec<Arc<SimBlob>>,
+    pub(super) blobs: Vec<Arc<SimBlob>>,
 }
 
 impl Setup {
     /// The world of a seed.
     #[must_use]
-    pub fn new(rng: &mut Rng) -> Self {
+    pub(super) fn new(rng: &mut Rng) -> Self {
         let faults = Faults::by_chance(rng);
         let flavour = rng.pick(&FLAVOURS);
         let first_id = rng.pick(&[0, 1, 77, u32::MAX - 2, u32::MAX]);

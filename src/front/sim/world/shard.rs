@@ -17,20 +17,20 @@ const FILLS_AHEAD_MAX: usize = 256 + 64;
 
 /// Where an object's data goes.
 #[derive(Clone, Debug)]
-pub struct Sink {
+pub(super) struct Sink {
     /// The anonymous fd.
-    pub fd: u32,
+    pub(super) fd: u32,
     /// The kernel's id of the object.
-    pub object: u32,
+    pub(super) object: u32,
     /// Where the data comes from.
-    pub blob: Arc<SimBlob>,
+    pub(super) blob: Arc<SimBlob>,
     /// [`Machine::close`] was called.
-    pub closed: bool,
+    pub(super) closed: bool,
 }
 
 /// What an operation in flight does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
+pub(super) enum Kind {
     /// Reads from a file into a slot.
     Read {
         /// Index into the blob's files.
@@ -55,15 +55,15 @@ pub enum Kind {
 
 /// An operation in flight.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Flight {
+pub(super) struct Flight {
     /// The machine's name for it.
-    pub op: OpKey,
+    pub(super) op: OpKey,
     /// Whose.
-    pub object: Handle,
+    pub(super) object: Handle,
     /// How many bytes.
-    pub len: u64,
+    pub(super) len: u64,
     /// What.
-    pub kind: Kind,
+    pub(super) kind: Kind,
 }
 
 impl Flight {
@@ -84,26 +84,26 @@ impl Flight {
 
 /// See the module's description.
 #[derive(Debug)]
-pub struct Shard {
+pub(super) struct Shard {
     /// The code under test.
-    pub machine: Machine<SimTicket>,
+    pub(super) machine: Machine<SimTicket>,
     /// Sinks of objects that the machine has not released.
-    pub sinks: BTreeMap<usize, Sink>,
+    pub(super) sinks: BTreeMap<usize, Sink>,
     /// What is in the slots.
-    pub slots: Vec<Memory>,
+    pub(super) slots: Vec<Memory>,
     /// Operations in flight.
-    pub flights: Vec<Flight>,
+    pub(super) flights: Vec<Flight>,
     /// Messages that the shards have read for this one, by who read them.
-    pub inbox: Vec<VecDeque<Message>>,
+    pub(super) inbox: Vec<VecDeque<Message>>,
     /// How many times each fill was disturbed; the engine forgives a few.
-    pub disturbed: HashMap<OpKey, u32>,
+    pub(super) disturbed: HashMap<OpKey, u32>,
     limits: Limits,
 }
 
 impl Shard {
     /// A shard without objects, one of `shards`.
     #[must_use]
-    pub fn new(limits: Limits, shards: usize) -> Self {
+    pub(super) fn new(limits: Limits, shards: usize) -> Self {
         Self {
             machine: Machine::new(limits),
             sinks: BTreeMap::new(),
@@ -119,14 +119,14 @@ impl Shard {
     ///
     /// # Errors
     /// It was released.
-    pub fn sink(&self, object: Handle) -> Checked<&Sink> {
+    pub(super) fn sink(&self, object: Handle) -> Checked<&Sink> {
         let sink = self.sinks.get(&object.0);
         sink.ok_or_else(|| super::check::Violation { rule: Rule::Release, how: format!("{object:?} is used after its release") })
     }
 
     /// The sink of an open object, by the kernel's id.
     #[must_use]
-    pub fn open_sink(&self, object: u32) -> Option<&Sink> {
+    pub(super) fn open_sink(&self, object: u32) -> Option<&Sink> {
         self.sinks.values().find(|sink| sink.object == object && !sink.closed)
     }
 
@@ -134,7 +134,7 @@ impl Shard {
     ///
     /// # Errors
     /// The rule that it breaks.
-    pub fn start(&mut self, flight: Flight) -> Checked {
+    pub(super) fn start(&mut self, flight: Flight) -> Checked {
         let sink = self.sink(flight.object)?.clone();
         ensure(self.flights.len() < self.limits.slots as usize, Rule::Limits, || format!("{flight:?} is one operation too many"))?;
         ensure(self.flights.iter().all(|other| other.op != flight.op), Rule::Limits, || {
@@ -204,7 +204,7 @@ impl Shard {
     ///
     /// # Errors
     /// The rule that is broken.
-    pub fn check(&self) -> Checked {
+    pub(super) fn check(&self) -> Checked {
         let slots = self.limits.slots;
         let (in_flight, fills, pending) = (self.machine.in_flight(), self.machine.fill_count(), self.machine.pending());
         ensure(in_flight <= slots, Rule::Limits, || format!("{in_flight} operations in flight with {slots} slots"))?;
@@ -216,7 +216,7 @@ impl Shard {
     ///
     /// # Errors
     /// What is left.
-    pub fn check_empty(&self) -> Checked {
+    pub(super) fn check_empty(&self) -> Checked {
         let Self { machine, sinks, flights, .. } = self;
         let left = (machine.object_count(), machine.pending(), machine.fill_count(), machine.in_flight(), sinks.len(), flights.len());
         ensure(left == (0, 0, 0, 0, 0, 0), Rule::NothingLeft, || {

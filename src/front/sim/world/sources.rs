@@ -11,7 +11,7 @@ use crate::store::{Blob, SourceMode};
 
 /// The state of all source files.
 #[derive(Clone, Default, Debug)]
-pub struct Sources {
+pub(super) struct Sources {
     /// Lengths of files that were truncated, by blob and file.
     truncated: HashMap<(u32, usize), u64>,
 }
@@ -19,7 +19,7 @@ pub struct Sources {
 impl Sources {
     /// Cuts a file to `len` bytes. A mapped file is cut between pages: inside a page the mapping would go on
     /// with zeros, which nobody can tell from data.
-    pub fn truncate(&mut self, blob: &SimBlob, file: usize, len: u64) {
+    pub(super) fn truncate(&mut self, blob: &SimBlob, file: usize, len: u64) {
         let mapped = blob.files()[file].mode == SourceMode::Mmap;
         let len = if mapped { align_down(len, PAGE_BYTES) } else { len };
         if len < self.len(blob, file) {
@@ -33,13 +33,13 @@ impl Sources {
 
     /// A file's bytes as they are now.
     #[must_use]
-    pub fn bytes<'a>(&self, blob: &'a SimBlob, file: usize) -> FileBytes<'a> {
+    pub(super) fn bytes<'a>(&self, blob: &'a SimBlob, file: usize) -> FileBytes<'a> {
         FileBytes { blob, file, len: self.len(blob, file) }
     }
 
     /// Whether a part of a range of a blob can never be had again.
     #[must_use]
-    pub fn is_lost(&self, blob: &SimBlob, range: &ByteRange) -> bool {
+    pub(super) fn is_lost(&self, blob: &SimBlob, range: &ByteRange) -> bool {
         let mut at = range.start;
         while at < range.end.min(blob.len_bytes()) {
             let (origin, run) = blob.at(at);
@@ -58,7 +58,7 @@ impl Sources {
     ///
     /// # Errors
     /// `EIO` at a broken sector.
-    pub fn read(&self, blob: &SimBlob, file: usize, offset: u64, len: u64) -> Result<u64, Errno> {
+    pub(super) fn read(&self, blob: &SimBlob, file: usize, offset: u64, len: u64) -> Result<u64, Errno> {
         let available = self.len(blob, file).saturating_sub(offset).min(len);
         match blob.first_broken(file, &(offset..offset + available)) {
             Some(broken) if broken == offset => Err(Errno::EIO),
@@ -71,7 +71,7 @@ impl Sources {
     ///
     /// # Errors
     /// `EFAULT` if that is the first page.
-    pub fn mapped(&self, blob: &SimBlob, file: usize, offset: u64, len: u64) -> Result<u64, Errno> {
+    pub(super) fn mapped(&self, blob: &SimBlob, file: usize, offset: u64, len: u64) -> Result<u64, Errno> {
         let end = align_up(self.len(blob, file), PAGE_BYTES).min(offset + len);
         let broken = blob.first_broken(file, &(offset..end.max(offset)));
         let end = broken.map_or(end, |broken| align_down(broken, PAGE_BYTES));
@@ -80,7 +80,7 @@ impl Sources {
 }
 
 /// Puts what a read of `n` bytes brought into memory, and garbage into the rest of its `len` bytes.
-pub fn land(memory: &mut Memory, at: u64, bytes: &FileBytes<'_>, offset: u64, n: u64, len: u64) {
+pub(super) fn land(memory: &mut Memory, at: u64, bytes: &FileBytes<'_>, offset: u64, n: u64, len: u64) {
     let mut done = 0;
     while done < n {
         let (origin, run) = bytes.at(offset + done);
