@@ -62,7 +62,7 @@ mod tests {
                 let region = window(&demand, window_bytes, len, PAGE);
                 prop_assert!(region.start <= demand.start && region.end >= demand.end);
                 prop_assert!(region.end <= align_up(len, PAGE));
-                prop_assert!(region.start % PAGE == 0 && region.end % PAGE == 0);
+                prop_assert!(region.start.is_multiple_of(PAGE) && region.end.is_multiple_of(PAGE));
                 let first = piece(&region, window_bytes);
                 prop_assert!(first.end > first.start && first.end - first.start <= window_bytes);
             }

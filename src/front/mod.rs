@@ -80,12 +80,12 @@ pub enum Outcome {
 
 /// Takes answers back to the kernel. Implemented by front ends.
 pub trait Answer: Send + Sync {
-    /// Answers the request that `token` stands for.
+    /// Answers the request that `token` stands for. `Ok(false)`: nobody waited for it any more (a killed
+    /// reader, a closed object), which is normal.
     ///
     /// # Errors
-    /// The kernel's refusal, other than "no such request", which is normal (a killed reader, a closed
-    /// object) and reported as success.
-    fn answer(&self, token: u64, outcome: Outcome) -> io::Result<()>;
+    /// Any other refusal by the kernel.
+    fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool>;
 }
 
 static UNANSWERED: AtomicU64 = AtomicU64::new(0);
@@ -110,15 +110,12 @@ impl Ticket {
         Self { to: Some(to), token }
     }
 
-    /// Answers the request.
+    /// Answers the request. `Ok(false)`: nobody waited for it any more.
     ///
     /// # Errors
     /// See [`Answer::answer`].
-    pub fn answer(mut self, outcome: Outcome) -> io::Result<()> {
-        match self.to.take() {
-            Some(to) => to.answer(self.token, outcome),
-            None => Ok(()),
-        }
+    pub fn answer(mut self, outcome: Outcome) -> io::Result<bool> {
+        self.to.take().map_or(Ok(false), |to| to.answer(self.token, outcome))
     }
 
     /// The front end's name for the request, for logs.
