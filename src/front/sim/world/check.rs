@@ -1,6 +1,6 @@
 //! The rules that always hold, and the book that is kept to check them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::range::ByteRange;
@@ -74,8 +74,6 @@ pub(super) struct Waiting {
     pub(super) range: ByteRange,
     /// Why it may fail, if something happened that is reason enough.
     pub(super) excuse: Option<&'static str>,
-    /// A kernel reported a short write of this object as complete: "done" may be wrong, in good faith.
-    pub(super) lied_to: bool,
 }
 
 /// Every request that was delivered and not answered.
@@ -83,6 +81,9 @@ pub(super) struct Waiting {
 pub(super) struct Ledger {
     waiting: BTreeMap<u64, Waiting>,
     next: u64,
+    /// Objects of which a kernel reported a short write as complete: what the machine believes of them is
+    /// wrong, in good faith, until it looks again.
+    lied_to: BTreeSet<u32>,
 }
 
 impl Ledger {
@@ -117,10 +118,13 @@ impl Ledger {
     }
 
     /// The kernel lied about a write to an object.
-    pub(super) fn lied_to(&mut self, object: u32) {
-        for waiting in self.waiting.values_mut().filter(|waiting| waiting.object == object) {
-            waiting.lied_to = true;
-        }
+    pub(super) fn lie(&mut self, object: u32) {
+        self.lied_to.insert(object);
+    }
+
+    /// Whether the kernel ever lied about a write to an object.
+    pub(super) fn was_lied_to(&self, object: u32) -> bool {
+        self.lied_to.contains(&object)
     }
 
     /// Whether a request for an object is waiting.

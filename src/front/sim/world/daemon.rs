@@ -18,6 +18,8 @@ use crate::store::Blob;
 
 /// How often, in a thousand, a sabotaged world makes its mistake.
 const SABOTAGE_PERMILLE: u64 = 300;
+/// Why a request for an object that the daemon does not know may fail.
+const NOT_OPEN: &str = "the object is not open";
 /// The ticket of a request that sabotage has answered already.
 const VOID: SimTicket = SimTicket(0);
 
@@ -89,11 +91,11 @@ impl World {
     fn handle_read(&mut self, shard: usize, msg_id: u32, object: u32, range: ByteRange) -> Checked {
         let known = self.shards[shard].open_sink(object).map(|sink| sink.fd);
         let excuse = match known {
-            None => Some("the object is not open"),
+            None => Some(NOT_OPEN),
             Some(_) if self.full => Some("the disk is full"),
             Some(_) => None,
         };
-        let waiting = Waiting { msg_id, object, range: range.clone(), excuse, lied_to: false };
+        let waiting = Waiting { msg_id, object, range: range.clone(), excuse };
         let mut ticket = self.ledger.issue(waiting);
         if let Some(fd) = known {
             self.look(shard, object, fd, &range);
@@ -212,7 +214,7 @@ impl World {
         }
         let waiting = self.ledger.answered(&ticket)?;
         self.judge(shard, &waiting, outcome)?;
-        if (outcome != Outcome::Done || waiting.lied_to)
+        if (outcome != Outcome::Done || self.ledger.was_lied_to(waiting.object))
             && let Some(Ask::Read { reader, .. }) = self.kernel.queue().get(waiting.msg_id).map(|pending| pending.ask)
         {
             self.let_down.insert(reader);
@@ -229,24 +231,26 @@ impl World {
 
     /// Whether an answer is the right one.
     fn judge(&self, shard: usize, waiting: &Waiting, outcome: Outcome) -> Checked {
-        let Some(sink) = self.shards[shard].open_sink(waiting.object) else {
-            return ensure(matches!(outcome, Outcome::Failed(_)), Rule::DoneMeansThere, || {
-                format!("{waiting:?} is answered {outcome:?} though the object is not open")
+        let Some(sink) = self.shards[shard].sinks.values().find(|sink| sink.object == waiting.object) else {
+            // It was closed and released before the answer was taken, or never open.
+            return ensure(matches!(outcome, Outcome::Failed(_)) || waiting.excuse != Some(NOT_OPEN), Rule::DoneMeansThere, || {
+                format!("{waiting:?} is answered {outcome:?}")
             });
         };
+        // The kernel gave the object up; the daemon may not know yet.
+        let withdrawn = self.kernel.present(sink.fd, &(0..0)).is_err();
         let end = align_up(waiting.range.end, PAGE_BYTES).min(sink.blob.padded_len());
         let start = if waiting.range.is_empty() { end } else { align_down(waiting.range.start, PAGE_BYTES) };
         let clamped = start..end;
         if matches!(outcome, Outcome::Failed(_)) {
-            let reason = clamped.is_empty() || waiting.excuse.is_some() || self.sources.is_lost(&sink.blob, &clamped);
+            let reason = withdrawn || clamped.is_empty() || waiting.excuse.is_some() || self.sources.is_lost(&sink.blob, &clamped);
             return ensure(reason, Rule::FailureHasReason, || format!("{waiting:?} is answered {outcome:?} for no reason"));
         }
         if clamped.is_empty() {
             return Ok(());
         }
-        let withdrawn = self.kernel.present(sink.fd, &(0..0)).is_err();
         let missing = || !self.kernel.present(sink.fd, &clamped).is_ok_and(|parts| parts == [clamped.clone()]);
-        ensure(withdrawn || waiting.lied_to || !missing(), Rule::DoneMeansThere, || {
+        ensure(withdrawn || self.ledger.was_lied_to(waiting.object) || !missing(), Rule::DoneMeansThere, || {
             format!("{waiting:?} is answered {outcome:?} but not everything is there")
         })
     }

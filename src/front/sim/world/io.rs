@@ -136,7 +136,7 @@ impl World {
         let address = if matches!(from, From::Zero) { 0 } else { position % PAGE_BYTES };
         let write = SinkWrite { offset, len: flight.len, position, content, address, at_most: Some(at_most) };
         if at_most < flight.len && self.kernel.flavour().rounds_result {
-            self.ledger.lied_to(sink.object);
+            self.ledger.lie(sink.object);
         }
         let mut result = self.kernel.write(sink.fd, &write);
         if self.sabotage == Some(Sabotage::ShortIsWhole) && result.is_ok() {
