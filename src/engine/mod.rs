@@ -34,6 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 
 use self::mailbox::Bell;
@@ -117,11 +118,13 @@ struct Shared {
     malformed: AtomicU64,
     started: Instant,
     failures_logged: AtomicU64,
+    /// Readable once a shard has ended.
+    ended: EventFd,
 }
 
 impl Shared {
-    fn new(bells: Vec<Arc<Bell>>) -> Self {
-        Self {
+    fn new(bells: Vec<Arc<Bell>>) -> std::io::Result<Self> {
+        Ok(Self {
             shards: bells.iter().map(|_| ShardStats::default()).collect(),
             bells,
             stopping: AtomicBool::new(false),
@@ -134,7 +137,8 @@ impl Shared {
             malformed: AtomicU64::new(0),
             started: Instant::now(),
             failures_logged: AtomicU64::new(0),
-        }
+            ended: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+        })
     }
 
     fn count(counter: &AtomicU64) {

@@ -57,6 +57,7 @@ fn seek(sink: impl AsFd, at: u64, whence: Whence) -> Result<u64, Errno> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
@@ -68,12 +69,12 @@ mod tests {
         file.write_all_at(&[1; 65536], 131_072).unwrap();
         let (probed, present) = scan(&file, &(65536..262_144));
         assert_eq!((probed.start, probed.end >= 262_144), (65536, true));
-        if present == [65536..262_144] {
+        if present.first().is_some_and(|first| first.start == 65536) {
             return eprintln!("not run: this file system does not report holes");
         }
-        assert_eq!(present, [131_072..196_608]);
+        assert_eq!(present, vec![131_072..196_608]);
         assert_eq!(scan(&file, &(196_608..200_704)), (196_608..u64::MAX, vec![]));
         assert_eq!(scan(&file, &(0..4096)), (0..131_072, vec![]));
-        assert_eq!(scan(&file, &(135_168..139_264)).1, [135_168..139_264]);
+        assert_eq!(scan(&file, &(135_168..139_264)).1, vec![135_168..139_264]);
     }
 }

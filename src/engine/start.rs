@@ -1,5 +1,6 @@
 //! Starting and stopping the engine: shards on their cores, openers beside them.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -72,7 +73,8 @@ impl Engine {
             pairs.push(Inbox::pair().map_err(EngineError::Resources)?);
         }
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
-        let shared = Arc::new(Shared::new(mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect()));
+        let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
+        let shared = Arc::new(Shared::new(bells).map_err(EngineError::Resources)?);
         let (opens, queue) = sync_channel(OPENS_MAX);
         start_openers(&shared, store, &mailboxes, queue, settings.open_timeout)?;
         let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens));
@@ -115,17 +117,24 @@ impl Engine {
         self.shards.iter().any(JoinHandle::is_finished)
     }
 
-    /// Stops: takes nothing new, finishes what has begun, for at most `timeout`; then fails the rest.
+    /// Becomes readable when a shard has ended.
+    #[must_use]
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.shared.ended.as_fd()
+    }
+
+    /// Stops: takes nothing new, finishes what has begun, for at most `timeout` or until `hurry` says so; then
+    /// fails the rest.
     ///
     /// # Errors
     /// What a shard died of.
-    pub fn stop(self, timeout: Duration) -> Result<Snapshot, EngineError> {
+    pub fn stop(self, timeout: Duration, hurry: impl Fn() -> bool) -> Result<Snapshot, EngineError> {
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.wake_all();
-        self.wait(timeout);
+        self.wait(timeout, hurry);
         self.shared.out_of_time.store(true, Ordering::Release);
         self.shared.wake_all();
-        self.wait(ABORT_WAIT);
+        self.wait(ABORT_WAIT, || false);
         let mut result = Ok(());
         for shard in self.shards {
             // A shard that hangs in the kernel is left behind; the process ends without it.
@@ -138,9 +147,9 @@ impl Engine {
         result.map(|()| self.shared.snapshot())
     }
 
-    fn wait(&self, timeout: Duration) {
+    fn wait(&self, timeout: Duration, hurry: impl Fn() -> bool) {
         let started = Instant::now();
-        while started.elapsed() < timeout && !self.shards.iter().all(JoinHandle::is_finished) {
+        while started.elapsed() < timeout && !self.shards.iter().all(JoinHandle::is_finished) && !hurry() {
             std::thread::sleep(STOP_POLL);
         }
     }
@@ -191,7 +200,14 @@ fn await_shards(reports: &Receiver<Result<Started, EngineError>>, shards: usize)
 impl Plan {
     fn spawn(self, report: SyncSender<Result<Started, EngineError>>) -> Result<JoinHandle<Result<(), EngineError>>, EngineError> {
         let name = format!("infill-shard-{}", self.index);
-        Builder::new().name(name).spawn(move || self.run(&report)).map_err(EngineError::Resources)
+        let shared = Arc::clone(&self.shared);
+        let run = move || {
+            let result = self.run(&report);
+            // Wakes who waits for the engine to fail; a full counter wakes as well.
+            let _ = shared.ended.write(1);
+            result
+        };
+        Builder::new().name(name).spawn(run).map_err(EngineError::Resources)
     }
 
     /// In the shard's own thread: pins it, then makes its memory (so that it lies on the core's node) and its

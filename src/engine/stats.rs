@@ -191,7 +191,7 @@ mod tests {
     #[test]
     fn every_value_lies_below_the_limit_of_its_bucket_and_close_to_it() {
         for shift in 0..64 {
-            for value in [1u64 << shift, (1u64 << shift) | (1u64 << shift) / 3, u64::MAX >> shift] {
+            for value in [1u64 << shift, (1u64 << shift) | ((1u64 << shift) / 3), u64::MAX >> shift] {
                 let limit = bucket_limit(bucket(value));
                 assert!(value <= limit && limit - value <= value / 7 + 1, "{value} {limit}");
             }

@@ -4,6 +4,7 @@
 //! answer carries a [`Ticket`]; the engine does the work and answers the ticket. Nothing else passes
 //! between the two, so a second kernel interface is a second implementation of [`FrontEnd`].
 
+pub mod cachefiles;
 pub mod sim;
 
 use std::fmt;

@@ -1,0 +1,52 @@
+//! The command line: one file a verb.
+
+pub mod serve;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Serves EROFS container images on demand, from local blobs.
+#[derive(Debug, Parser)]
+#[command(name = "infill", version, about, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Answer the kernel's requests until told to stop
+    Serve(serve::ServeArgs),
+}
+
+/// Why a verb failed: what to print, and the exit code.
+#[derive(Debug)]
+pub struct Failure {
+    /// One line: what, where, what to do.
+    pub message: String,
+    /// See [`crate::ops::exit`].
+    pub code: u8,
+}
+
+impl Failure {
+    /// A failure with an exit code.
+    pub fn new(code: u8, error: impl std::fmt::Display) -> Self {
+        Self { message: error.to_string(), code }
+    }
+}
+
+/// Runs what the command line asks for.
+#[must_use]
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().verb {
+        Verb::Serve(args) => serve::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("infill: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
+    }
+}
