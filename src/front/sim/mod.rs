@@ -15,4 +15,5 @@ pub mod queue;
 pub mod readers;
 pub mod rng;
 pub mod sink;
+pub mod socket;
 pub mod world;
