@@ -15,8 +15,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{self, FsType};
 use nix::unistd::{Whence, lseek};
 
-use super::device::page_bytes;
 use crate::ops::{exit, xattr};
+use crate::range::page_bytes;
 
 /// Mode of a cache directory that is created: cached data is nobody else's business.
 const CACHE_DIR_MODE: u32 = 0o700;
