@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::engine::{EngineKind, usable_cpus};
+use crate::key::Key;
 use crate::store::{SourceMode, StoreSpec};
 
 /// Version of the file format.
@@ -139,6 +140,9 @@ pub struct Options {
     /// Where blobs come from: dir:PATH or oci:PATH; several are asked in order
     #[arg(long, value_name = "SPEC", env = "INFILL_STORE", value_delimiter = ',')]
     store: Vec<String>,
+    /// Blobs to share with the cache before serving, as DOMAIN/NAME, or NAME for images without a domain
+    #[arg(long, value_name = "BLOB", env = "INFILL_SEED", value_delimiter = ',')]
+    seed: Vec<String>,
     /// Name of the cache in the kernel [default: infill]
     #[arg(long, env = "INFILL_TAG")]
     tag: Option<String>,
@@ -216,6 +220,8 @@ pub struct Config {
     pub cache_dir: PathBuf,
     /// Where blobs come from, in order.
     pub stores: Vec<StoreSpec>,
+    /// Blobs to seed before serving.
+    pub seed: Vec<Key>,
     /// Name of the cache in the kernel.
     pub tag: String,
     /// Security context for the kernel's accesses.
@@ -285,8 +291,16 @@ pub enum ConfigError {
 /// Takes the first of two lists of options, field by field.
 macro_rules! first_of {
     ($first:ident, $second:ident, $($field:ident),+) => {
-        Options { $($field: $first.$field.or($second.$field),)+ store: if $first.store.is_empty() { $second.store } else { $first.store } }
+        Options {
+            $($field: $first.$field.or($second.$field),)+
+            store: first_list($first.store, $second.store),
+            seed: first_list($first.seed, $second.seed),
+        }
     };
+}
+
+fn first_list(first: Vec<String>, second: Vec<String>) -> Vec<String> {
+    if first.is_empty() { second } else { first }
 }
 
 impl Options {
@@ -337,11 +351,13 @@ impl Options {
             return Err(ConfigError::NoStore);
         }
         let stores = self.store.iter().map(|spec| spec.parse().map_err(|error| value("store", spec, &error)));
+        let seed = self.seed.iter().map(|blob| blob.parse().map_err(|error| value("seed", blob, &error)));
         let shards = self.shards.map_or_else(|| usable_cpus().len().max(1), NonZeroUsize::get);
         let config = Config {
             front_end: self.front_end.unwrap_or_default(),
             cache_dir: self.cache_dir.unwrap_or_else(|| DEFAULT_CACHE_DIR.into()),
             stores: stores.collect::<Result<_, _>>()?,
+            seed: seed.collect::<Result<_, _>>()?,
             tag: self.tag.unwrap_or_else(|| DEFAULT_TAG.into()),
             secctx: self.secctx,
             cull_percent: [self.brun, self.bcull, self.bstop, self.frun, self.fcull, self.fstop],
@@ -451,6 +467,8 @@ mod tests {
             assert!(message.starts_with(expected), "{message}");
         }
         assert!(matches!(Options::default().check(), Err(ConfigError::NoStore)));
+        let message = Options { seed: vec!["a/b/c".into()], ..with_store() }.check().unwrap_err().to_string();
+        assert!(message.starts_with("seed = a/b/c: ") && message.contains("DOMAIN/NAME"), "{message}");
         let message = Options { store: vec!["ftp:/x".into()], ..Options::default() }.check().unwrap_err().to_string();
         assert!(message.contains("dir:PATH"), "{message}");
     }

@@ -1,6 +1,7 @@
 //! The command line: one file a verb.
 
 pub mod doctor;
+pub mod prefetch;
 pub mod serve;
 
 use std::process::ExitCode;
@@ -19,6 +20,7 @@ struct Cli {
 enum Verb {
     /// Answer the kernel's requests until told to stop
     Serve(serve::ServeArgs),
+    Prefetch(prefetch::PrefetchArgs),
     /// Find out whether this host can serve images, and what to do if not
     Doctor(doctor::DoctorArgs),
 }
@@ -44,6 +46,7 @@ impl Failure {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Serve(args) => serve::run(args),
+        Verb::Prefetch(args) => prefetch::run(&args),
         Verb::Doctor(args) => return doctor::run(&args),
     };
     match result {

@@ -16,6 +16,7 @@ use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, CullLimits, Device};
+use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::{erofs, exit, limits, log};
 use crate::store::{Store, Stores};
@@ -64,6 +65,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     }
     let store = open_stores(&config)?;
     let front = open_front(&config, sim_socket)?;
+    seed(&config, &*store);
     let (tracer, printer) = start_tracer(trace_requests)?;
     let engine = start_engine(&config, &front, &store, tracer)?;
     announce(&config, &*front, &engine);
@@ -99,6 +101,22 @@ fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Arc<dyn FrontE
             options.limits = limits;
             let device = Device::bind(&options).map_err(|error| Failure::new(error.exit_code(), error))?;
             Ok(device)
+        }
+    }
+}
+
+/// Shares the blobs that are configured with the cache: after binding, when the cache is checked and ours, and before
+/// requests are answered. Whatever cannot be shared is read on demand, so nothing here keeps it from serving.
+fn seed(config: &Config, store: &dyn Store) {
+    if config.front_end == FrontEndKind::Sim {
+        return;
+    }
+    for key in &config.seed {
+        let Seeding { fate, len_bytes, .. } = seed_key(store, &config.cache_dir, key);
+        match fate {
+            Fate::Seeded => tracing::info!(blob = %key, bytes = len_bytes, "seeded: shared with the cache"),
+            Fate::AlreadyThere => tracing::debug!(blob = %key, "not seeded: it is in the cache already"),
+            Fate::Refused(why) | Fate::Failed(why) => tracing::warn!(blob = %key, "not seeded, it is read on demand: {why}"),
         }
     }
 }

@@ -6,5 +6,7 @@ pub mod exit;
 pub mod holder;
 pub mod limits;
 pub mod log;
+pub mod reflink;
+pub mod seeding;
 pub mod signals;
 pub mod xattr;

@@ -21,6 +21,23 @@ pub fn len_bytes(file: BorrowedFd<'_>, name: &CStr) -> Result<Option<usize>, Err
     }
 }
 
+/// Reads an attribute of exactly `LEN` bytes; `None` if the file does not have it.
+///
+/// # Errors
+/// `ERANGE` if it has another length, or what else fgetxattr(2) says.
+pub fn get<const LEN: usize>(file: BorrowedFd<'_>, name: &CStr) -> Result<Option<[u8; LEN]>, Errno> {
+    let mut value = [0; LEN];
+    // SAFETY: `file` is open while borrowed, `name` ends with NUL, and the kernel writes at most `LEN` bytes to
+    // `value`, which lives until the call has returned.
+    let len = unsafe { libc::fgetxattr(file.as_raw_fd(), name.as_ptr(), value.as_mut_ptr().cast(), LEN) };
+    match Errno::result(len) {
+        Ok(len) if usize::try_from(len) == Ok(LEN) => Ok(Some(value)),
+        Ok(_) => Err(Errno::ERANGE),
+        Err(Errno::ENODATA) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
 /// Sets an attribute, whether the file has it or not.
 ///
 /// # Errors

@@ -53,6 +53,19 @@ pub trait Blob: Send + Sync + fmt::Debug {
 
     /// The files that extents refer to by index.
     fn files(&self) -> &[Arc<SourceFile>];
+
+    /// The file that has exactly the bytes of this blob, in their order, if there is one.
+    fn whole_file(&self) -> Option<&SourceFile> {
+        let [file] = self.files() else {
+            return None;
+        };
+        if file.len_bytes != self.len_bytes() || file.len_bytes == 0 {
+            return None;
+        }
+        let Extent { len_bytes, data } = self.extent(0);
+        let whole = matches!(data, Data::Read { file: 0, offset: 0 } | Data::Mapped { file: 0, offset: 0 });
+        (whole && len_bytes == file.len_bytes).then_some(file)
+    }
 }
 
 /// A run of bytes of a blob that lie together.

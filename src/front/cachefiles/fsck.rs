@@ -5,7 +5,6 @@
 //! fail the mount where it is missing or too long, until somebody deletes the file. A crash, or a cache that was
 //! filled by hand, leaves such files. What is removed is only cached and will be fetched again.
 
-use std::ffi::CStr;
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -14,16 +13,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::cache_dir::CacheDirError;
+use super::layout::{MARK, OBJECT_MARK_BYTES, VOLUME_MARK};
 use crate::ops::xattr;
-
-/// The kernel's mark on objects and volumes.
-const MARK: &CStr = c"user.CacheFiles.cache";
-
-/// Length of an object's mark in bytes: `struct cachefiles_xattr`, and EROFS adds nothing.
-const OBJECT_MARK_BYTES: usize = 18;
-
-/// Length of a volume's mark in bytes: `struct cachefiles_vol_xattr`, and EROFS adds nothing.
-const VOLUME_MARK_BYTES: usize = 4;
 
 /// How the names of volumes begin that EROFS made: `I` and the volume key. Marks of others have other lengths.
 const VOLUME_PREFIX: &[u8] = b"Ierofs,";
@@ -49,7 +40,7 @@ pub struct FsckReport {
 pub fn fsck(dir: &Path) -> Result<FsckReport, CacheDirError> {
     let mut report = FsckReport::default();
     for volume in subdirs(&dir.join("cache"), VOLUME_PREFIX)? {
-        if mark_bytes(&volume)? == Some(VOLUME_MARK_BYTES) {
+        if mark_bytes(&volume)? == Some(VOLUME_MARK.len()) {
             check_volume(&volume, &mut report)?;
         } else {
             remove(&volume)?;

@@ -3,13 +3,17 @@
 //!
 //! [`cache_dir`] and [`fsck`] prepare the directory, [`Device::bind`] takes the device, and then [`Device`] turns the
 //! kernel's messages into requests. [`wire`] knows the messages, `command` the answers, `object` the descriptors.
+//! [`layout`] knows where the kernel keeps what, so that [`seed`] can put it there beforehand.
 
 pub mod cache_dir;
 pub mod fsck;
+pub mod layout;
+pub mod seed;
 pub mod wire;
 
 mod bind;
 pub mod command;
+mod cookies;
 mod counters;
 mod device;
 mod limits;

@@ -23,7 +23,7 @@ pub const VOLUME_KEY_MAX_BYTES: usize = 255;
 pub const COOKIE_KEY_MAX_BYTES: usize = 252;
 
 /// What EROFS puts before its domain in a volume key (`erofs_fscache_register_volume`).
-const VOLUME_PREFIX: &[u8] = b"erofs,";
+pub(super) const VOLUME_PREFIX: &[u8] = b"erofs,";
 
 /// Bytes of the header before every message: `msg_id`, `opcode`, `len`, `object_id`.
 const HEADER_BYTES: usize = 16;

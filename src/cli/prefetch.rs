@@ -1,0 +1,176 @@
+//! `infill prefetch`: puts blobs into the cache before anybody reads them.
+
+use std::fmt::Write as _;
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::Failure;
+use crate::config::DEFAULT_CACHE_DIR;
+use crate::front::cachefiles::cache_dir;
+use crate::key::Key;
+use crate::ops::exit;
+use crate::ops::seeding::{Fate, Seeding, seed_key};
+use crate::store::{SourceMode, StoreSpec, Stores};
+
+/// Put blobs into the cache before anybody reads them
+///
+/// With --seed, which is all that this version can do, the cache shares the blocks of the blobs: nothing is copied,
+/// no space is used, and images made of these blobs are read without asking infill. That needs stores and cache on
+/// one file system that can share blocks (XFS, btrfs). It works whether the daemon runs or not.
+///
+/// Exit code: 0 if all blobs are in the cache now, 1 if some are not (they are read on demand), 77 if this user is not
+/// permitted, 78 for a bad store or cache directory.
+#[derive(Debug, Args)]
+pub struct PrefetchArgs {
+    /// Share the blocks of the blobs instead of copying them
+    #[arg(long)]
+    seed: bool,
+    /// Directory where the kernel keeps its cache
+    #[arg(long, value_name = "DIR", env = "INFILL_CACHE_DIR", default_value = DEFAULT_CACHE_DIR)]
+    cache_dir: PathBuf,
+    /// Where blobs come from: dir:PATH or oci:PATH; several are asked in order
+    #[arg(long = "store", value_name = "SPEC", env = "INFILL_STORE", value_delimiter = ',', required = true)]
+    stores: Vec<StoreSpec>,
+    /// The domain_id with which the images are mounted; without it each blob is an image of its own
+    #[arg(long)]
+    domain: Option<String>,
+    /// Print one JSON object instead of lines
+    #[arg(long)]
+    json: bool,
+    /// Names of blobs: fsid and device names, as they are given to mount(8)
+    #[arg(value_name = "NAME", required = true)]
+    names: Vec<String>,
+}
+
+/// Seeds the blobs that are named.
+///
+/// # Errors
+/// Whatever kept some or all of them out of the cache, with the exit code that says what kind it is.
+pub fn run(args: &PrefetchArgs) -> Result<(), Failure> {
+    if !args.seed {
+        return Err(Failure::new(exit::USAGE, "prefetch needs --seed: filling the cache by copying is not supported in this version"));
+    }
+    let stores = Stores::from_specs(&args.stores, SourceMode::Buffered).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    let cache_dir = cache_dir::prepare(&args.cache_dir).map_err(|error| Failure::new(error.exit_code(), error))?;
+    let mut seedings = Vec::new();
+    for name in &args.names {
+        let domain = args.domain.as_ref().unwrap_or(name);
+        let seeding = seed_key(&stores, &cache_dir, &Key::new(domain.as_bytes(), name.as_bytes()));
+        if !args.json {
+            print(&line(&seeding));
+        }
+        seedings.push(seeding);
+    }
+    let totals = Totals::of(&seedings);
+    print(&if args.json { json(&seedings, &totals) } else { totals.line() });
+    if totals.not_seeded == 0 {
+        return Ok(());
+    }
+    let count = totals.not_seeded;
+    Err(Failure::new(exit::FAILED, format!("{count} of {} blobs were not seeded; they are read on demand", seedings.len())))
+}
+
+/// Prints a line. A reader that went away does not change what is done.
+fn print(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+fn line(seeding: &Seeding) -> String {
+    let Seeding { key, fate, len_bytes } = seeding;
+    match fate {
+        Fate::Seeded => format!("seeded         {key} ({len_bytes} bytes shared)"),
+        Fate::AlreadyThere => format!("already there  {key}"),
+        Fate::Refused(why) | Fate::Failed(why) => format!("not seeded     {key}: {why}"),
+    }
+}
+
+#[derive(Default, Serialize)]
+struct Totals {
+    seeded: usize,
+    already_there: usize,
+    not_seeded: usize,
+    shared_bytes: u64,
+}
+
+impl Totals {
+    fn of(seedings: &[Seeding]) -> Self {
+        let mut totals = Self::default();
+        for seeding in seedings {
+            match seeding.fate {
+                Fate::Seeded => {
+                    totals.seeded += 1;
+                    totals.shared_bytes = totals.shared_bytes.saturating_add(seeding.len_bytes);
+                }
+                Fate::AlreadyThere => totals.already_there += 1,
+                Fate::Refused(_) | Fate::Failed(_) => totals.not_seeded += 1,
+            }
+        }
+        totals
+    }
+
+    fn line(&self) -> String {
+        let Self { seeded, already_there, not_seeded, shared_bytes } = self;
+        let mut line = format!("{seeded} seeded, {already_there} already there, {not_seeded} not seeded");
+        if *seeded > 0 {
+            let _ = write!(line, "; {shared_bytes} bytes shared, 0 copied");
+        }
+        line
+    }
+}
+
+/// A blob in the JSON output.
+#[derive(Serialize)]
+struct Row {
+    blob: String,
+    outcome: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    bytes: u64,
+}
+
+impl From<&Seeding> for Row {
+    fn from(seeding: &Seeding) -> Self {
+        let (outcome, reason) = match &seeding.fate {
+            Fate::Seeded => ("seeded", None),
+            Fate::AlreadyThere => ("already_there", None),
+            Fate::Refused(why) => ("refused", Some(why.clone())),
+            Fate::Failed(why) => ("failed", Some(why.clone())),
+        };
+        Self { blob: seeding.key.to_string(), outcome, reason, bytes: seeding.len_bytes }
+    }
+}
+
+fn json(seedings: &[Seeding], totals: &Totals) -> String {
+    #[derive(Serialize)]
+    struct Report<'a> {
+        blobs: Vec<Row>,
+        #[serde(flatten)]
+        totals: &'a Totals,
+    }
+    let blobs = seedings.iter().map(Row::from).collect();
+    // Texts and numbers always have a JSON form.
+    serde_json::to_string(&Report { blobs, totals }).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_and_json_say_the_same() {
+        let seeding = |name: &str, fate| Seeding { key: name.parse().unwrap(), fate, len_bytes: 10 };
+        let seedings =
+            [seeding("d/a", Fate::Seeded), seeding("d/b", Fate::AlreadyThere), seeding("d/c", Fate::Refused("it is in use".into()))];
+        let totals = Totals::of(&seedings);
+        let lines: Vec<_> = seedings.iter().map(line).collect();
+        assert_eq!(lines, ["seeded         d/a (10 bytes shared)", "already there  d/b", "not seeded     d/c: it is in use"]);
+        assert_eq!(totals.line(), "1 seeded, 1 already there, 1 not seeded; 10 bytes shared, 0 copied");
+        assert_eq!(
+            json(&seedings[1..], &Totals::of(&seedings[1..])),
+            r#"{"blobs":[{"blob":"d/b","outcome":"already_there","bytes":10},{"blob":"d/c","outcome":"refused","reason":"it is in use","bytes":10}],"seeded":0,"already_there":1,"not_seeded":1,"shared_bytes":0}"#
+        );
+    }
+}

@@ -1,0 +1,93 @@
+//! Which blobs the kernel works with right now: fscache's lists in `/proc`.
+
+use std::fs;
+use std::io;
+
+use super::cache_dir::CacheDirError;
+use super::layout::volume_key;
+use crate::key::Key;
+
+/// fscache's volumes, a header of two lines and then one each (`fscache_volumes_seq_show`). Since Linux 6.8 the
+/// directory is a link to `/proc/fs/netfs`.
+const VOLUMES: &str = "/proc/fs/fscache/volumes";
+
+/// fscache's cookies, in the same form (`fscache_cookies_seq_show`).
+const COOKIES: &str = "/proc/fs/fscache/cookies";
+
+/// The state of a cookie that has given its object back (`fscache_cookie_states`, the last one).
+const DROPPED: &str = "D";
+
+/// Whether the kernel has `key` open, as part of a mounted image or of one that is being mounted or unmounted.
+///
+/// # Errors
+/// The lists cannot be read; where there are none, nothing is in use.
+pub(super) fn in_use(key: &Key) -> Result<bool, CacheDirError> {
+    Ok(listed(&read(VOLUMES)?, &read(COOKIES)?, key))
+}
+
+/// The text of a list.
+fn read(path: &'static str) -> Result<Vec<u8>, CacheDirError> {
+    match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(CacheDirError::io(path.as_ref(), "read what the kernel has open")),
+    }
+}
+
+/// Looks `key` up in the two lists. The volume's key ends its line and is not escaped, so a strange domain may
+/// be found in the line of another one: then more counts as in use, never less.
+fn listed(volumes: &[u8], cookies: &[u8], key: &Key) -> bool {
+    let wanted = [b" ", &volume_key(key)[..]].concat();
+    let volumes: Vec<_> = lines(volumes).filter(|line| line.ends_with(&wanted)).filter_map(|line| fields(line).next()).collect();
+    let name: String = key.name().iter().map(|byte| format!("{byte:02x}")).collect();
+    !volumes.is_empty()
+        && lines(cookies).any(|line| {
+            // COOKIE VOLUME REF ACT ACC S FL KEY
+            let fields: Vec<_> = fields(line).collect();
+            matches!(fields[..], [_, volume, _, _, _, state, _, key, ..]
+                if volumes.contains(&volume) && state != DROPPED.as_bytes() && key == name.as_bytes())
+        })
+}
+
+fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
+    text.split(|byte| *byte == b'\n')
+}
+
+fn fields(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    line.split(u8::is_ascii_whitespace).filter(|field| !field.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VOLUMES_TEXT: &[u8] = b"\
+VOLUME   REF   nCOOK ACC FL CACHE           KEY
+======== ===== ===== === == =============== ================
+00000001     3     2   1 00 infill          erofs,dom
+00000002     2     1   1 00 infill          erofs,a.img
+";
+
+    const COOKIES_TEXT: &[u8] = b"\
+COOKIE   VOLUME   REF ACT ACC S FL DEF             
+======== ======== === === === = == ================
+00000001 00000001   2   1   1 A 4008 612e696d67
+00000002 00000001   1   0   0 D 4008 622e696d67
+00000003 00000002   1   1   1 L 4000 612e696d67
+";
+
+    #[test]
+    fn only_a_live_cookie_of_the_same_volume_is_in_use() {
+        for (domain, name, expected) in [
+            ("dom", "a.img", true),
+            ("a.img", "a.img", true),
+            ("dom", "b.img", false),
+            ("dom", "c.img", false),
+            ("om", "a.img", false),
+            ("b.img", "a.img", false),
+        ] {
+            let key = Key::new(domain.as_bytes(), name.as_bytes());
+            assert_eq!(listed(VOLUMES_TEXT, COOKIES_TEXT, &key), expected, "{key}");
+        }
+        assert!(!listed(b"", b"", &Key::new(b"dom", b"a.img")));
+    }
+}
