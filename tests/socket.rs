@@ -1,5 +1,7 @@
 //! The whole engine, with real I/O, against a kernel on a socket: right bytes, no reader left hanging.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
 use std::fs::{File, OpenOptions};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

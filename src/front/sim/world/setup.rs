@@ -173,7 +173,7 @@ pub(super) fn some_reader(kernel: &Kernel, rng: &mut Rng) -> Reader {
     let read_ahead = PAGE_BYTES << rng.below(6);
     let style = rng.below(10);
     let wanted: VecDeque<ByteRange> = match style {
-        0..4 => VecDeque::from([0..len]),
+        0..4 => std::iter::once(0..len).collect(),
         4..8 => (0..rng.between(1, 12)).map(|_| some_pages(len, rng)).collect(),
         _ => (0..rng.between(1, 6)).map(|_| nonsense(len, rng)).collect(),
     };
