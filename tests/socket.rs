@@ -25,7 +25,7 @@ const READERS: u64 = 8;
 /// Random ranges that each of them reads.
 const RANGES: u64 = 40;
 /// Times that a daemon takes over from another while readers wait.
-const HANDOVERS: u32 = 5;
+const HANDOVERS: u32 = 3;
 /// How long a stop may take to finish what has begun.
 const DRAIN: Duration = Duration::from_secs(10);
 
