@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::config::DEFAULT_CACHE_DIR;
-use crate::ops::doctor::{Check, Probes, Report, Status, Subject, Verdict, examine};
+use crate::ops::doctor::{Check, Report, Status, Subject, Verdict, examine};
 use crate::store::StoreSpec;
 
 /// Width of a line, in columns.
@@ -33,8 +33,8 @@ pub struct DoctorArgs {
 
 /// Examines the host and prints the findings.
 #[must_use]
-pub fn run(args: &DoctorArgs, probes: &Probes<'_>) -> ExitCode {
-    let report = examine(&Subject { cache_dir: args.cache_dir.clone(), stores: args.stores.clone() }, probes);
+pub fn run(args: &DoctorArgs) -> ExitCode {
+    let report = examine(&Subject { cache_dir: &args.cache_dir, stores: &args.stores });
     let stdout = io::stdout();
     let text = if args.json {
         // A report is made of texts only, which always have a JSON form.

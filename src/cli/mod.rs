@@ -7,8 +7,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::ops::doctor::Probes;
-
 /// Serves EROFS container images on demand, from local blobs.
 #[derive(Debug, Parser)]
 #[command(name = "infill", version, about, max_term_width = 120)]
@@ -46,7 +44,7 @@ impl Failure {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Serve(args) => serve::run(args),
-        Verb::Doctor(args) => return doctor::run(&args, &Probes::of_this_host()),
+        Verb::Doctor(args) => return doctor::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

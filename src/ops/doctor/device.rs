@@ -8,10 +8,13 @@ use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
 use super::features::{Driver, Kernel};
-use super::{Check, DEVICE, Probes, Verdict, read};
+use super::{Check, DEVICE, Verdict, read};
+use crate::ops::holder::{Holder, describe, find_holders};
 
 /// `CAP_IPC_LOCK` of include/uapi/linux/capability.h.
 pub const CAP_IPC_LOCK: u32 = 14;
+/// `CAP_SYS_RESOURCE`, with which the daemon raises its own limits.
+pub const CAP_SYS_RESOURCE: u32 = 24;
 /// `CAP_SYS_ADMIN`, which opening the device takes (`cachefiles_daemon_open`, fs/cachefiles/daemon.c).
 pub const CAP_SYS_ADMIN: u32 = 21;
 
@@ -35,7 +38,7 @@ pub enum Node {
 
 /// Looks at the device node and the rights of this process.
 #[must_use]
-pub fn checks(kernel: &Kernel, probes: &Probes<'_>) -> Vec<Check> {
+pub fn checks(kernel: &Kernel) -> Vec<Check> {
     let path = Path::new(DEVICE);
     let node = match fs::metadata(path) {
         Err(_) => Node::Missing,
@@ -44,7 +47,7 @@ pub fn checks(kernel: &Kernel, probes: &Probes<'_>) -> Vec<Check> {
     };
     let mut checks = vec![node_check(&node, &kernel.cachefiles.driver)];
     if matches!(node, Node::Device(_)) {
-        checks.push(holder_check(&(probes.holders)(path)));
+        checks.push(holder_check(&find_holders(path)));
     }
     let status = read("/proc/self/status").unwrap_or_default();
     let namespace = fs::read_link("/proc/self/ns/user").unwrap_or_default();
@@ -85,13 +88,12 @@ fn node_check(node: &Node, driver: &Driver) -> Check {
     }
 }
 
-fn holder_check(holders: &[(i32, String)]) -> Check {
+fn holder_check(holders: &[Holder]) -> Check {
     const ID: &str = "device-holder";
-    let names: Vec<String> = holders.iter().map(|(pid, command)| format!("pid {pid} ({command})")).collect();
-    let names = names.join(", ");
+    let names = describe(holders);
     if holders.is_empty() {
         Check::ok(ID, "no process that is visible here holds it")
-    } else if holders.iter().all(|(_, command)| is_own(command)) {
+    } else if holders.iter().all(|holder| is_own(&holder.command)) {
         Check::ok(ID, format!("held by infill itself: {names}"))
     } else {
         Check::fail(
@@ -157,8 +159,8 @@ mod tests {
 
     #[test]
     fn only_a_foreign_holder_is_in_the_way() {
-        let own = (7, "/usr/bin/infill serve".to_owned());
-        let other = (8, "/sbin/cachefilesd -n".to_owned());
+        let own = Holder { pid: 7, command: "/usr/bin/infill serve".to_owned() };
+        let other = Holder { pid: 8, command: "/sbin/cachefilesd -n".to_owned() };
         assert_eq!(holder_check(&[]).status, Status::Ok);
         assert_eq!(holder_check(std::slice::from_ref(&own)).status, Status::Ok);
         let busy = holder_check(&[own, other]);

@@ -2,8 +2,9 @@
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::device::{CAP_IPC_LOCK, capabilities, field, has_capability};
-use super::{Check, Probes, Verdict, read};
+use super::device::{CAP_IPC_LOCK, CAP_SYS_RESOURCE, capabilities, has_capability};
+use super::{Check, Verdict, read};
+use crate::engine::ring;
 
 /// Descriptors below which a host with hundreds of containers runs short: each mounted blob takes up to two.
 const WANTED_FILES: u64 = 65_536;
@@ -19,47 +20,39 @@ const UNLIMITED: u64 = libc::RLIM_INFINITY;
 /// Looks at io_uring and the limits. They are those of this process: under systemd the daemon may have
 /// others.
 #[must_use]
-pub fn checks(probes: &Probes<'_>) -> Vec<Check> {
+pub fn checks() -> Vec<Check> {
     let status = read("/proc/self/status").unwrap_or_default();
+    let may = |capability| capabilities(&status).is_some_and(|set| has_capability(set, capability));
     let limit = |resource| getrlimit(resource).unwrap_or((0, 0));
-    let number = |path| read(path).and_then(|text| text.parse().ok());
+    let nr_open = read("/proc/sys/fs/nr_open").and_then(|text| text.parse().ok()).unwrap_or(NR_OPEN);
+    let raises = may(CAP_SYS_RESOURCE);
     vec![
-        ring_check(&(probes.ring)(), read("/proc/sys/kernel/io_uring_disabled").as_deref(), field(&status, "Seccomp")),
-        files_check(limit(Resource::RLIMIT_NOFILE), number("/proc/sys/fs/nr_open").unwrap_or(NR_OPEN)),
+        ring_check(ring::probe()),
+        files_check(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises),
         host_files_check(read("/proc/sys/fs/file-nr").as_deref()),
-        file_size_check(limit(Resource::RLIMIT_FSIZE).0),
-        locked_check(limit(Resource::RLIMIT_MEMLOCK).1, capabilities(&status).is_some_and(|set| has_capability(set, CAP_IPC_LOCK))),
+        file_size_check(limit(Resource::RLIMIT_FSIZE), raises),
+        locked_check(limit(Resource::RLIMIT_MEMLOCK).1, may(CAP_IPC_LOCK)),
     ]
 }
 
-/// `disabled` is the sysctl (6.6 and later), `seccomp` the mode of this process (2: a filter).
-fn ring_check(ring: &Result<String, String>, disabled: Option<&str>, seccomp: Option<&str>) -> Check {
+/// Without io_uring the engine falls back to threads that block.
+fn ring_check(ring: Result<&str, String>) -> Check {
     const ID: &str = "io-uring";
-    let error = match ring {
-        Ok(found) => return Check::ok(ID, found.clone()),
-        Err(error) => error,
-    };
-    let fail = |verdict, why: &str, remedy: &str| Check::fail(ID, verdict, format!("{error}{why}"), remedy);
-    match (disabled, seccomp) {
-        (Some("2"), _) => fail(Verdict::NotPermitted, " (kernel.io_uring_disabled is 2: nobody may)", "sysctl kernel.io_uring_disabled=1"),
-        (Some("1"), _) => fail(
-            Verdict::NotPermitted,
-            " (kernel.io_uring_disabled is 1)",
-            "run as root, or put this user into the group of kernel.io_uring_group",
-        ),
-        (_, Some("2")) => fail(
-            Verdict::NotPermitted,
-            " (a seccomp filter is active; the default ones of Docker and containerd block io_uring)",
-            "allow io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile",
-        ),
-        _ => fail(Verdict::Unavailable, "", "boot a kernel with CONFIG_IO_URING, and see that memory is not short"),
+    match ring {
+        Ok(mode) => Check::ok(ID, format!("works ({mode})")),
+        Err(error) => {
+            let (found, remedy) = error.split_once("; ").unwrap_or((&error, ""));
+            Check::warn(ID, format!("{found}; infill serves with threads that block instead"), remedy)
+        }
     }
 }
 
-fn files_check((soft, hard): (u64, u64), nr_open: u64) -> Check {
+/// `raises`: the daemon will raise the limit itself, see [`crate::ops::limits`].
+fn files_check(hard: u64, nr_open: u64, raises: bool) -> Check {
     const ID: &str = "open-files";
-    let found = format!("limit {soft}, up to {hard} (fs.nr_open {nr_open})");
-    if hard.min(nr_open) < WANTED_FILES {
+    let limit = if raises { nr_open } else { hard.min(nr_open) };
+    let found = format!("up to {limit} descriptors (limit {hard}, fs.nr_open {nr_open})");
+    if limit < WANTED_FILES {
         let remedy = format!(
             "LimitNOFILE={NR_OPEN} in the systemd unit; an open blob needs two descriptors, and one that gets none cannot be mounted"
         );
@@ -83,16 +76,18 @@ fn host_files_check(file_nr: Option<&str>) -> Check {
     }
 }
 
-/// The kernel writes cache files on behalf of the daemon, whose limit counts.
-fn file_size_check(soft: u64) -> Check {
+/// The kernel writes cache files on behalf of the daemon, whose limit counts. The daemon lifts it where it may.
+fn file_size_check((soft, hard): (u64, u64), raises: bool) -> Check {
     const ID: &str = "file-size";
     if soft == UNLIMITED {
         Check::ok(ID, "not limited")
+    } else if hard == UNLIMITED || raises {
+        Check::ok(ID, format!("limited to {soft} bytes, which infill lifts"))
     } else {
         Check::fail(
             ID,
             Verdict::Failed,
-            format!("limited to {soft} bytes: fills beyond it would fail"),
+            format!("limited to {hard} bytes: fills beyond it would fail"),
             "ulimit -f unlimited, or LimitFSIZE=infinity in the systemd unit",
         )
     }
@@ -121,32 +116,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refused_ring_names_who_refused() {
-        let refused = Err("io_uring_setup: EPERM".to_owned());
-        let judge = |disabled, seccomp| ring_check(&refused, disabled, seccomp);
-        assert_eq!(ring_check(&Ok("fine".into()), Some("2"), Some("2")).status, Status::Ok);
-        for (disabled, seccomp, verdict, word) in [
-            (Some("2"), Some("0"), Verdict::NotPermitted, "nobody"),
-            (Some("1"), Some("2"), Verdict::NotPermitted, "is 1"),
-            (Some("0"), Some("2"), Verdict::NotPermitted, "seccomp"),
-            (None, Some("0"), Verdict::Unavailable, "EPERM"),
-        ] {
-            let check = judge(disabled, seccomp);
-            assert_eq!(check.verdict, verdict);
-            assert!(check.found.contains(word), "{}", check.found);
-        }
+    fn without_io_uring_the_way_out_is_named() {
+        assert_eq!(ring_check(Ok("fine")).status, Status::Ok);
+        let refused = ring_check(Err("io_uring is switched off; allow it with: sysctl".into()));
+        assert_eq!((refused.status, refused.verdict), (Status::Warn, Verdict::Ready));
+        assert_eq!(refused.remedy, "allow it with: sysctl");
     }
 
     #[test]
     fn limits() {
-        assert_eq!(files_check((1024, 1 << 20), 1 << 20).status, Status::Ok);
-        assert_eq!(files_check((1024, 4096), 1 << 20).status, Status::Warn);
-        assert_eq!(files_check((1024, UNLIMITED), 1024).status, Status::Warn);
+        assert_eq!(files_check(1 << 20, 1 << 20, false).status, Status::Ok);
+        assert_eq!(files_check(4096, 1 << 20, false).status, Status::Warn);
+        assert_eq!(files_check(4096, 1 << 20, true).status, Status::Ok);
+        assert_eq!(files_check(UNLIMITED, 1024, true).status, Status::Warn);
         assert_eq!(host_files_check(Some("667\t0\t2466177")).status, Status::Ok);
         assert_eq!(host_files_check(Some("80\t0\t100")).status, Status::Warn);
         assert_eq!(host_files_check(Some("80")).status, Status::Unknown);
-        assert_eq!(file_size_check(UNLIMITED).status, Status::Ok);
-        assert_eq!(file_size_check(1 << 40).verdict, Verdict::Failed);
+        assert_eq!(file_size_check((UNLIMITED, UNLIMITED), false).status, Status::Ok);
+        assert_eq!(file_size_check((1, UNLIMITED), false).status, Status::Ok);
+        assert_eq!(file_size_check((1, 1), true).status, Status::Ok);
+        assert_eq!(file_size_check((1, 1 << 40), false).verdict, Verdict::Failed);
         assert_eq!(locked_check(8 << 20, false).status, Status::Warn);
         assert_eq!(locked_check(8 << 20, true).status, Status::Ok);
     }

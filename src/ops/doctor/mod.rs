@@ -19,16 +19,11 @@ pub mod release;
 
 use std::fmt;
 use std::fs;
-use std::os::fd::BorrowedFd;
-use std::path::{Path, PathBuf};
-
-use nix::errno::Errno;
+use std::path::Path;
 
 use self::features::Kernel;
 use self::release::Running;
-use crate::engine::ring;
-use crate::ops::holder::find_holders;
-use crate::ops::xattr;
+use crate::ops::exit;
 use crate::store::{SourceMode, StoreSpec, open_store};
 
 /// The device of the cachefiles front end.
@@ -65,15 +60,15 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// The exit code, after sysexits.h where it has one.
+    /// The exit code, one of [`exit`].
     #[must_use]
     pub const fn exit_code(self) -> u8 {
         match self {
             Self::Ready => 0,
-            Self::Failed => 1,
-            Self::Unavailable => 69,
-            Self::NotPermitted => 77,
-            Self::BadCacheDir => 78,
+            Self::Failed => exit::FAILED,
+            Self::Unavailable => exit::UNAVAILABLE,
+            Self::NotPermitted => exit::NO_PERMISSION,
+            Self::BadCacheDir => exit::BAD_CONFIGURATION,
         }
     }
 }
@@ -148,52 +143,24 @@ impl Report {
 }
 
 /// What is to be checked.
-#[derive(Clone, Debug)]
-pub struct Subject {
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
     /// Where the cache is to be.
-    pub cache_dir: PathBuf,
+    pub cache_dir: &'a Path,
     /// The stores that are to be used.
-    pub stores: Vec<StoreSpec>,
-}
-
-/// What other parts of the program find out for the doctor.
-pub struct Probes<'a> {
-    /// Sets up a ring the way the engine does; says what it is like, or why there is none.
-    pub ring: &'a dyn Fn() -> Result<String, String>,
-    /// The processes that hold a device, as `(pid, command)`.
-    pub holders: &'a dyn Fn(&Path) -> Vec<(i32, String)>,
-    /// Sets a `user.` attribute on an open file.
-    pub set_xattr: &'a dyn Fn(BorrowedFd<'_>) -> Result<(), Errno>,
-}
-
-impl Probes<'static> {
-    /// The real ones.
-    #[must_use]
-    pub fn of_this_host() -> Self {
-        Self {
-            ring: &|| ring::probe().map(ToOwned::to_owned),
-            holders: &|device| find_holders(device).into_iter().map(|holder| (holder.pid, holder.command)).collect(),
-            set_xattr: &|file| xattr::set(file, c"user.infill.probe", b"1"),
-        }
-    }
-}
-
-impl fmt::Debug for Probes<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Probes")
-    }
+    pub stores: &'a [StoreSpec],
 }
 
 /// Examines this host.
 #[must_use]
-pub fn examine(subject: &Subject, probes: &Probes<'_>) -> Report {
+pub fn examine(subject: &Subject<'_>) -> Report {
     let running = Running::read();
     let kernel = Kernel::read(&running.release);
     let mut checks = release::checks(&running);
     checks.extend(kernel.checks());
-    checks.extend(device::checks(&kernel, probes));
-    checks.extend(cache_dir::checks(&subject.cache_dir, probes));
-    checks.extend(host::checks(probes));
+    checks.extend(device::checks(&kernel));
+    checks.extend(cache_dir::checks(subject.cache_dir));
+    checks.extend(host::checks());
     checks.extend(subject.stores.iter().map(check_store));
     checks.push(features::later_front_end(&running, &kernel));
     Report::new(checks)
