@@ -38,6 +38,14 @@ impl SocketFront {
         Ok(Self { opens: Arc::new(Opens(Arc::clone(&link))), reads: Arc::new(Reads(Arc::clone(&link))), link })
     }
 
+    /// Takes the daemon's end that this process was started with, as its standard input.
+    ///
+    /// # Errors
+    /// As [`SocketFront::from_fd`].
+    pub fn from_stdin() -> io::Result<Self> {
+        Self::from_fd(io::stdin().as_fd().try_clone_to_owned()?)
+    }
+
     fn open(&self, message: &Message, key: crate::key::Key, sink: Option<OwnedFd>) -> Result<Request, FrontError> {
         let ticket = Ticket::new(Arc::clone(&self.opens), message.msg_id.into());
         let Some(sink) = sink else {
