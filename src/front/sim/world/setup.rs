@@ -48,6 +48,8 @@ pub(super) struct Faults {
     pub(super) crash: u64,
     /// `restore` without a reason: everything is delivered twice.
     pub(super) restore: u64,
+    /// An operation of a fill that is over is reported done once more.
+    pub(super) stale: u64,
     /// A READ that the kernel never sent, for an object that nobody opened.
     pub(super) forged: u64,
 }
@@ -80,6 +82,7 @@ impl Faults {
         draw(&mut faults.evict, 20);
         draw(&mut faults.crash, 5);
         draw(&mut faults.restore, 5);
+        draw(&mut faults.stale, 100);
         draw(&mut faults.forged, 10);
         faults
     }
