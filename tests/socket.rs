@@ -190,7 +190,7 @@ fn a_stop_without_patience_leaves_nobody_hanging() {
         let (key, bytes) = blobs.all.last().unwrap();
         let object = kernel.open(key).unwrap();
         let pages = bytes.len() as u64 / PAGE;
-        thread::scope(|scope| {
+        let next = thread::scope(|scope| {
             for n in 0..4 * READERS {
                 let kernel = &kernel;
                 scope.spawn(move || {
@@ -203,8 +203,9 @@ fn a_stop_without_patience_leaves_nobody_hanging() {
             let (end, send_again) = kernel.restart().unwrap();
             let next = start(end, store, settings).unwrap();
             send_again().unwrap();
-            scope.spawn(|| next.stop(DRAIN, || false).unwrap());
+            next
         });
+        next.stop(DRAIN, || false).unwrap();
         assert_eq!(kernel.violations(), [""; 0]);
         assert_eq!(unanswered_tickets(), 0);
     });
