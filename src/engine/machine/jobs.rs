@@ -103,8 +103,9 @@ impl<T> Machine<T> {
     }
 
     pub(super) fn release_if_idle(&mut self, handle: Handle) {
+        // It leaves its place when the driver takes the action: until then the driver's things are still there,
+        // and must not be mistaken for those of an object that is opened meanwhile.
         if self.objects.get(handle.0).is_some_and(|object| object.closed && object.running == 0) {
-            self.objects.remove(handle.0);
             self.actions.push_back(Action::Release { object: handle });
         }
     }

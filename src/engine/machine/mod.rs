@@ -339,7 +339,9 @@ impl<T> Machine<T> {
 
     /// Closes every object.
     pub fn close_all(&mut self) {
-        let ids: Vec<_> = self.handles.keys().copied().collect();
+        let mut ids: Vec<_> = self.handles.keys().copied().collect();
+        // In an order that is the same in every run.
+        ids.sort_unstable();
         for id in ids {
             self.close(id);
         }
@@ -397,7 +399,11 @@ impl<T> Machine<T> {
         if self.actions.is_empty() {
             self.start_jobs();
         }
-        self.actions.pop_front()
+        let action = self.actions.pop_front();
+        if let Some(Action::Release { object }) = &action {
+            self.objects.remove(object.0);
+        }
+        action
     }
 
     /// Requests that wait for their answer.
@@ -448,3 +454,6 @@ impl OpKey {
         (self.0 as u32 as usize, (self.0 >> 32) as u32)
     }
 }
+
+#[cfg(test)]
+mod tests;
