@@ -183,3 +183,6 @@ impl Shared {
 pub fn page_bytes() -> usize {
     nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten().and_then(|n| usize::try_from(n).ok()).unwrap_or(4096)
 }
+
+#[cfg(test)]
+mod tests;

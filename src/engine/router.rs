@@ -55,21 +55,22 @@ impl Router {
         self.more || self.held.is_some()
     }
 
-    /// Reads requests until there are none, a limit is reached, or a queue is full. `own` gets those for
-    /// shard 0, on which this runs.
+    /// Reads requests until there are none, a limit is reached, or a queue is full. Those for the shard on
+    /// which this runs go through its mailbox too: only so does a request find the object that an opener put
+    /// there just before it told the kernel that it is open.
     ///
     /// # Errors
     /// The front end is broken.
-    pub(super) fn drain(&mut self, front: &dyn FrontEnd, own: &mut dyn FnMut(Message)) -> Result<(), FrontError> {
+    pub(super) fn drain(&mut self, front: &dyn FrontEnd) -> Result<(), FrontError> {
         if let Some(held) = self.held.take() {
-            self.deliver(held, own);
+            self.deliver(held);
         }
         let mut left = REQUESTS_PER_TURN;
         while self.held.is_none() && self.more && left > 0 && self.has_room() {
             left -= 1;
             match front.next() {
                 Ok(None) => self.more = false,
-                Ok(Some(request)) => self.route(request, own),
+                Ok(Some(request)) => self.route(request),
                 Err(FrontError::Malformed(what)) => {
                     Shared::count(&self.shared.malformed);
                     tracing::warn!("ignored a malformed message from the kernel: {what}");
@@ -100,7 +101,7 @@ impl Router {
         self.shared.shards.iter().map(super::stats::ShardStats::pending).sum::<u64>() < PENDING_MAX
     }
 
-    fn route(&mut self, request: Request, own: &mut dyn FnMut(Message)) {
+    fn route(&mut self, request: Request) {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
@@ -112,19 +113,15 @@ impl Router {
                 Held::Message(owner(object, self.shards.len()), Message::Close(object))
             }
         };
-        self.deliver(held, own);
+        self.deliver(held);
     }
 
-    fn deliver(&mut self, held: Held, own: &mut dyn FnMut(Message)) {
+    fn deliver(&mut self, held: Held) {
         self.held = match held {
             Held::Open(open) => match self.openers.try_send(open) {
                 Ok(()) => None,
                 Err(TrySendError::Full(open) | TrySendError::Disconnected(open)) => Some(Held::Open(open)),
             },
-            Held::Message(0, message) => {
-                own(message);
-                None
-            }
             Held::Message(shard, message) => self.shards[shard].try_send(message).err().map(|message| Held::Message(shard, message)),
         };
     }

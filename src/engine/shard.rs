@@ -1,7 +1,7 @@
 //! One shard: the event loop that ties the machine to I/O, memory and answers.
 //!
-//! A turn: take messages (and, on the receiving shard, requests from the kernel), let the machine decide,
-//! start what it wants, give the answers of this turn back to back, wait.
+//! A turn: on the receiving shard read the kernel's requests; take messages, let the machine decide, start
+//! what it wants, give the answers of this turn back to back, wait.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -82,8 +82,8 @@ impl<I: Io> Shard<I> {
     /// Serves until the engine stops.
     pub(super) fn run(mut self) -> Result<(), EngineError> {
         while !self.has_ended() {
-            self.take_messages();
             self.receive()?;
+            self.take_messages();
             self.machine.tick(self.clock.now_ns());
             self.act();
             self.answer();
@@ -99,34 +99,28 @@ impl<I: Io> Shard<I> {
 
     fn take_messages(&mut self) {
         while let Some(message) = self.inbox.take() {
-            self.handle(message);
+            match message {
+                Message::Adopt(adopted) => self.adopt(adopted),
+                Message::Need(need, since_ns) => self.need(need, since_ns),
+                Message::Close(object) => self.machine.close(object),
+            }
         }
     }
 
     /// On the receiving shard: reads what the kernel wants.
     fn receive(&mut self) -> Result<(), EngineError> {
-        let Some((front, mut router)) = self.receiver.take() else { return Ok(()) };
-        let mut result = Ok(());
+        let Some((front, router)) = &mut self.receiver else { return Ok(()) };
         if self.shared.stopping.load(Ordering::Acquire) {
             router.give_up();
+            self.receiver = None;
             self.shared.received_all.store(true, Ordering::Release);
             self.shared.wake_all();
-        } else {
-            if self.shared.look_again.swap(false, Ordering::AcqRel) {
-                router.notice();
-            }
-            result = router.drain(&*front, &mut |message| self.handle(message)).map_err(EngineError::Front);
-            self.receiver = Some((front, router));
+            return Ok(());
         }
-        result
-    }
-
-    fn handle(&mut self, message: Message) {
-        match message {
-            Message::Adopt(adopted) => self.adopt(adopted),
-            Message::Need(need, since_ns) => self.need(need, since_ns),
-            Message::Close(object) => self.machine.close(object),
+        if self.shared.look_again.swap(false, Ordering::AcqRel) {
+            router.notice();
         }
+        router.drain(&**front).map_err(EngineError::Front)
     }
 
     fn adopt(&mut self, adopted: Adopted) {

@@ -1,0 +1,189 @@
+//! The whole engine, with its threads and real files, against a kernel made of a queue.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Condvar, Mutex};
+
+use super::*;
+use crate::front::{Answer, Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::key::Key;
+use crate::range::ByteRange;
+use crate::store::{Blob, FileBlob, SourceFile, SourceMode, Store, StoreError};
+
+/// Longest wait for anything that must happen.
+const PATIENCE: Duration = Duration::from_secs(20);
+const BLOB_BYTES: usize = 100_000;
+
+/// What the kernel does next.
+enum Step {
+    Ask(Request),
+    /// Nothing, before this request has its answer.
+    Await(u64),
+}
+
+#[derive(Default)]
+struct Answers {
+    given: Mutex<Vec<(u64, Outcome)>>,
+    news: Condvar,
+}
+
+impl Answer for Answers {
+    fn answer(&self, token: u64, outcome: Outcome) -> std::io::Result<bool> {
+        self.given.lock().unwrap().push((token, outcome));
+        self.news.notify_all();
+        Ok(true)
+    }
+}
+
+impl Answers {
+    /// The answer of a request; there must be one, and no second.
+    fn of(&self, token: u64) -> Outcome {
+        let given = self.given.lock().unwrap();
+        let has = |given: &[(u64, Outcome)]| given.iter().any(|answer| answer.0 == token);
+        let (given, _) = self.news.wait_timeout_while(given, PATIENCE, |given| !has(given)).unwrap();
+        let mine: Vec<_> = given.iter().filter(|answer| answer.0 == token).collect();
+        assert_eq!(mine.len(), 1, "answers of request {token}: {mine:?}");
+        mine[0].1
+    }
+}
+
+/// A kernel.
+struct Kernel {
+    steps: Mutex<VecDeque<Step>>,
+    readable: EventFd,
+    answers: Arc<Answers>,
+}
+
+impl FrontEnd for Kernel {
+    fn name(&self) -> &'static str {
+        "queue"
+    }
+
+    fn caps(&self) -> Caps {
+        Caps { align_bytes: 4096, holes_are_absent: false, reopens: true }
+    }
+
+    fn poll_fd(&self) -> BorrowedFd<'_> {
+        self.readable.as_fd()
+    }
+
+    fn next(&self) -> Result<Option<Request>, FrontError> {
+        loop {
+            let step = self.steps.lock().unwrap().pop_front();
+            match step {
+                Some(Step::Ask(request)) => return Ok(Some(request)),
+                Some(Step::Await(token)) => drop(self.answers.of(token)),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+impl Kernel {
+    fn new() -> Arc<Self> {
+        let readable = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        Arc::new(Self { steps: Mutex::default(), readable, answers: Arc::default() })
+    }
+
+    fn then(&self, steps: impl IntoIterator<Item = Step>) {
+        self.steps.lock().unwrap().extend(steps);
+        self.readable.write(1).unwrap();
+    }
+
+    fn open(&self, token: u64, object: u32, sink: &Arc<OwnedFd>) -> Step {
+        let ticket = Ticket::new(Arc::clone(&self.answers) as Arc<dyn Answer>, token);
+        let (key, sink) = (Key::new(b"dom", b"blob"), Arc::clone(sink));
+        Step::Ask(Request::Open(OpenRequest { object: ObjectId(object), key, ticket, sink }))
+    }
+
+    fn need(&self, token: u64, object: u32, range: ByteRange) -> Step {
+        let ticket = Ticket::new(Arc::clone(&self.answers) as Arc<dyn Answer>, token);
+        Step::Ask(Request::Need(NeedRequest { object: ObjectId(object), range, ticket }))
+    }
+}
+
+fn close(object: u32) -> Step {
+    Step::Ask(Request::Close(ObjectId(object)))
+}
+
+/// A store of one blob, which can be kept shut.
+#[derive(Debug)]
+struct OneBlob {
+    data: Vec<u8>,
+    shut: AtomicBool,
+}
+
+impl OneBlob {
+    fn new() -> Arc<Self> {
+        let data = (0..BLOB_BYTES).map(|i| (i % 251) as u8).collect();
+        Arc::new(Self { data, shut: AtomicBool::new(false) })
+    }
+}
+
+impl Store for OneBlob {
+    fn name(&self) -> &'static str {
+        "one"
+    }
+
+    fn open(&self, _: &Key) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        wait_until(|| !self.shut.load(Ordering::Relaxed));
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&self.data, 0).unwrap();
+        let source = SourceFile::new(file.into(), SourceMode::Buffered).unwrap();
+        Ok(Some(Arc::new(FileBlob::new(source))))
+    }
+}
+
+fn wait_until(is_so: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !is_so() {
+        assert!(started.elapsed() < PATIENCE, "it never happened");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn sink() -> (std::fs::File, Arc<OwnedFd>) {
+    let file = tempfile::tempfile().unwrap();
+    (file.try_clone().unwrap(), Arc::new(file.into()))
+}
+
+/// Runs a test with each kind of engine that this machine has.
+fn with_each_engine(shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
+    for kind in [EngineKind::Uring, EngineKind::Blocking] {
+        let (kernel, store) = (Kernel::new(), OneBlob::new());
+        let settings = Settings {
+            shards,
+            kind,
+            window_bytes: 65536,
+            slot_bytes: 65536,
+            slots: 4,
+            workers: 2,
+            open_timeout: Duration::from_secs(1),
+            tracer: None,
+        };
+        let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, Arc::clone(&store) as Arc<dyn Store>);
+        match Engine::start(&front, &blobs, &settings) {
+            Ok(engine) => test(engine, &kernel, &store),
+            Err(EngineError::NoRing(why)) => eprintln!("not run: {why}"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_request_that_follows_the_answer_to_its_open_at_once_finds_the_object() {
+    with_each_engine(1, |engine, kernel, store| {
+        let (file, fd) = sink();
+        kernel.then([kernel.open(1, 8, &fd), Step::Await(1), kernel.need(2, 8, 0..4096)]);
+        assert_eq!(kernel.answers.of(2), Outcome::Done);
+        assert_eq!(kernel.answers.of(1), Outcome::Opened { len_bytes: BLOB_BYTES as u64 });
+        let mut got = vec![0; 4096];
+        file.read_exact_at(&mut got, 0).unwrap();
+        assert!(got == store.data[..4096]);
+        kernel.then([kernel.open(3, 9, &fd), Step::Await(3), close(9), close(8)]);
+        wait_until(|| engine.snapshot().closes == 2 && Arc::strong_count(&fd) == 1);
+        assert_eq!(engine.snapshot().objects, 0);
+        engine.stop(PATIENCE, || false).unwrap();
+    });
+}
