@@ -148,11 +148,11 @@ impl Shared {
     /// Makes the receiving shard read from the front end once more.
     fn look_again(&self) {
         self.look_again.store(true, Ordering::Release);
-        self.bells[0].ring();
+        self.bells[0].wake();
     }
 
     fn wake_all(&self) {
-        self.bells.iter().for_each(|bell| bell.ring());
+        self.bells.iter().for_each(|bell| bell.wake());
     }
 
     /// Whether one more failed read may be logged: a broken disk must not fill another one with messages.

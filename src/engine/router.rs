@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
+use std::time::Duration;
 
 use super::mailbox::{Mailbox, Message};
 use super::{Shared, clock::Clock};
@@ -15,6 +16,10 @@ const REQUESTS_PER_TURN: u32 = 256;
 /// Requests for data that may wait for their answer at a time. Beyond it nothing is read from the kernel,
 /// which keeps what comes; opens and closes wait then too, so it is far above what readers reach.
 const PENDING_MAX: u64 = 65_536;
+
+/// Pause while there is no room for what comes next. Nobody says when there is; but a shard that is behind
+/// needs its core, and this one may share it.
+const FULL_PAUSE: Duration = Duration::from_millis(1);
 
 /// Which shard owns an object. The kernel counts ids up, so neighbours spread.
 pub(super) const fn owner(object: ObjectId, shards: usize) -> usize {
@@ -50,9 +55,13 @@ impl Router {
         self.more = true;
     }
 
-    /// Whether it wants to run again without waiting for anything.
-    pub(super) const fn is_busy(&self) -> bool {
-        self.more || self.held.is_some()
+    /// After which time it wants to run again, whatever happens; `None`: when the kernel has something.
+    pub(super) fn next_turn(&self) -> Option<Duration> {
+        match (&self.held, self.more) {
+            (None, false) => None,
+            (None, true) if self.has_room() => Some(Duration::ZERO),
+            _ => Some(FULL_PAUSE),
+        }
     }
 
     /// Reads requests until there are none, a limit is reached, or a queue is full. Those for the shard on
@@ -65,8 +74,9 @@ impl Router {
         if let Some(held) = self.held.take() {
             self.deliver(held);
         }
-        let mut left = REQUESTS_PER_TURN;
-        while self.held.is_none() && self.more && left > 0 && self.has_room() {
+        // Once a turn: it looks at memory that every shard writes.
+        let mut left = if self.has_room() { REQUESTS_PER_TURN } else { 0 };
+        while self.held.is_none() && self.more && left > 0 {
             left -= 1;
             match front.next() {
                 Ok(None) => self.more = false,

@@ -245,8 +245,7 @@ impl<I: Io> Shard<I> {
     }
 
     fn wait(&mut self) -> Result<(), EngineError> {
-        let sleeps = !self.is_busy() && self.inbox.may_sleep();
-        let timeout = if sleeps { self.sleep_max() } else { Duration::ZERO };
+        let timeout = if self.inbox.may_sleep() { self.sleep_max() } else { Duration::ZERO };
         let ready = self.io.wait(Some(timeout), &mut self.done).map_err(EngineError::Io)?;
         self.inbox.awake();
         if ready.woken {
@@ -280,14 +279,11 @@ impl<I: Io> Shard<I> {
         self.done = done;
     }
 
-    fn is_busy(&self) -> bool {
-        let look_again = self.receiver.is_some() && self.shared.look_again.load(Ordering::Acquire);
-        look_again || self.receiver.as_ref().is_some_and(|(_, router)| router.is_busy())
-    }
-
+    /// How long it may sleep: to the next deadline of a fill, and of the router if it is here.
     fn sleep_max(&self) -> Duration {
         let deadline = self.machine.next_deadline().map(|at| Duration::from_nanos(at.saturating_sub(self.clock.now_ns())));
-        deadline.map_or(SLEEP_MAX, |deadline| deadline.min(SLEEP_MAX))
+        let router = self.receiver.as_ref().and_then(|(_, router)| router.next_turn());
+        [deadline, router].into_iter().flatten().fold(SLEEP_MAX, Duration::min)
     }
 
     /// Whether there is nothing left to do for ever. When time is up, what is left is failed first.

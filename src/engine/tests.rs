@@ -107,17 +107,18 @@ fn close(object: u32) -> Step {
     Step::Ask(Request::Close(ObjectId(object)))
 }
 
-/// A store of one blob, which can be kept shut.
+/// A store of one blob, which can be kept shut or be taken away.
 #[derive(Debug)]
 struct OneBlob {
     data: Vec<u8>,
     shut: AtomicBool,
+    gone: AtomicBool,
 }
 
 impl OneBlob {
     fn new() -> Arc<Self> {
         let data = (0..BLOB_BYTES).map(|i| (i % 251) as u8).collect();
-        Arc::new(Self { data, shut: AtomicBool::new(false) })
+        Arc::new(Self { data, shut: AtomicBool::new(false), gone: AtomicBool::new(false) })
     }
 }
 
@@ -128,6 +129,9 @@ impl Store for OneBlob {
 
     fn open(&self, _: &Key) -> Result<Option<Arc<dyn Blob>>, StoreError> {
         wait_until(|| !self.shut.load(Ordering::Relaxed));
+        if self.gone.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&self.data, 0).unwrap();
         let source = SourceFile::new(file.into(), SourceMode::Buffered).unwrap();
@@ -184,6 +188,47 @@ fn a_request_that_follows_the_answer_to_its_open_at_once_finds_the_object() {
         kernel.then([kernel.open(3, 9, &fd), Step::Await(3), close(9), close(8)]);
         wait_until(|| engine.snapshot().closes == 2 && Arc::strong_count(&fd) == 1);
         assert_eq!(engine.snapshot().objects, 0);
+        engine.stop(PATIENCE, || false).unwrap();
+    });
+}
+
+/// Turns of all shards together during a time.
+fn turns(engine: &Engine, time: Duration) -> u64 {
+    let before = engine.snapshot().turns;
+    std::thread::sleep(time);
+    engine.snapshot().turns - before
+}
+
+#[test]
+fn an_idle_engine_sleeps() {
+    with_each_engine(2, |engine, kernel, _| {
+        let (_, fd) = sink();
+        kernel.then([kernel.open(1, 8, &fd), kernel.open(2, 9, &fd), Step::Await(1), Step::Await(2), kernel.need(3, 9, 0..4096)]);
+        assert_eq!(kernel.answers.of(3), Outcome::Done);
+        std::thread::sleep(Duration::from_millis(100));
+        let turns = turns(&engine, Duration::from_millis(1500));
+        assert!(turns <= 8, "{turns} turns of two idle shards in 1.5 s");
+        let stopping = Instant::now();
+        engine.stop(PATIENCE, || false).unwrap();
+        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+    });
+}
+
+#[test]
+fn a_full_queue_is_not_waited_for_by_spinning() {
+    with_each_engine(1, |engine, kernel, store| {
+        let (_, fd) = sink();
+        store.shut.store(true, Ordering::Relaxed);
+        let opens = (opener::OPENS_MAX + opener::OPENERS + 100) as u64;
+        kernel.then((0..opens).map(|token| kernel.open(token, 7, &fd)));
+        wait_until(|| engine.snapshot().opens > (opener::OPENS_MAX + opener::OPENERS) as u64);
+        let turns = turns(&engine, Duration::from_millis(300));
+        assert!(turns <= 600, "{turns} turns in 0.3 s with nothing to do");
+        store.gone.store(true, Ordering::Relaxed);
+        store.shut.store(false, Ordering::Relaxed);
+        for token in 0..opens {
+            assert_eq!(kernel.answers.of(token), Outcome::Failed(nix::errno::Errno::ENOENT));
+        }
         engine.stop(PATIENCE, || false).unwrap();
     });
 }

@@ -456,4 +456,5 @@ impl OpKey {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
 mod tests;
