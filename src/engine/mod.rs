@@ -79,7 +79,7 @@ pub struct Settings {
 
 /// Fills that one reader's request may wait for at a time.
 pub const FILLS_PER_NEED: u32 = 16;
-/// Failed reads that are logged a second; the others are only counted.
+/// Failures that are logged a second; the others are only counted.
 const FAILURES_LOGGED_PER_SECOND: u64 = 10;
 
 /// Why the engine could not start or had to end.
@@ -155,7 +155,7 @@ impl Shared {
         self.bells.iter().for_each(|bell| bell.wake());
     }
 
-    /// Whether one more failed read may be logged: a broken disk must not fill another one with messages.
+    /// Whether one more failure may be logged: a broken disk must not fill another one with messages.
     fn may_log_failure(&self) -> bool {
         let allowed = (self.started.elapsed().as_secs() + 1) * FAILURES_LOGGED_PER_SECOND;
         let logged = self.failures_logged.load(Ordering::Relaxed);

@@ -49,6 +49,7 @@ impl Opener {
         let OpenRequest { object, key, ticket, sink } = open;
         let blob = match self.look_up(&key) {
             Ok(blob) => blob,
+            // `sink` is closed after the answer, as the kernel wants it.
             Err(errno) => return self.refuse(ticket, errno),
         };
         let len_bytes = blob.len_bytes();
@@ -71,11 +72,13 @@ impl Opener {
 
     fn refuse(&self, ticket: crate::front::Ticket, errno: Errno) {
         Shared::count(&self.shared.opens_failed);
-        if let Err(error) = ticket.answer(Outcome::Failed(errno)) {
+        if let Err(error) = ticket.answer(Outcome::Failed(errno))
+            && self.shared.may_log_failure()
+        {
             tracing::error!("the kernel did not take the refusal of an open: {error}");
         }
-        // A refused open wakes nobody, but may leave something to be read.
-        self.shared.look_again();
+        // The kernel opens an object that was open before again and again, as long as somebody reads it, but wakes
+        // nobody for that. The receiving shard looks by itself once a second, which is often enough for such tries.
     }
 
     /// Finds a blob, trying again while that may help: the kernel does not ask twice.
@@ -89,13 +92,17 @@ impl Opener {
                     return Ok(blob);
                 }
                 Ok(None) => {
-                    tracing::warn!("no store has the blob {key}: its mount fails; looked in {}", self.store.name());
+                    if self.shared.may_log_failure() {
+                        tracing::warn!("no store has the blob {key}: its mount fails; looked in {}", self.store.name());
+                    }
                     return Err(Errno::ENOENT);
                 }
                 Err(error) => error,
             };
             if !self.worth_waiting(&error, started) {
-                tracing::error!("{error}; its mount fails");
+                if self.shared.may_log_failure() {
+                    tracing::error!("{error}; its mount fails");
+                }
                 return Err(error.errno());
             }
             tracing::warn!("{error}; trying again in {} ms", pause.as_millis());

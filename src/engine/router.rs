@@ -83,12 +83,16 @@ impl Router {
                 Ok(Some(request)) => self.route(request),
                 Err(FrontError::Malformed(what)) => {
                     Shared::count(&self.shared.malformed);
-                    tracing::warn!("ignored a malformed message from the kernel: {what}");
+                    if self.shared.may_log_failure() {
+                        tracing::warn!("ignored a malformed message from the kernel: {what}");
+                    }
                 }
                 Err(error @ FrontError::OutOfDescriptors(_)) => {
                     Shared::count(&self.shared.opens);
                     Shared::count(&self.shared.opens_failed);
-                    tracing::error!("{error}");
+                    if self.shared.may_log_failure() {
+                        tracing::error!("{error}");
+                    }
                 }
                 Err(error) => return Err(error),
             }

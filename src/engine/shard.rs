@@ -219,7 +219,9 @@ impl<I: Io> Shard<I> {
                 Ok(false) => self.stats().late(),
                 Err(error) => {
                     self.stats().refused();
-                    tracing::error!("the kernel did not take the answer to a read: {error}");
+                    if self.shared.may_log_failure() {
+                        tracing::error!("the kernel did not take the answer to a read: {error}");
+                    }
                 }
             }
             if outcome != Outcome::Done || self.tracer.is_some() {
@@ -271,7 +273,9 @@ impl<I: Io> Shard<I> {
                 && result > 0
                 && !is_whole(file)
             {
-                tracing::error!("a mapped source was truncated while it was copied; unmount its image to drop what was cached of it");
+                if self.shared.may_log_failure() {
+                    tracing::error!("a mapped source was truncated while it was copied; unmount its image to drop what was cached of it");
+                }
                 result = -(Errno::EIO as i32);
             }
             self.machine.io_done(OpKey(op.key), result, now_ns);
