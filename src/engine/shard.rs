@@ -48,13 +48,13 @@ pub(super) struct Shard<I> {
     /// On the shard that receives.
     receiver: Option<(Arc<dyn FrontEnd>, Router)>,
     machine: Machine<Ticket>,
-    /// Objects by the machine's handle.
-    attached: Vec<Option<Attached>>,
     tracer: Option<Tracer>,
     answers: Vec<Answered<Ticket>>,
     done: Vec<Done>,
-    // Dropped in this order: the operations' owner before the memory that they use.
+    // Dropped in this order: the operations' owner before the files and the memory that they use.
     io: I,
+    /// Objects by the machine's handle.
+    attached: Vec<Option<Attached>>,
     buffers: Buffers,
 }
 
@@ -76,7 +76,7 @@ impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
         let Parts { index, caps, shared, clock, inbox, receiver, machine, tracer, io, buffers } = parts;
         let (attached, answers, done) = (Vec::new(), Vec::new(), Vec::new());
-        Self { index, caps, shared, clock, inbox, receiver, machine, attached, tracer, answers, done, io, buffers }
+        Self { index, caps, shared, clock, inbox, receiver, machine, tracer, answers, done, io, attached, buffers }
     }
 
     /// Serves until the engine stops.

@@ -27,7 +27,8 @@ use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
 const STOP_POLL: Duration = Duration::from_millis(5);
-/// How long a shard that is out of time may take to give its last answers.
+/// How long a shard that is out of time may take to give its last answers; longer than [`super::io::DRAIN_MAX`],
+/// so that only one that hangs is left behind.
 const ABORT_WAIT: Duration = Duration::from_secs(2);
 
 /// A running engine.
