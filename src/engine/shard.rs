@@ -79,15 +79,26 @@ impl<I: Io> Shard<I> {
         Self { index, caps, shared, clock, inbox, receiver, machine, tracer, answers, done, io, attached, buffers }
     }
 
-    /// Serves until the engine stops.
+    /// Serves until the engine stops, or until it cannot go on. Either way no request is left without its answer.
     pub(super) fn run(mut self) -> Result<(), EngineError> {
+        let result = self.serve();
+        if result.is_err() {
+            self.stop_receiving();
+            self.take_messages();
+            self.fail_rest();
+        }
+        self.publish();
+        result
+    }
+
+    fn serve(&mut self) -> Result<(), EngineError> {
         while !self.has_ended() {
             self.receive()?;
             self.take_messages();
             self.machine.tick(self.clock.now_ns());
             self.act();
             self.answer();
-            self.stats().publish(self.machine.counters(), self.machine.pending(), self.machine.object_count());
+            self.publish();
             self.wait()?;
         }
         Ok(())
@@ -95,6 +106,10 @@ impl<I: Io> Shard<I> {
 
     fn stats(&self) -> &ShardStats {
         &self.shared.shards[self.index]
+    }
+
+    fn publish(&self) {
+        self.stats().publish(self.machine.counters(), self.machine.pending(), self.machine.object_count());
     }
 
     fn take_messages(&mut self) {
@@ -109,18 +124,23 @@ impl<I: Io> Shard<I> {
 
     /// On the receiving shard: reads what the kernel wants.
     fn receive(&mut self) -> Result<(), EngineError> {
-        let Some((front, router)) = &mut self.receiver else { return Ok(()) };
         if self.shared.stopping.load(Ordering::Acquire) {
-            router.give_up();
-            self.receiver = None;
-            self.shared.received_all.store(true, Ordering::Release);
-            self.shared.wake_all();
-            return Ok(());
+            self.stop_receiving();
         }
+        let Some((front, router)) = &mut self.receiver else { return Ok(()) };
         if self.shared.look_again.swap(false, Ordering::AcqRel) {
             router.notice();
         }
         router.drain(&**front).map_err(EngineError::Front)
+    }
+
+    /// On the receiving shard: lets the others know that nothing more will come.
+    fn stop_receiving(&mut self) {
+        if let Some((_, mut router)) = self.receiver.take() {
+            router.give_up();
+            self.shared.received_all.store(true, Ordering::Release);
+            self.shared.wake_all();
+        }
     }
 
     fn adopt(&mut self, adopted: Adopted) {
@@ -297,11 +317,16 @@ impl<I: Io> Shard<I> {
         }
         self.take_messages();
         if self.shared.out_of_time.load(Ordering::Acquire) || self.machine.pending() == 0 {
-            self.machine.close_all();
-            self.act();
-            self.answer();
+            self.fail_rest();
         }
         self.machine.object_count() == 0 || self.shared.out_of_time.load(Ordering::Acquire)
+    }
+
+    /// Closes every object and answers what waited for it.
+    fn fail_rest(&mut self) {
+        self.machine.close_all();
+        self.act();
+        self.answer();
     }
 }
 

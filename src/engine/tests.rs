@@ -20,6 +20,8 @@ enum Step {
     Ask(Request),
     /// Nothing, before this request has its answer.
     Await(u64),
+    /// Break.
+    Break,
 }
 
 #[derive(Default)]
@@ -74,6 +76,7 @@ impl FrontEnd for Kernel {
             match step {
                 Some(Step::Ask(request)) => return Ok(Some(request)),
                 Some(Step::Await(token)) => drop(self.answers.of(token)),
+                Some(Step::Break) => return Err(FrontError::Broken(std::io::ErrorKind::BrokenPipe.into())),
                 None => return Ok(None),
             }
         }
@@ -230,5 +233,37 @@ fn a_full_queue_is_not_waited_for_by_spinning() {
             assert_eq!(kernel.answers.of(token), Outcome::Failed(nix::errno::Errno::ENOENT));
         }
         engine.stop(PATIENCE, || false).unwrap();
+    });
+}
+
+#[test]
+fn when_the_kernel_interface_breaks_the_engine_ends_without_delay() {
+    with_each_engine(2, |engine, kernel, _| {
+        let (_, fd) = sink();
+        kernel.then([kernel.open(1, 9, &fd), Step::Await(1), kernel.need(2, 9, 0..4096), kernel.need(3, 8, 0..4096), Step::Break]);
+        wait_until(|| engine.has_failed());
+        let stopping = Instant::now();
+        assert!(matches!(engine.stop(PATIENCE, || false), Err(EngineError::Front(FrontError::Broken(_)))));
+        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+        assert_eq!(kernel.answers.of(2), Outcome::Done, "what had been read from the kernel is finished");
+        assert!(matches!(kernel.answers.of(3), Outcome::Failed(_)));
+    });
+}
+
+#[test]
+fn a_stop_answers_readers_whose_operation_hangs() {
+    with_each_engine(1, |engine, kernel, _| {
+        // Nobody empties this pipe, so a write of a whole window never ends. (The blocking engine fails it.)
+        let (_reader, writer) = nix::unistd::pipe().unwrap();
+        let fd = Arc::new(writer);
+        kernel.then([kernel.open(1, 8, &fd), Step::Await(1), kernel.need(2, 8, 65536..69632), kernel.need(3, 8, 0..4096)]);
+        wait_until(|| engine.snapshot().needs == 2);
+        let stopping = Instant::now();
+        let snapshot = engine.stop(PATIENCE, || stopping.elapsed() > Duration::from_millis(100)).unwrap();
+        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+        for token in [2, 3] {
+            assert!(matches!(kernel.answers.of(token), Outcome::Failed(_)) || token == 2);
+        }
+        assert_eq!(snapshot.pending, 0);
     });
 }
