@@ -19,6 +19,9 @@ use crate::store::{Blob, Store, StoreError};
 pub(super) const OPENERS: usize = 4;
 /// Opens that may wait for one of them.
 pub(super) const OPENS_MAX: usize = 1024;
+/// Longest blob that is served, that of a file on ext4. What is known of its pages takes 1 MiB before the first
+/// is read; and a sparse file may claim to be of any length.
+const BLOB_BYTES_MAX: u64 = 1 << 44;
 /// Pause before a lookup that failed for a passing reason is tried again; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 /// Longest such pause.
@@ -87,6 +90,12 @@ impl Opener {
         let mut pause = PAUSE_MIN;
         loop {
             let error = match self.store.open(key) {
+                Ok(Some(blob)) if blob.len_bytes() > BLOB_BYTES_MAX => {
+                    if self.shared.may_log_failure() {
+                        tracing::error!("the blob {key} has {} bytes, and {BLOB_BYTES_MAX} is the most; its mount fails", blob.len_bytes());
+                    }
+                    return Err(Errno::EFBIG);
+                }
                 Ok(Some(blob)) => {
                     tracing::info!("serving {key} ({} bytes)", blob.len_bytes());
                     return Ok(blob);

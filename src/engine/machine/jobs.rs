@@ -12,7 +12,9 @@ impl<T> Machine<T> {
         let object = &mut self.objects[handle.0];
         let len = object.blob.len_bytes();
         let extent = object.blob.extent(piece.start);
-        let border = align_up(piece.start.saturating_add(extent.len_bytes), self.limits.page_bytes);
+        let extent_end = piece.start.saturating_add(extent.len_bytes);
+        let border = align_up(extent_end, self.limits.page_bytes);
+        debug_assert!(border == extent_end || extent_end >= len, "an extent of {:?} ends inside a page", object.blob);
         let range = piece.start..piece.end.min(border);
         let end = range.end;
         self.generation = self.generation.wrapping_add(1);
