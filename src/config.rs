@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::engine::{EngineKind, page_bytes, usable_cpus};
-use crate::front::cachefiles::{BadLimits, CullLimits, wire};
+use crate::engine::{EngineKind, usable_cpus};
+use crate::front::cachefiles::{BadLimits, CullLimits, command};
+use crate::range::page_bytes;
 use crate::store::{SourceMode, StoreSpec};
 
 /// Version of the file format.
@@ -377,14 +378,14 @@ impl Config {
     fn check_bounds(&self) -> Result<(), ConfigError> {
         for (setting, text) in [("tag", Some(&self.tag)), ("secctx", self.secctx.as_ref())] {
             if let Some(text) = text {
-                wire::setup(setting, text.as_bytes()).map_err(|why| value(setting, format!("{text:?}"), &why))?;
+                command::setup(setting, text.as_bytes()).map_err(|why| value(setting, format!("{text:?}"), &why))?;
             }
         }
         self.cull.commands()?;
         bounds("shards", self.shards as u64, 1, SHARDS_MAX as u64)?;
         power_of_two("window", self.window_bytes, BLOCK_BYTES_MIN, WINDOW_BYTES_MAX)?;
         // A slot holds at least a page, which is the least that is written.
-        power_of_two("slot_size", self.slot_bytes, BLOCK_BYTES_MIN.max(page_bytes() as u64), SHARD_BUFFER_BYTES_MAX / 2)?;
+        power_of_two("slot_size", self.slot_bytes, BLOCK_BYTES_MIN.max(page_bytes()), SHARD_BUFFER_BYTES_MAX / 2)?;
         let slots_max = (SHARD_BUFFER_BYTES_MAX / self.slot_bytes) - 1;
         bounds("slots", u64::from(self.slots), 1, slots_max)?;
         bounds("workers", u64::from(self.workers), 1, u64::from(WORKERS_MAX))?;

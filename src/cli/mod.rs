@@ -1,5 +1,6 @@
 //! The command line: one file a verb.
 
+pub mod doctor;
 pub mod serve;
 
 use std::process::ExitCode;
@@ -18,6 +19,8 @@ struct Cli {
 enum Verb {
     /// Answer the kernel's requests until told to stop
     Serve(serve::ServeArgs),
+    /// Find out whether this host can serve images, and what to do if not
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Why a verb failed: what to print, and the exit code.
@@ -41,6 +44,7 @@ impl Failure {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Serve(args) => serve::run(args),
+        Verb::Doctor(args) => return doctor::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -400,7 +400,8 @@ impl<T> Machine<T> {
             self.start_jobs();
         }
         let action = self.actions.pop_front();
-        if let Some(Action::Release { object }) = &action {
+        if let Some(Action::Release { object }) = action {
+            // Only now may its handle name another object.
             self.objects.remove(object.0);
         }
         action
