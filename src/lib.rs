@@ -2,7 +2,9 @@
 //!
 //! Data flows one way, front end -> shard -> store -> sink -> answer; nothing calls back up.
 
+pub mod cli;
 pub mod front;
 pub mod key;
+pub mod lab;
 pub mod range;
 pub mod store;
