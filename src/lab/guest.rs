@@ -35,7 +35,7 @@ pub struct GuestPlan<'a> {
     pub files: &'a [(&'a str, &'a [u8])],
     /// File system under the cache.
     pub cache_fs: CacheFs,
-    /// An ext4 image with the blobs; the guest may write to it.
+    /// An ext4 image with the blobs; the guest may write to it, but the image stays as it is.
     pub store_disk: &'a Path,
     /// What to run.
     pub argv: Vec<String>,
@@ -51,11 +51,8 @@ impl GuestPlan<'_> {
     pub fn build(&self, scratch: &Path) -> Result<Machine> {
         let cache = scratch.join("cache.img");
         self.cache_fs.make(&cache, CACHE_BYTES)?;
-        let disks = [cache, self.store_disk.to_owned()];
-        let disks = disks.map(|path| Disk {
-            path,
-            read_only: false,
-        });
+        let disks = [(cache, false), (self.store_disk.to_owned(), true)];
+        let disks = disks.map(|(path, throw_away)| Disk { path, throw_away });
         Ok(Machine {
             kernel: self.kernel.image.clone(),
             initrd: Some(self.initramfs(scratch)?),

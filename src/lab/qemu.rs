@@ -57,8 +57,8 @@ impl Accelerator {
 pub struct Disk {
     /// Raw image.
     pub path: PathBuf,
-    /// The guest must not write to it.
-    pub read_only: bool,
+    /// What the guest writes is forgotten when it ends; the image stays as it is.
+    pub throw_away: bool,
 }
 
 /// A guest to boot.
@@ -200,9 +200,9 @@ impl Machine {
         for disk in &self.disks {
             // A comma in a path would end the option; QEMU reads two commas as one.
             let path = disk.path.to_string_lossy().replace(',', ",,");
-            let access = if disk.read_only { "on" } else { "off" };
+            let snapshot = if disk.throw_away { "on" } else { "off" };
             command.arg("-drive").arg(format!(
-                "file={path},if=virtio,format=raw,cache=unsafe,readonly={access}"
+                "file={path},if=virtio,format=raw,cache=unsafe,snapshot={snapshot}"
             ));
         }
         Ok(command)
