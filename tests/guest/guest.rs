@@ -55,8 +55,6 @@ pub(crate) struct Ended {
     pub(crate) status: ExitStatus,
     /// Its last line, if that was JSON.
     pub(crate) json: serde_json::Value,
-    /// All it logged.
-    pub(crate) log: String,
 }
 
 impl Guest {
@@ -91,7 +89,12 @@ impl Guest {
 
     /// Starts the daemon on this test's directories and waits until it is ready.
     pub(crate) fn serve(&self, more: &[&str]) -> Result<()> {
-        let mut daemon = self.launch(&self.serve_arguments(more))?;
+        self.serve_with(&self.serve_arguments(more))
+    }
+
+    /// The same with arguments of the caller's own.
+    pub(crate) fn serve_with(&self, arguments: &[String]) -> Result<()> {
+        let mut daemon = self.launch(arguments)?;
         let began = Instant::now();
         while !daemon.output().contains(READY) {
             if let Some(status) = daemon.child.try_wait()? {
@@ -185,7 +188,6 @@ impl Guest {
         Ok(Ended {
             status,
             json: serde_json::from_str(last).unwrap_or(serde_json::Value::Null),
-            log: daemon.logged(),
         })
     }
 

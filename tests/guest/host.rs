@@ -138,6 +138,7 @@ impl Cell {
         argv.extend(names.iter().map(|&name| name.to_owned()));
         let plan = GuestPlan {
             kernel: &kernel,
+            programs: &[(GUEST_PROGRAM, &this_program), ("/sbin/mke2fs", &mke2fs)],
             infill: Path::new(env!("CARGO_BIN_EXE_infill")),
             files: &[],
             cache_fs: self.fs,
