@@ -15,10 +15,7 @@ impl Key {
     /// A key made of its two parts.
     #[must_use]
     pub fn new(domain: &[u8], name: &[u8]) -> Self {
-        Self {
-            domain: domain.into(),
-            name: name.into(),
-        }
+        Self { domain: domain.into(), name: name.into() }
     }
 
     /// The EROFS `domain_id`, or the image's own `fsid` where it was mounted without a domain.
@@ -37,12 +34,7 @@ impl Key {
 /// `domain/name` with every unprintable byte escaped, so that a hostile key cannot forge a log line.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}/{}",
-            self.domain.escape_ascii(),
-            self.name.escape_ascii()
-        )
+        write!(f, "{}/{}", self.domain.escape_ascii(), self.name.escape_ascii())
     }
 }
 
@@ -58,9 +50,6 @@ mod tests {
 
     #[test]
     fn display_escapes_what_a_terminal_would_obey() {
-        assert_eq!(
-            Key::new(b"dom", b"a\x1b[2J\n\xff").to_string(),
-            "dom/a\\x1b[2J\\n\\xff"
-        );
+        assert_eq!(Key::new(b"dom", b"a\x1b[2J\n\xff").to_string(), "dom/a\\x1b[2J\\n\\xff");
     }
 }

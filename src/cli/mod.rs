@@ -1,31 +1,56 @@
 //! The command line: one file a verb.
 
+pub mod serve;
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-#[derive(Parser)]
-#[command(version, about)]
+/// Serves EROFS container images on demand, from local blobs.
+#[derive(Debug, Parser)]
+#[command(name = "infill", version, about, max_term_width = 120)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
 }
 
-#[derive(Subcommand)]
+#[derive(Debug, Subcommand)]
 enum Verb {
-    /// First process of a lab guest.
+    /// Answer the kernel's requests until told to stop
+    Serve(Box<serve::ServeArgs>),
+    /// First process of a lab guest
     #[command(hide = true)]
     LabInit,
 }
 
-/// Runs the verb that the command line names.
+/// Why a verb failed: what to print, and the exit code.
+#[derive(Debug)]
+pub struct Failure {
+    /// One line: what, where, what to do.
+    pub message: String,
+    /// See [`crate::ops::exit`].
+    pub code: u8,
+}
+
+impl Failure {
+    /// A failure with an exit code.
+    pub fn new(code: u8, error: impl std::fmt::Display) -> Self {
+        Self { message: error.to_string(), code }
+    }
+}
+
+/// Runs what the command line asks for.
 #[must_use]
 pub fn main() -> ExitCode {
-    match Cli::parse().verb {
-        Verb::LabInit => {
-            let Err(e) = crate::lab::init::main();
-            eprintln!("infill: {e}");
-            ExitCode::FAILURE
+    let result = match Cli::parse().verb {
+        Verb::Serve(args) => serve::run(*args),
+        Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(crate::ops::exit::FAILED, e)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("infill: {}", failure.message);
+            ExitCode::from(failure.code)
         }
     }
 }

@@ -4,6 +4,8 @@
 //! answer carries a [`Ticket`]; the engine does the work and answers the ticket. Nothing else passes
 //! between the two, so a second kernel interface is a second implementation of [`FrontEnd`].
 
+pub mod cachefiles;
+
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -78,12 +80,12 @@ pub enum Outcome {
 
 /// Takes answers back to the kernel. Implemented by front ends.
 pub trait Answer: Send + Sync {
-    /// Answers the request that `token` stands for.
+    /// Answers the request that `token` stands for. `Ok(false)`: nobody waited for it any more (a killed
+    /// reader, a closed object), which is normal.
     ///
     /// # Errors
-    /// The kernel's refusal, other than "no such request", which is normal (a killed reader, a closed
-    /// object) and reported as success.
-    fn answer(&self, token: u64, outcome: Outcome) -> io::Result<()>;
+    /// Any other refusal by the kernel.
+    fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool>;
 }
 
 static UNANSWERED: AtomicU64 = AtomicU64::new(0);
@@ -105,21 +107,15 @@ pub struct Ticket {
 impl Ticket {
     /// A ticket whose answer goes to `to`, which knows the request by `token`.
     pub fn new(to: Arc<dyn Answer>, token: u64) -> Self {
-        Self {
-            to: Some(to),
-            token,
-        }
+        Self { to: Some(to), token }
     }
 
-    /// Answers the request.
+    /// Answers the request. `Ok(false)`: nobody waited for it any more.
     ///
     /// # Errors
     /// See [`Answer::answer`].
-    pub fn answer(mut self, outcome: Outcome) -> io::Result<()> {
-        match self.to.take() {
-            Some(to) => to.answer(self.token, outcome),
-            None => Ok(()),
-        }
+    pub fn answer(mut self, outcome: Outcome) -> io::Result<bool> {
+        self.to.take().map_or(Ok(false), |to| to.answer(self.token, outcome))
     }
 
     /// The front end's name for the request, for logs.
@@ -133,10 +129,7 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         if let Some(to) = self.to.take() {
             UNANSWERED.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(
-                token = self.token,
-                "bug: a request was dropped unanswered; answering it with EIO"
-            );
+            tracing::error!(token = self.token, "bug: a request was dropped unanswered; answering it with EIO");
             // Nothing is left to do about a refusal here: the kernel no longer wants the answer.
             let _ = to.answer(self.token, Outcome::Failed(Errno::EIO));
         }
@@ -186,9 +179,7 @@ pub enum FrontError {
     #[error("malformed message from the kernel: {0}")]
     Malformed(String),
     /// No descriptor was free for an open, so the kernel failed that open for good.
-    #[error(
-        "an open was lost because no file descriptor was free ({0}); raise LimitNOFILE= or fs.file-max, then mount that image again"
-    )]
+    #[error("an open was lost because no file descriptor was free ({0}); raise LimitNOFILE= or fs.file-max, then mount that image again")]
     OutOfDescriptors(Errno),
     /// The interface is gone or refuses to work.
     #[error("cannot read requests from the kernel: {0}")]

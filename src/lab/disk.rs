@@ -88,10 +88,7 @@ pub fn ext4(path: &Path, size_bytes: u64, content: Option<&Path>) -> Result<()> 
 /// What the operating system or mkfs.xfs said.
 pub fn xfs(path: &Path, size_bytes: u64) -> Result<()> {
     sparse(path, size_bytes)?;
-    run(Command::new(program("mkfs.xfs")?)
-        .args(["-q", "-f"])
-        .arg(path))
-    .map(drop)
+    run(Command::new(program("mkfs.xfs")?).args(["-q", "-f"]).arg(path)).map(drop)
 }
 
 /// Makes a file of this length that takes no space yet.
@@ -99,12 +96,9 @@ pub fn xfs(path: &Path, size_bytes: u64) -> Result<()> {
 /// # Errors
 /// What the operating system said.
 pub fn sparse(path: &Path, size_bytes: u64) -> Result<()> {
-    File::create(path)
-        .and_then(|file| file.set_len(size_bytes))
-        .trying(|| format!("cannot make the disk {}", path.display()))
+    File::create(path).and_then(|file| file.set_len(size_bytes)).trying(|| format!("cannot make the disk {}", path.display()))
 }
 
 fn program(name: &str) -> Result<std::path::PathBuf> {
-    packages::find(name)
-        .ok_or_else(|| LabError::Failed(format!("{name} is not installed on this machine")))
+    packages::find(name).ok_or_else(|| LabError::Failed(format!("{name} is not installed on this machine")))
 }

@@ -66,24 +66,12 @@ impl GuestPlan<'_> {
     }
 
     fn job(&self) -> Job {
-        let disk = |device: &str, on: &str, fs: &str| Mount {
-            device: device.into(),
-            on: on.into(),
-            fs: fs.into(),
-            read_only: false,
-        };
-        let env = [
-            ("PATH", "/bin:/sbin"),
-            ("HOME", "/tmp"),
-            ("RUST_BACKTRACE", "1"),
-        ];
+        let disk = |device: &str, on: &str, fs: &str| Mount { device: device.into(), on: on.into(), fs: fs.into(), read_only: false };
+        let env = [("PATH", "/bin:/sbin"), ("HOME", "/tmp"), ("RUST_BACKTRACE", "1")];
         Job {
             argv: self.argv.clone(),
             env: env.map(|(name, value)| (name.into(), value.into())).into(),
-            mounts: vec![
-                disk("/dev/vda", "/cache", self.cache_fs.name()),
-                disk("/dev/vdb", "/store", "ext4"),
-            ],
+            mounts: vec![disk("/dev/vda", "/cache", self.cache_fs.name()), disk("/dev/vdb", "/store", "ext4")],
         }
     }
 

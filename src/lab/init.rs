@@ -62,8 +62,7 @@ impl Job {
     /// # Errors
     /// It cannot be written as JSON.
     pub fn to_json(&self) -> Result<Vec<u8>> {
-        serde_json::to_vec(self)
-            .map_err(|e| LabError::Failed(format!("cannot write the guest's job: {e}")))
+        serde_json::to_vec(self).map_err(|e| LabError::Failed(format!("cannot write the guest's job: {e}")))
     }
 }
 
@@ -73,10 +72,7 @@ impl Job {
 /// This is not PID 1, or the machine cannot be switched off.
 pub fn main() -> Result<Infallible> {
     if std::process::id() != 1 {
-        return Err(LabError::Failed(
-            "lab-init is what a lab guest runs as its first process; there is no other use for it"
-                .into(),
-        ));
+        return Err(LabError::Failed("lab-init is what a lab guest runs as its first process; there is no other use for it".into()));
     }
     match prepare().and_then(|job| execute(&job)) {
         Ok(status) => println!("\n{EXIT_MARK}{}", describe(status)),
@@ -108,19 +104,13 @@ fn prepare() -> Result<Job> {
     }
     relay_kernel_messages()?;
     fs::write("/proc/sys/kernel/hostname", "lab").trying(|| "cannot set the guest's name")?;
-    setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES)
-        .trying(|| "cannot raise the limit of open files")?;
+    setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES).trying(|| "cannot raise the limit of open files")?;
     // Control-Alt-Delete comes to PID 1 as a signal instead of ending the machine.
     let _ = set_cad_enabled(false);
     let text = fs::read(JOB_FILE).trying(|| format!("cannot read {JOB_FILE}"))?;
-    let job: Job = serde_json::from_slice(&text)
-        .map_err(|e| LabError::Failed(format!("{JOB_FILE} makes no sense: {e}")))?;
+    let job: Job = serde_json::from_slice(&text).map_err(|e| LabError::Failed(format!("{JOB_FILE} makes no sense: {e}")))?;
     for m in &job.mounts {
-        let access = if m.read_only {
-            MsFlags::MS_RDONLY
-        } else {
-            MsFlags::empty()
-        };
+        let access = if m.read_only { MsFlags::MS_RDONLY } else { MsFlags::empty() };
         mount_at(&m.device, &m.on, &m.fs, access | MsFlags::MS_NOATIME)?;
     }
     Ok(job)
@@ -128,8 +118,7 @@ fn prepare() -> Result<Job> {
 
 fn mount_at(device: &str, on: &str, fs: &str, flags: MsFlags) -> Result<()> {
     fs::create_dir_all(on).trying(|| format!("cannot make {on}"))?;
-    mount(Some(device), on, Some(fs), flags, None::<&str>)
-        .trying(|| format!("cannot mount {device} on {on} as {fs}"))
+    mount(Some(device), on, Some(fs), flags, None::<&str>).trying(|| format!("cannot mount {device} on {on} as {fs}"))
 }
 
 /// Leaves only emergencies to the kernel's own console and prints the rest line by line. A crash raises
@@ -137,8 +126,7 @@ fn mount_at(device: &str, on: &str, fs: &str, flags: MsFlags) -> Result<()> {
 fn relay_kernel_messages() -> Result<()> {
     let path = "/dev/kmsg";
     let mut log = fs::File::open(path).trying(|| format!("cannot open {path}"))?;
-    log.seek(SeekFrom::End(0))
-        .trying(|| format!("cannot go to the end of {path}"))?;
+    log.seek(SeekFrom::End(0)).trying(|| format!("cannot go to the end of {path}"))?;
     fs::write("/proc/sys/kernel/printk", "1").trying(|| "cannot set the console's level")?;
     std::thread::spawn(move || {
         // A record is "priority,sequence,time,flags;text\n" and comes whole with one read; EPIPE says
@@ -149,10 +137,7 @@ fn relay_kernel_messages() -> Result<()> {
                 Ok(len) => {
                     let text = String::from_utf8_lossy(&record[..len]);
                     let message = text.split_once(';').map_or(&*text, |(_, m)| m);
-                    println!(
-                        "{KERNEL_MARK}{}",
-                        message.lines().next().unwrap_or_default()
-                    );
+                    println!("{KERNEL_MARK}{}", message.lines().next().unwrap_or_default());
                 }
                 Err(e) if e.raw_os_error() == Some(nix::libc::EPIPE) => {}
                 Err(_) => return,
@@ -164,15 +149,10 @@ fn relay_kernel_messages() -> Result<()> {
 
 /// Runs the job; until it is done, takes leave of every other child that ends.
 fn execute(job: &Job) -> Result<ExitStatus> {
-    let (program, arguments) = job
-        .argv
-        .split_first()
-        .ok_or_else(|| LabError::Failed(format!("{JOB_FILE} names no program")))?;
+    let (program, arguments) = job.argv.split_first().ok_or_else(|| LabError::Failed(format!("{JOB_FILE} names no program")))?;
     let mut command = Command::new(program);
     command.args(arguments).envs(&job.env).stdin(Stdio::null());
-    let child = command
-        .spawn()
-        .trying(|| format!("cannot start {program}"))?;
+    let child = command.spawn().trying(|| format!("cannot start {program}"))?;
     let child = Pid::from_raw(child.id().cast_signed());
     loop {
         match waitpid(None, None).trying(|| "cannot wait for the job")? {

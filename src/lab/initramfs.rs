@@ -28,11 +28,7 @@ impl<W: Write> Archive<W> {
     /// # Errors
     /// Writing failed.
     pub fn new(out: W) -> Result<Self> {
-        let mut archive = Self {
-            out,
-            inode: 0,
-            made: HashSet::new(),
-        };
+        let mut archive = Self { out, inode: 0, made: HashSet::new() };
         archive.node("/dev/console", 0o600, 5, 1)?;
         Ok(archive)
     }
@@ -75,8 +71,7 @@ impl<W: Write> Archive<W> {
     pub fn program(&mut self, guest_path: &str, program: &Path) -> Result<()> {
         self.file(guest_path, 0o755, &stripped(program)?)?;
         for library in libraries(program)? {
-            let data =
-                fs::read(&library).trying(|| format!("cannot read {}", library.display()))?;
+            let data = fs::read(&library).trying(|| format!("cannot read {}", library.display()))?;
             self.file(&library.to_string_lossy(), 0o755, &data)?;
         }
         Ok(())
@@ -88,9 +83,7 @@ impl<W: Write> Archive<W> {
     /// Writing failed.
     pub fn finish(mut self) -> Result<W> {
         self.entry("TRAILER!!!", 0, (0, 0), &[])?;
-        self.out
-            .flush()
-            .trying(|| "cannot write the initial RAM file system")?;
+        self.out.flush().trying(|| "cannot write the initial RAM file system")?;
         Ok(self.out)
     }
 
@@ -113,9 +106,7 @@ impl<W: Write> Archive<W> {
         let name_bytes = u32::try_from(name.len() + 1).map_err(too_long)?;
         self.inode += 1;
         let (major, minor) = device;
-        let fields = [
-            self.inode, mode, 0, 0, 1, 0, len_bytes, 0, 0, major, minor, name_bytes, 0,
-        ];
+        let fields = [self.inode, mode, 0, 0, 1, 0, len_bytes, 0, 0, major, minor, name_bytes, 0];
         let mut head = String::from("070701");
         for field in fields {
             head.push_str(&format!("{field:08X}"));
@@ -127,9 +118,7 @@ impl<W: Write> Archive<W> {
         }
         let padding = &[0_u8; 3][..data.len().next_multiple_of(4) - data.len()];
         for part in [head.as_bytes(), data, padding] {
-            self.out
-                .write_all(part)
-                .trying(|| "cannot write the initial RAM file system")?;
+            self.out.write_all(part).trying(|| "cannot write the initial RAM file system")?;
         }
         Ok(())
     }
@@ -141,11 +130,7 @@ fn stripped(program: &Path) -> Result<Vec<u8>> {
     let mut strip = Command::new("strip");
     strip.arg("--strip-debug").arg("-o").arg(&copy).arg(program);
     // What strip cannot handle (a script, say) is taken as it is.
-    let from: &Path = if run(&mut strip).is_ok() {
-        &copy
-    } else {
-        program
-    };
+    let from: &Path = if run(&mut strip).is_ok() { &copy } else { program };
     let data = fs::read(from).trying(|| format!("cannot read {}", program.display()));
     let _ = fs::remove_file(&copy);
     data
@@ -156,21 +141,14 @@ fn stripped(program: &Path) -> Result<Vec<u8>> {
 /// # Errors
 /// The machine's `ldd` cannot be run, or a library is not there.
 pub fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd")
-        .arg(program)
-        .output()
-        .trying(|| "cannot run ldd (package libc-bin)")?;
+    let output = Command::new("ldd").arg(program).output().trying(|| "cannot run ldd (package libc-bin)")?;
     // ldd fails for static programs and for scripts: those need nothing.
     if !output.status.success() {
         return Ok(Vec::new());
     }
     let text = String::from_utf8_lossy(&output.stdout);
     if let Some(line) = text.lines().find(|line| line.contains("not found")) {
-        return Err(LabError::Failed(format!(
-            "{} needs a library that is not there: {}",
-            program.display(),
-            line.trim()
-        )));
+        return Err(LabError::Failed(format!("{} needs a library that is not there: {}", program.display(), line.trim())));
     }
     Ok(paths_in_ldd(&text))
 }
@@ -211,15 +189,8 @@ mod tests {
             names.push((name.to_vec(), bytes[data..data + size].to_vec()));
             at = (data + size).next_multiple_of(4);
         }
-        let expected: Vec<(Vec<u8>, Vec<u8>)> = [
-            ("dev", ""),
-            ("dev/console", ""),
-            ("a", ""),
-            ("a/b", "hello"),
-            ("TRAILER!!!", ""),
-        ]
-        .map(|(n, d)| (n.into(), d.into()))
-        .into();
+        let expected: Vec<(Vec<u8>, Vec<u8>)> =
+            [("dev", ""), ("dev/console", ""), ("a", ""), ("a/b", "hello"), ("TRAILER!!!", "")].map(|(n, d)| (n.into(), d.into())).into();
         assert_eq!(names, expected);
     }
 

@@ -77,11 +77,7 @@ fn home_of(home: &Path, series: &str, version: &str) -> PathBuf {
 fn cached(home: &Path, series: &str, version: Option<&str>) -> Option<Kernel> {
     let found = |dir: &Path, version: &str| {
         let image = dir.join("bzImage");
-        image.is_file().then(|| Kernel {
-            series: series.into(),
-            version: version.into(),
-            image,
-        })
+        image.is_file().then(|| Kernel { series: series.into(), version: version.into(), image })
     };
     if let Some(version) = version {
         return found(&home_of(home, series, version), version);
@@ -99,20 +95,14 @@ fn cached(home: &Path, series: &str, version: Option<&str>) -> Option<Kernel> {
 fn offered_version(series: &str, dir: &Path) -> Option<String> {
     packages::find("apt-get")?;
     let mut command = packages::apt_get();
-    command.args([
-        "download",
-        "--print-uris",
-        &format!("linux-source-{series}"),
-    ]);
+    command.args(["download", "--print-uris", &format!("linux-source-{series}")]);
     let output = run(command.current_dir(dir)).ok()?;
     version_in_uris(&String::from_utf8_lossy(&output.stdout))
 }
 
 /// `'http://...' linux-source-6.12_6.12.9-1_all.deb 153476148 SHA256:...` holds the version.
 fn version_in_uris(text: &str) -> Option<String> {
-    let file = text
-        .split_whitespace()
-        .find(|word| word.starts_with("linux-source-") && word.ends_with(".deb"))?;
+    let file = text.split_whitespace().find(|word| word.starts_with("linux-source-") && word.ends_with(".deb"))?;
     // An epoch's colon is escaped by apt; no other character needs care in a file name.
     Some(file.split('_').nth(1)?.to_owned())
 }
@@ -125,16 +115,12 @@ fn lock(path: &Path) -> Result<Flock<File>> {
         Err((_, _)) => eprintln!("infill: another process is building this kernel; waiting for it"),
     }
     let file = open().trying(|| format!("cannot open {}", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| errno)
-        .trying(|| format!("cannot lock {}", path.display()))
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).trying(|| format!("cannot lock {}", path.display()))
 }
 
 fn wipe(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(e).trying(|| format!("cannot remove {}", dir.display()))
-        }
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e).trying(|| format!("cannot remove {}", dir.display())),
         _ => Ok(()),
     }
 }
@@ -168,9 +154,7 @@ fn fetch(series: &str, work: &Path) -> Result<String> {
 fn only_file(dir: &Path, ending: &str) -> Result<PathBuf> {
     let entries = fs::read_dir(dir).trying(|| format!("cannot list {}", dir.display()))?;
     let mut names = entries.flatten().map(|e| e.path());
-    names
-        .find(|p| p.to_string_lossy().ends_with(ending))
-        .ok_or_else(|| LabError::Failed(format!("no file *{ending} in {}", dir.display())))
+    names.find(|p| p.to_string_lossy().ends_with(ending)).ok_or_else(|| LabError::Failed(format!("no file *{ending} in {}", dir.display())))
 }
 
 fn unpack(series: &str, work: &Path) -> Result<PathBuf> {
@@ -190,26 +174,19 @@ fn unpack(series: &str, work: &Path) -> Result<PathBuf> {
 
 /// Writes `.config` and checks that every wanted symbol has its wanted value in it.
 fn configure(series: &str, tree: &Path, fragment: &str) -> Result<()> {
-    run(Command::new("make")
-        .args(["-s", "tinyconfig"])
-        .current_dir(tree))?;
+    run(Command::new("make").args(["-s", "tinyconfig"]).current_dir(tree))?;
     let path = tree.join(".config");
     let what = || format!("cannot write {}", path.display());
     // Of two lines for one symbol the later one counts.
     let mut file = OpenOptions::new().append(true).open(&path).trying(what)?;
     file.write_all(fragment.as_bytes()).trying(what)?;
-    run(Command::new("make")
-        .args(["-s", "olddefconfig"])
-        .current_dir(tree))?;
+    run(Command::new("make").args(["-s", "olddefconfig"]).current_dir(tree))?;
     let config = fs::read_to_string(&path).trying(|| format!("cannot read {}", path.display()))?;
     let wrong = unmet(fragment, &config);
     if wrong.is_empty() {
         return Ok(());
     }
-    Err(LabError::Failed(format!(
-        "Linux {series} cannot be configured as src/lab/kernel.config wants; not met: {}",
-        wrong.join(" ")
-    )))
+    Err(LabError::Failed(format!("Linux {series} cannot be configured as src/lab/kernel.config wants; not met: {}", wrong.join(" "))))
 }
 
 /// Lines of the fragment that the final configuration does not honour.
@@ -227,22 +204,19 @@ fn unmet<'a>(fragment: &'a str, config: &str) -> Vec<&'a str> {
 
 fn compile(series: &str, tree: &Path, log_path: &Path) -> Result<()> {
     let mut progress = Progress::begin(format!("building Linux {series} (some minutes, once)"));
-    let mut log =
-        File::create(log_path).trying(|| format!("cannot write {}", log_path.display()))?;
+    let mut log = File::create(log_path).trying(|| format!("cannot write {}", log_path.display()))?;
     let (reader, writer) = pipe().trying(|| "cannot make a pipe")?;
     let errors = writer.try_clone().trying(|| "cannot make a pipe")?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
     let mut make = Command::new("make");
-    make.args([&format!("-j{jobs}"), "bzImage"])
-        .current_dir(tree);
+    make.args([&format!("-j{jobs}"), "bzImage"]).current_dir(tree);
     make.stdin(Stdio::null()).stdout(writer).stderr(errors);
     let mut child = make.spawn().trying(|| "cannot start make")?;
     drop(make); // holds the pipe's writing ends, and the loop below waits for their end
     let mut compiled = 0_u32;
     for line in BufReader::new(reader).split(b'\n') {
         let line = line.trying(|| "cannot read what make prints")?;
-        log.write_all(&[&line[..], b"\n"].concat())
-            .trying(|| format!("cannot write {}", log_path.display()))?;
+        log.write_all(&[&line[..], b"\n"].concat()).trying(|| format!("cannot write {}", log_path.display()))?;
         compiled += u32::from(line.trim_ascii_start().starts_with(b"CC "));
         progress.update(|| format!("{compiled} files compiled"));
     }
@@ -269,11 +243,7 @@ fn keep(home: &Path, series: &str, version: &str, tree: &Path) -> Result<Kernel>
             .and_then(|_| fs::rename(&part, dir.join(to)))
             .trying(|| format!("cannot store {to} in {}", dir.display()))?;
     }
-    Ok(Kernel {
-        series: series.into(),
-        version: version.into(),
-        image: dir.join("bzImage"),
-    })
+    Ok(Kernel { series: series.into(), version: version.into(), image: dir.join("bzImage") })
 }
 
 #[cfg(test)]

@@ -60,10 +60,7 @@ pub trait Trying<T> {
 
 impl<T, E: Into<io::Error>> Trying<T> for std::result::Result<T, E> {
     fn trying<D: Display>(self, what: impl FnOnce() -> D) -> Result<T> {
-        self.map_err(|e| LabError::Io {
-            what: what().to_string(),
-            source: e.into(),
-        })
+        self.map_err(|e| LabError::Io { what: what().to_string(), source: e.into() })
     }
 }
 
@@ -81,9 +78,7 @@ pub fn cache_dir() -> Result<PathBuf> {
     } else if let Some(home) = set("HOME") {
         PathBuf::from(home).join(".cache/infill")
     } else {
-        return Err(LabError::Failed(
-            "no place to keep kernels: set INFILL_CACHE to a directory".into(),
-        ));
+        return Err(LabError::Failed("no place to keep kernels: set INFILL_CACHE to a directory".into()));
     };
     std::fs::create_dir_all(&dir).trying(|| format!("cannot make {}", dir.display()))?;
     Ok(dir)
@@ -95,20 +90,13 @@ pub fn cache_dir() -> Result<PathBuf> {
 /// It could not be started, or ended with anything but 0; the message holds the end of its output.
 pub fn run(command: &mut Command) -> Result<Output> {
     let name = format!("{command:?}");
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .trying(|| format!("cannot start {name}"))?;
+    let output = command.stdin(Stdio::null()).output().trying(|| format!("cannot start {name}"))?;
     if output.status.success() {
         return Ok(output);
     }
     let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.push_str(&String::from_utf8_lossy(&output.stderr));
-    Err(LabError::Failed(format!(
-        "{name} failed ({}):\n{}",
-        output.status,
-        last_lines(&text, SHOWN_LINES)
-    )))
+    Err(LabError::Failed(format!("{name} failed ({}):\n{}", output.status, last_lines(&text, SHOWN_LINES))))
 }
 
 /// The last `count` lines of a text.

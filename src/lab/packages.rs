@@ -57,21 +57,13 @@ pub fn find(program: &str) -> Option<PathBuf> {
 }
 
 fn present(tool: Tool) -> bool {
-    if tool.name.starts_with('/') {
-        Path::new(tool.name).exists()
-    } else {
-        find(tool.name).is_some()
-    }
+    if tool.name.starts_with('/') { Path::new(tool.name).exists() } else { find(tool.name).is_some() }
 }
 
 /// The packages whose tools are missing, each once, sorted.
 #[must_use]
 pub fn missing(tools: &[Tool]) -> Vec<&'static str> {
-    let mut packages: Vec<_> = tools
-        .iter()
-        .filter(|t| !present(**t))
-        .map(|t| t.package)
-        .collect();
+    let mut packages: Vec<_> = tools.iter().filter(|t| !present(**t)).map(|t| t.package).collect();
     packages.sort_unstable();
     packages.dedup();
     packages
@@ -102,10 +94,7 @@ pub fn ensure(tools: &[Tool]) -> Result<()> {
     }
     let still = absent(tools);
     if !still.is_empty() {
-        return Err(LabError::Failed(format!(
-            "installed {list}, but still missing: {}",
-            still.join(" ")
-        )));
+        return Err(LabError::Failed(format!("installed {list}, but still missing: {}", still.join(" "))));
     }
     progress.finish("done");
     Ok(())
@@ -144,12 +133,7 @@ mod tests {
 
     #[test]
     fn missing_names_each_package_once_and_nothing_that_is_there() {
-        let tools = [
-            tool("sh", "dash"),
-            tool("/nonexistent/a", "one"),
-            tool("no-such-program-here", "two"),
-            tool("/nonexistent/b", "one"),
-        ];
+        let tools = [tool("sh", "dash"), tool("/nonexistent/a", "one"), tool("no-such-program-here", "two"), tool("/nonexistent/b", "one")];
         assert_eq!(missing(&tools), ["one", "two"]);
     }
 }

@@ -26,8 +26,7 @@ impl Progress {
         let now = Instant::now();
         let bar = stderr().is_terminal().then(|| {
             let bar = ProgressBar::new_spinner();
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {msg} [{elapsed}]")
-            {
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {msg} [{elapsed}]") {
                 bar.set_style(style);
             }
             bar.set_prefix(step.clone());
@@ -37,12 +36,7 @@ impl Progress {
         if bar.is_none() {
             eprintln!("infill: {step} ...");
         }
-        Self {
-            bar,
-            step,
-            began: now,
-            said: now,
-        }
+        Self { bar, step, began: now, said: now }
     }
 
     /// Shows how far the step is.

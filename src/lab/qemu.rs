@@ -16,14 +16,7 @@ const LAST_WORDS: Duration = Duration::from_millis(1500);
 /// A boot that dies within this time without having reached the job is tried once more.
 const EARLY: Duration = Duration::from_secs(60);
 /// Console lines with which a kernel says that it is done for.
-const FATAL: [&str; 6] = [
-    "Kernel panic - not syncing",
-    "Oops: ",
-    "BUG: ",
-    "kernel BUG at",
-    "blocked for more than",
-    "soft lockup",
-];
+const FATAL: [&str; 6] = ["Kernel panic - not syncing", "Oops: ", "BUG: ", "kernel BUG at", "blocked for more than", "soft lockup"];
 
 /// What executes the guest's instructions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -116,11 +109,7 @@ impl Machine {
     ///
     /// # Errors
     /// QEMU could not be started.
-    pub fn run(
-        &self,
-        accelerator: Accelerator,
-        on_line: &mut dyn FnMut(&str) -> bool,
-    ) -> Result<Ending> {
+    pub fn run(&self, accelerator: Accelerator, on_line: &mut dyn FnMut(&str) -> bool) -> Result<Ending> {
         let began = Instant::now();
         let mut working = false;
         let mut watch = |line: &str| working |= on_line(line);
@@ -155,9 +144,7 @@ impl Machine {
                 Err(reason) => {
                     return Ok(match fatal {
                         Some((line, _)) => Ending::Crashed(line),
-                        None if reason == RecvTimeoutError::Timeout && left > self.idle_limit => {
-                            Ending::Silent(self.idle_limit)
-                        }
+                        None if reason == RecvTimeoutError::Timeout && left > self.idle_limit => Ending::Silent(self.idle_limit),
                         None => Ending::TooLong(self.total_limit),
                     });
                 }
@@ -166,33 +153,14 @@ impl Machine {
     }
 
     fn command(&self, accelerator: Accelerator) -> Result<Command> {
-        let program = packages::find("qemu-system-x86_64").ok_or_else(|| {
-            LabError::Failed("qemu-system-x86_64 is not installed (package qemu-system-x86)".into())
-        })?;
+        let program = packages::find("qemu-system-x86_64")
+            .ok_or_else(|| LabError::Failed("qemu-system-x86_64 is not installed (package qemu-system-x86)".into()))?;
         let mut command = Command::new(program);
         command.args(accelerator.arguments());
-        command.args([
-            "-m",
-            &self.memory_mib.to_string(),
-            "-smp",
-            &self.cpus.to_string(),
-        ]);
-        command.args([
-            "-nodefaults",
-            "-no-reboot",
-            "-display",
-            "none",
-            "-monitor",
-            "none",
-        ]);
-        command
-            .args(["-serial", "stdio"])
-            .arg("-kernel")
-            .arg(&self.kernel);
-        let append = format!(
-            "console=ttyS0 panic=-1 null_blk.nr_devices=0 {}",
-            self.append
-        );
+        command.args(["-m", &self.memory_mib.to_string(), "-smp", &self.cpus.to_string()]);
+        command.args(["-nodefaults", "-no-reboot", "-display", "none", "-monitor", "none"]);
+        command.args(["-serial", "stdio"]).arg("-kernel").arg(&self.kernel);
+        let append = format!("console=ttyS0 panic=-1 null_blk.nr_devices=0 {}", self.append);
         command.args(["-append", &append]);
         if let Some(initrd) = &self.initrd {
             command.arg("-initrd").arg(initrd);
@@ -201,9 +169,7 @@ impl Machine {
             // A comma in a path would end the option; QEMU reads two commas as one.
             let path = disk.path.to_string_lossy().replace(',', ",,");
             let snapshot = if disk.throw_away { "on" } else { "off" };
-            command.arg("-drive").arg(format!(
-                "file={path},if=virtio,format=raw,cache=unsafe,snapshot={snapshot}"
-            ));
+            command.arg("-drive").arg(format!("file={path},if=virtio,format=raw,cache=unsafe,snapshot={snapshot}"));
         }
         Ok(command)
     }
@@ -220,20 +186,13 @@ struct Qemu {
 impl Qemu {
     fn start(machine: &Machine, accelerator: Accelerator) -> Result<Self> {
         let mut command = machine.command(accelerator)?;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut child = command
-            .spawn()
-            .trying(|| "cannot start qemu-system-x86_64")?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().trying(|| "cannot start qemu-system-x86_64")?;
         let console = child.stdout.take();
         let mut errors = child.stderr.take();
         let (send, lines) = channel();
         std::thread::spawn(move || {
-            let lines = console
-                .into_iter()
-                .flat_map(|c| BufReader::new(c).split(b'\n'));
+            let lines = console.into_iter().flat_map(|c| BufReader::new(c).split(b'\n'));
             for line in lines.map_while(std::result::Result::ok) {
                 let line = String::from_utf8_lossy(&line);
                 if send.send(line.trim_end_matches('\r').to_owned()).is_err() {
@@ -248,11 +207,7 @@ impl Qemu {
             }
             text
         });
-        Ok(Self {
-            child,
-            lines,
-            complaints,
-        })
+        Ok(Self { child, lines, complaints })
     }
 
     /// The console was closed: the emulator is ending by itself.
@@ -262,9 +217,7 @@ impl Qemu {
             return Ok(Ending::PoweredOff);
         }
         let nothing = std::thread::spawn(String::new);
-        let text = std::mem::replace(&mut self.complaints, nothing)
-            .join()
-            .unwrap_or_default();
+        let text = std::mem::replace(&mut self.complaints, nothing).join().unwrap_or_default();
         Ok(Ending::EmulatorDied(format!("{status}: {}", text.trim())))
     }
 }
@@ -285,12 +238,7 @@ impl Drop for Qemu {
 /// # Errors
 /// The cache directory cannot be used or QEMU not be started.
 pub fn accelerator(kernel: &Path) -> Result<Accelerator> {
-    if fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_err()
-    {
+    if fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
         return Ok(Accelerator::Tcg);
     }
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -298,22 +246,13 @@ pub fn accelerator(kernel: &Path) -> Result<Accelerator> {
     if let Ok(text) = fs::read_to_string(&memory)
         && let Some(name) = text.strip_prefix(boot.trim())
     {
-        return Ok(if name.trim() == "kvm" {
-            Accelerator::Kvm
-        } else {
-            Accelerator::Tcg
-        });
+        return Ok(if name.trim() == "kvm" { Accelerator::Kvm } else { Accelerator::Tcg });
     }
-    let found = if kvm_boots(kernel)? {
-        Accelerator::Kvm
-    } else {
-        Accelerator::Tcg
-    };
+    let found = if kvm_boots(kernel)? { Accelerator::Kvm } else { Accelerator::Tcg };
     if found == Accelerator::Tcg {
         eprintln!("infill: KVM is there, but a guest does not start with it; emulating instead");
     }
-    fs::write(&memory, format!("{} {}\n", boot.trim(), found.name()))
-        .trying(|| format!("cannot write {}", memory.display()))?;
+    fs::write(&memory, format!("{} {}\n", boot.trim(), found.name())).trying(|| format!("cannot write {}", memory.display()))?;
     Ok(found)
 }
 
@@ -329,8 +268,6 @@ fn kvm_boots(kernel: &Path) -> Result<bool> {
         total_limit: PROBE_LIMIT,
     };
     let mut spoke = false;
-    machine.boot(Accelerator::Kvm, &mut |line| {
-        spoke |= line.contains("Linux version")
-    })?;
+    machine.boot(Accelerator::Kvm, &mut |line| spoke |= line.contains("Linux version"))?;
     Ok(spoke)
 }

@@ -45,10 +45,7 @@ impl Manifest {
     pub fn of(root: &Path) -> Result<Self> {
         let mut entries = Vec::new();
         for path in walk(root)? {
-            entries.push(Entry {
-                content: content_of(&root.join(&path))?,
-                path,
-            });
+            entries.push(Entry { content: content_of(&root.join(&path))?, path });
         }
         Ok(Self { entries })
     }
@@ -59,8 +56,7 @@ impl Manifest {
     /// It cannot be read or is something else.
     pub fn load(path: &Path) -> Result<Self> {
         let text = fs::read(path).trying(|| format!("cannot read {}", path.display()))?;
-        serde_json::from_slice(&text)
-            .map_err(|e| LabError::Failed(format!("{}: not a manifest: {e}", path.display())))
+        serde_json::from_slice(&text).map_err(|e| LabError::Failed(format!("{}: not a manifest: {e}", path.display())))
     }
 
     /// Writes it as JSON.
@@ -68,8 +64,7 @@ impl Manifest {
     /// # Errors
     /// What the operating system said.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_vec(self)
-            .map_err(|e| LabError::Failed(format!("cannot write a manifest: {e}")))?;
+        let text = serde_json::to_vec(self).map_err(|e| LabError::Failed(format!("cannot write a manifest: {e}")))?;
         fs::write(path, text).trying(|| format!("cannot write {}", path.display()))
     }
 
@@ -115,9 +110,10 @@ fn walk(root: &Path) -> Result<Vec<String>> {
                 todo.push(path);
                 continue;
             }
-            let path = path.into_os_string().into_string().map_err(|name| {
-                LabError::Failed(format!("{}: the name is not UTF-8", name.display()))
-            })?;
+            let path = path
+                .into_os_string()
+                .into_string()
+                .map_err(|name| LabError::Failed(format!("{}: the name is not UTF-8", name.display())))?;
             paths.push(path);
         }
     }
@@ -132,10 +128,7 @@ fn content_of(path: &Path) -> Result<Content> {
         return Ok(Content::Link(target.to_string_lossy().into_owned()));
     }
     let bytes = fs::read(path).trying(what)?;
-    Ok(Content::File {
-        len_bytes: bytes.len() as u64,
-        sum: checksum(&bytes),
-    })
+    Ok(Content::File { len_bytes: bytes.len() as u64, sum: checksum(&bytes) })
 }
 
 /// What reading a tree against its manifest gave.
@@ -208,10 +201,7 @@ pub fn compare(root: &Path, manifest: &Manifest, readers: usize) -> Comparison {
 /// Says how an entry differs from what was read.
 #[must_use]
 pub fn difference(entry: &Entry, found: &Content) -> String {
-    format!(
-        "{}: is {found:?}, should be {:?}",
-        entry.path, entry.content
-    )
+    format!("{}: is {found:?}, should be {:?}", entry.path, entry.content)
 }
 
 #[cfg(test)]

@@ -1,12 +1,34 @@
 //! Stores: where the bytes of blobs come from.
 //!
+//! | file | its subject |
+//! |---|---|
+//! | `name` | which bytes of a key may become a file name |
+//! | `beneath` | opening files below a directory and never outside of it |
+//! | `source` | how a file is read, and the blob that is one file |
+//! | `dir`, `oci` | the kinds of stores |
+//! | `spec`, `list` | settings; several stores in order |
+//! | `error` | what can go wrong, and whether it may pass |
+//!
 //! A store maps a [`Key`] to a [`Blob`], and a blob says where the bytes of any of its ranges are. It does
 //! no reading of its own on the hot path: the engine reads the files that the blob names.
+
+mod beneath;
+pub mod dir;
+pub mod error;
+pub mod list;
+pub mod name;
+pub mod oci;
+pub mod source;
+pub mod spec;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+pub use self::error::{Cause, SetupError, StoreError};
+pub use self::list::Stores;
+pub use self::source::FileBlob;
+pub use self::spec::{StoreSpec, open_store};
 use crate::key::Key;
 
 /// Maps keys to blobs. Used by several threads; a call may block on the file system below.
@@ -64,17 +86,7 @@ pub enum Data {
 }
 
 /// How a source is read.
-#[derive(
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Debug,
-    Default,
-    clap::ValueEnum,
-    serde::Deserialize,
-    serde::Serialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceMode {
     /// Past the page cache into registered buffers (`O_DIRECT`); buffered where the file system refuses.
@@ -99,27 +111,5 @@ pub struct SourceFile {
     pub map: Option<memmap2::MmapRaw>,
 }
 
-/// Why a store could not open a blob that it has or may have.
-#[derive(Debug, thiserror::Error)]
-#[error("store {store}: cannot open the blob {key}: {source}")]
-pub struct StoreError {
-    /// The store's setting.
-    pub store: String,
-    /// The blob, escaped for printing.
-    pub key: String,
-    /// What the file system said.
-    pub source: nix::errno::Errno,
-}
-
-impl StoreError {
-    /// Whether trying again may help: the blob exists and the failure may pass. An open that is failed
-    /// for such a reason would be lost for good, so it is worth waiting.
-    #[must_use]
-    pub fn is_transient(&self) -> bool {
-        use nix::errno::Errno::{EAGAIN, EINTR, EIO, EMFILE, ENFILE, ENOMEM, ESTALE, ETIMEDOUT};
-        matches!(
-            self.source,
-            EAGAIN | EINTR | EIO | EMFILE | ENFILE | ENOMEM | ESTALE | ETIMEDOUT
-        )
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -18,19 +18,13 @@ pub(crate) const TESTS: &[Test] = &[
     ("unknown_image_fails_at_once", unknown_image_fails_at_once),
     ("missing_blob_fails_at_once_and_recovers", missing_blob),
     ("truncated_blob_gives_eio_and_recovers", truncated_blob),
-    (
-        "unreadable_sectors_give_eio_and_recover",
-        unreadable_sectors,
-    ),
+    ("unreadable_sectors_give_eio_and_recover", unreadable_sectors),
     ("held_devnode_names_its_holder", held_devnode),
     ("second_daemon_names_the_first", second_daemon),
     ("bad_flag_is_a_usage_error", bad_flag),
     ("missing_store_is_a_configuration_error", missing_store),
     ("cache_on_tmpfs_is_a_configuration_error", cache_on_tmpfs),
-    (
-        "cache_on_overlayfs_is_a_configuration_error",
-        cache_on_overlayfs,
-    ),
+    ("cache_on_overlayfs_is_a_configuration_error", cache_on_overlayfs),
 ];
 
 /// A mount that cannot work must fail within this time.
@@ -121,21 +115,12 @@ fn held_devnode(guest: &mut Guest) -> Outcome {
     let child = command.arg(HOLDER).stdout(Stdio::piped()).spawn()?;
     let mut holder = Killed(child);
     let mut said = [0; 4];
-    holder
-        .0
-        .stdout
-        .take()
-        .ok_or("no pipe")?
-        .read_exact(&mut said)?;
+    holder.0.stdout.take().ok_or("no pipe")?.read_exact(&mut said)?;
     let pid = holder.0.id().to_string();
     let (code, log) = guest.refused(&guest.serve_arguments(&[]))?;
     let command = fs::read_to_string(format!("/proc/{pid}/comm"))?;
     if code != UNAVAILABLE || !log.contains(&pid) || !log.contains(command.trim()) {
-        return Err(format!(
-            "exit code {code}, and the holder is {pid} ({}); it said:\n{log}",
-            command.trim()
-        )
-        .into());
+        return Err(format!("exit code {code}, and the holder is {pid} ({}); it said:\n{log}", command.trim()).into());
     }
     Ok(())
 }
@@ -158,18 +143,8 @@ fn second_daemon(guest: &mut Guest) -> Outcome {
 }
 
 fn bad_flag(guest: &mut Guest) -> Outcome {
-    refuses(
-        guest,
-        &guest.serve_arguments(&["--no-such-flag"]),
-        USAGE,
-        "--no-such-flag",
-    )?;
-    refuses(
-        guest,
-        &guest.serve_arguments(&["--engine=magic"]),
-        USAGE,
-        "magic",
-    )
+    refuses(guest, &guest.serve_arguments(&["--no-such-flag"]), USAGE, "--no-such-flag")?;
+    refuses(guest, &guest.serve_arguments(&["--engine=magic"]), USAGE, "magic")
 }
 
 fn missing_store(guest: &mut Guest) -> Outcome {
@@ -189,20 +164,9 @@ fn cache_on_overlayfs(guest: &mut Guest) -> Outcome {
     for name in ["lower", "upper", "work", "merged"] {
         fs::create_dir_all(part(name))?;
     }
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        part("lower").display(),
-        part("upper").display(),
-        part("work").display()
-    );
+    let options = format!("lowerdir={},upperdir={},workdir={}", part("lower").display(), part("upper").display(), part("work").display());
     let merged = part("merged");
-    mount(
-        Some("overlay"),
-        &merged,
-        Some("overlay"),
-        MsFlags::empty(),
-        Some(&*options),
-    )?;
+    mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(&*options))?;
     guest.cache.clone_from(&merged);
     let name = merged.display().to_string();
     let result = refuses(guest, &guest.serve_arguments(&[]), CONFIG, &name);
@@ -214,9 +178,7 @@ fn cache_on_overlayfs(guest: &mut Guest) -> Outcome {
 fn refuses(guest: &Guest, arguments: &[String], code: i32, names: &str) -> Outcome {
     let (got, log) = guest.refused(arguments)?;
     if got != code || !log.contains(names) {
-        return Err(
-            format!("exit code {got} instead of {code}, or no word of {names}:\n{log}").into(),
-        );
+        return Err(format!("exit code {got} instead of {code}, or no word of {names}:\n{log}").into());
     }
     let caches = fs::read_to_string("/proc/fs/fscache/caches")?;
     if caches.lines().count() > 2 {
@@ -280,25 +242,13 @@ impl BadDisk {
         for (name, value) in [("size", DISK_MIB), ("memory_backed", "1"), ("power", "1")] {
             fs::write(config.join(name), value).map_err(|e| format!("null_blk {name}: {e}"))?;
         }
-        let status = Command::new("/sbin/mke2fs")
-            .args(["-q", "-b", "4096", DEVICE])
-            .status()?;
+        let status = Command::new("/sbin/mke2fs").args(["-q", "-b", "4096", DEVICE]).status()?;
         if !status.success() {
             return Err(format!("mke2fs ended with {status}").into());
         }
         fs::create_dir_all(mounted)?;
-        mount(
-            Some(DEVICE),
-            mounted,
-            Some("ext4"),
-            MsFlags::empty(),
-            None::<&str>,
-        )?;
-        Ok(Self {
-            config,
-            mounted: mounted.to_owned(),
-            range: None,
-        })
+        mount(Some(DEVICE), mounted, Some("ext4"), MsFlags::empty(), None::<&str>)?;
+        Ok(Self { config, mounted: mounted.to_owned(), range: None })
     }
 
     /// Makes the block with this content unreadable.
@@ -307,9 +257,7 @@ impl BadDisk {
         let mut block = [0; 4096];
         let mut at = 0;
         loop {
-            device
-                .read_exact_at(&mut block, at)
-                .map_err(|_| "the block is not on the disk")?;
+            device.read_exact_at(&mut block, at).map_err(|_| "the block is not on the disk")?;
             if block == *content {
                 break;
             }

@@ -21,9 +21,7 @@ const BIG_BYTES: usize = 8 << 20;
 const DISK_BYTES: u64 = 384 << 20;
 /// Programs that go into the tree to be executed from it, if they need only libraries that the guest has
 /// anyway.
-const PROGRAMS: [&str; 8] = [
-    "cat", "cksum", "echo", "expr", "false", "head", "sort", "true",
-];
+const PROGRAMS: [&str; 8] = ["cat", "cksum", "echo", "expr", "false", "head", "sort", "true"];
 
 /// The disk image with all of it, gone when this is dropped.
 pub(crate) struct Fixtures {
@@ -52,12 +50,7 @@ impl Fixtures {
             let tree = scratch.path().join(image);
             generate(&tree.join(top), SMALL_FILES, None)?;
             Manifest::of(&tree)?.save(&data.join(format!("{image}.json")))?;
-            with_blob(
-                &data,
-                &format!("{image}.img"),
-                &format!("{image}.blob"),
-                &tree,
-            )?;
+            with_blob(&data, &format!("{image}.img"), &format!("{image}.blob"), &tree)?;
         }
         if fs::read(data.join("one.blob"))? != fs::read(data.join("two.blob"))? {
             return Err("mkfs.erofs made two different blobs of the same files".into());
@@ -70,18 +63,12 @@ impl Fixtures {
 
         let disk = scratch.path().join("store.img");
         disk::ext4(&disk, DISK_BYTES, Some(&scratch.path().join("content")))?;
-        Ok(Self {
-            _scratch: scratch,
-            disk,
-        })
+        Ok(Self { _scratch: scratch, disk })
     }
 }
 
 fn with_blob(data: &Path, image: &str, blob: &str, tree: &Path) -> lab::Result<()> {
-    let layout = ErofsLayout {
-        chunk_bytes: Some(CHUNK_BYTES),
-        blob: Some(&data.join(blob)),
-    };
+    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&data.join(blob)) };
     disk::erofs(&data.join(image), tree, layout)
 }
 
@@ -121,10 +108,7 @@ fn add_programs(tree: &Path) -> Result<(), Box<dyn std::error::Error>> {
         let Some(program) = packages::find(name) else {
             continue;
         };
-        if initramfs::libraries(&program)?
-            .iter()
-            .all(|l| there.contains(l))
-        {
+        if initramfs::libraries(&program)?.iter().all(|l| there.contains(l)) {
             fs::copy(&program, bin.join(name))?;
             fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755))?;
         }

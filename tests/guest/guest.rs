@@ -125,9 +125,7 @@ impl Guest {
         let out = PathBuf::from(format!("/tmp/{}.out", self.name));
         let mut command = Command::new(INFILL);
         command.args(arguments);
-        command
-            .stdout(File::create(&out)?)
-            .stderr(File::options().create(true).append(true).open(&log)?);
+        command.stdout(File::create(&out)?).stderr(File::options().create(true).append(true).open(&log)?);
         let child = command.stdin(Stdio::null()).spawn()?;
         Ok(Daemon { child, out, log })
     }
@@ -139,9 +137,7 @@ impl Guest {
             let _ = daemon.child.kill();
             return Err("infill runs although it should have refused".into());
         };
-        let code = status
-            .code()
-            .ok_or_else(|| format!("it ended with {status}"))?;
+        let code = status.code().ok_or_else(|| format!("it ended with {status}"))?;
         Ok((code, daemon.logged()))
     }
 
@@ -153,11 +149,7 @@ impl Guest {
 
     /// What the daemon has logged so far.
     pub(crate) fn log(&self) -> String {
-        self.daemon
-            .borrow()
-            .as_ref()
-            .map(Daemon::logged)
-            .unwrap_or_default()
+        self.daemon.borrow().as_ref().map(Daemon::logged).unwrap_or_default()
     }
 
     /// Asks the daemon to stop, waits for its end, and wants exit code 0 and no unanswered request.
@@ -175,54 +167,34 @@ impl Guest {
     /// Asks the daemon to stop and waits for its end.
     pub(crate) fn terminate(&self) -> Result<Ended> {
         let mut daemon = self.daemon.borrow_mut().take().ok_or("no daemon runs")?;
-        kill(
-            Pid::from_raw(daemon.child.id().cast_signed()),
-            Signal::SIGTERM,
-        )?;
+        kill(Pid::from_raw(daemon.child.id().cast_signed()), Signal::SIGTERM)?;
         let Some(status) = wait_limited(&mut daemon.child, STOP_LIMIT) else {
             let _ = daemon.child.kill();
             return Err(format!("the daemon did not stop:\n{}", daemon.logged()).into());
         };
         let output = daemon.output();
         let last = output.lines().last().unwrap_or_default();
-        Ok(Ended {
-            status,
-            json: serde_json::from_str(last).unwrap_or(serde_json::Value::Null),
-        })
+        Ok(Ended { status, json: serde_json::from_str(last).unwrap_or(serde_json::Value::Null) })
     }
 
     /// Mounts an image; gives the mount point.
     pub(crate) fn mount(&self, options: &str) -> Result<PathBuf> {
         let at = PathBuf::from(format!("/mnt/{}", options.replace(['/', ','], "_")));
         fs::create_dir_all(&at)?;
-        mount(
-            Some("none"),
-            &at,
-            Some("erofs"),
-            MsFlags::MS_RDONLY,
-            Some(options),
-        )
-        .map_err(|e| format!("cannot mount {options}: {e}"))?;
+        mount(Some("none"), &at, Some("erofs"), MsFlags::MS_RDONLY, Some(options)).map_err(|e| format!("cannot mount {options}: {e}"))?;
         self.mounts.borrow_mut().push(at.clone());
         Ok(at)
     }
 
     /// Unmounts an image.
     pub(crate) fn umount(&self, at: &Path) -> Result<()> {
-        umount2(at, MntFlags::empty())
-            .map_err(|e| format!("cannot unmount {}: {e}", at.display()))?;
+        umount2(at, MntFlags::empty()).map_err(|e| format!("cannot unmount {}: {e}", at.display()))?;
         self.mounts.borrow_mut().retain(|m| m != at);
         Ok(())
     }
 
     /// Starts the daemon, mounts an image, reads it all and wants it equal, stops the daemon.
-    pub(crate) fn whole_tree(
-        &self,
-        serve: &[&str],
-        options: &str,
-        manifest: &str,
-        (readers, how): (usize, How),
-    ) -> Result<Ended> {
+    pub(crate) fn whole_tree(&self, serve: &[&str], options: &str, manifest: &str, (readers, how): (usize, How)) -> Result<Ended> {
         self.serve(serve)?;
         let at = self.mount(options)?;
         expect_equal(&at, &data(manifest), readers, how)?;

@@ -44,12 +44,7 @@ pub(crate) fn main() -> ExitCode {
     let mut trials = Vec::new();
     for series in kernel::SERIES {
         for fs in [CacheFs::Ext4, CacheFs::Xfs] {
-            let cell = Arc::new(Cell {
-                series,
-                fs,
-                state: Mutex::default(),
-                changed: Condvar::new(),
-            });
+            let cell = Arc::new(Cell { series, fs, state: Mutex::default(), changed: Condvar::new() });
             for (test, _) in tests() {
                 let name = format!("k{}::{}::{test}", series.replace('.', "_"), fs.name());
                 let its_cell = Arc::clone(&cell);
@@ -86,10 +81,7 @@ impl Cell {
             if let Some(result) = state.results.get(test) {
                 return result.clone().map_err(Failed::from);
             }
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -101,9 +93,7 @@ impl Cell {
     fn remaining(&self) -> Vec<&'static str> {
         let state = self.lock();
         let selected = state.selected.iter().copied();
-        selected
-            .filter(|t| !state.results.contains_key(*t))
-            .collect()
+        selected.filter(|t| !state.results.contains_key(*t)).collect()
     }
 
     /// Boots guests until every selected test has a result. A guest that dies costs the test it was at;
@@ -165,9 +155,7 @@ impl Cell {
 /// What the tests read, made once for all guests.
 fn fixtures() -> Result<&'static Fixtures, String> {
     static MADE: OnceLock<Result<Fixtures, String>> = OnceLock::new();
-    MADE.get_or_init(|| Fixtures::make().map_err(|e| format!("cannot make the test data: {e}")))
-        .as_ref()
-        .map_err(Clone::clone)
+    MADE.get_or_init(|| Fixtures::make().map_err(|e| format!("cannot make the test data: {e}"))).as_ref().map_err(Clone::clone)
 }
 
 /// Reads a guest's console.
@@ -191,10 +179,7 @@ impl Transcript {
         } else if let Some(name) = line.strip_prefix(OK) {
             self.current = None;
             cell.record(name, Ok(()));
-        } else if let Some((name, reason)) = line
-            .strip_prefix(FAILED)
-            .and_then(|rest| rest.split_once(": "))
-        {
+        } else if let Some((name, reason)) = line.strip_prefix(FAILED).and_then(|rest| rest.split_once(": ")) {
             self.current = None;
             cell.record(name, Err(self.with_tail(&reason.replace(" | ", "\n"))));
         } else {
@@ -215,9 +200,6 @@ impl Transcript {
 
     fn with_tail(&self, reason: &str) -> String {
         let tail = &self.lines[self.lines.len().saturating_sub(TAIL_LINES)..];
-        format!(
-            "{reason}\n--- the guest's console:\n{}\n---",
-            tail.join("\n")
-        )
+        format!("{reason}\n--- the guest's console:\n{}\n---", tail.join("\n"))
     }
 }

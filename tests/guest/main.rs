@@ -30,10 +30,7 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, failures::TESTS, lifecycle::TESTS]
-        .into_iter()
-        .flatten()
-        .copied()
+    [serve::TESTS, failures::TESTS, lifecycle::TESTS].into_iter().flatten().copied()
 }
 
 fn main() -> ExitCode {

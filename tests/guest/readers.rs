@@ -33,12 +33,7 @@ pub(crate) struct Readers {
 
 impl Readers {
     /// Starts `count` readers. They share the files between them; the largest file is read by all.
-    pub(crate) fn start(
-        mount: &Path,
-        manifest: &Path,
-        count: usize,
-        how: How,
-    ) -> std::io::Result<Self> {
+    pub(crate) fn start(mount: &Path, manifest: &Path, count: usize, how: How) -> std::io::Result<Self> {
         let mut children = Vec::new();
         for number in 0..count {
             let report = format!("/tmp/reader{number}");
@@ -85,12 +80,7 @@ impl Drop for Readers {
 }
 
 /// Reads everything and wants it all equal.
-pub(crate) fn expect_equal(
-    mount: &Path,
-    manifest: &Path,
-    readers: usize,
-    how: How,
-) -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn expect_equal(mount: &Path, manifest: &Path, readers: usize, how: How) -> Result<(), Box<dyn std::error::Error>> {
     let odd = Manifest::load(manifest)?.compare_names(mount)?;
     let mut complaints = Readers::start(mount, manifest, readers, how)?.finish(READ_LIMIT)?;
     complaints.extend(odd);
@@ -98,12 +88,7 @@ pub(crate) fn expect_equal(
         return Ok(());
     }
     let shown = complaints.len().min(5);
-    Err(format!(
-        "{} files are not as they should be:\n{}",
-        complaints.len(),
-        complaints[..shown].join("\n")
-    )
-    .into())
+    Err(format!("{} files are not as they should be:\n{}", complaints.len(), complaints[..shown].join("\n")).into())
 }
 
 /// The reader process: prints a line for every file that is not as it should be.
@@ -146,12 +131,7 @@ fn check(mount: &Path, entry: &Entry, how: How) -> Result<(), String> {
     let path = mount.join(&entry.path);
     let said = |e: std::io::Error| format!("{}: {e}", entry.path);
     let found = match &entry.content {
-        Content::Link(_) => Content::Link(
-            fs::read_link(&path)
-                .map_err(said)?
-                .to_string_lossy()
-                .into_owned(),
-        ),
+        Content::Link(_) => Content::Link(fs::read_link(&path).map_err(said)?.to_string_lossy().into_owned()),
         Content::File { .. } if how == How::Read => file(&fs::read(&path).map_err(said)?),
         Content::File { .. } => file(&mapped(&path).map_err(said)?),
     };
@@ -162,10 +142,7 @@ fn check(mount: &Path, entry: &Entry, how: How) -> Result<(), String> {
 }
 
 fn file(bytes: &[u8]) -> Content {
-    Content::File {
-        len_bytes: bytes.len() as u64,
-        sum: checksum(bytes),
-    }
+    Content::File { len_bytes: bytes.len() as u64, sum: checksum(bytes) }
 }
 
 fn mapped(path: &Path) -> std::io::Result<Vec<u8>> {
@@ -180,11 +157,7 @@ fn mapped(path: &Path) -> std::io::Result<Vec<u8>> {
 
 /// The process that keeps the device node open until it is killed.
 pub(crate) fn holder_main() -> ExitCode {
-    match fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/cachefiles")
-    {
+    match fs::OpenOptions::new().read(true).write(true).open("/dev/cachefiles") {
         Ok(_devnode) => {
             println!("held");
             loop {

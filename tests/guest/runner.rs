@@ -58,10 +58,7 @@ fn run_in_process(name: &str) -> Result<(), String> {
         None => {
             let stacks = blocked_stacks();
             let _ = killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL);
-            return Err(format!(
-                "not done after {} s; waiting in the kernel:\n{stacks}",
-                TEST_LIMIT.as_secs()
-            ));
+            return Err(format!("not done after {} s; waiting in the kernel:\n{stacks}", TEST_LIMIT.as_secs()));
         }
     };
     if status.success() {
@@ -113,10 +110,7 @@ fn blocked_stacks() -> String {
         let path = entry.path();
         let name = fs::read_to_string(path.join("comm")).unwrap_or_default();
         let stack = fs::read_to_string(path.join("stack")).unwrap_or_default();
-        if ["cachefiles", "fscache", "erofs"]
-            .iter()
-            .any(|part| stack.contains(part))
-        {
+        if ["cachefiles", "fscache", "erofs"].iter().any(|part| stack.contains(part)) {
             text.push_str(&format!("{} {}{stack}", path.display(), name));
         }
     }
@@ -129,11 +123,7 @@ fn leftovers() -> Option<String> {
     if let Some(line) = mounts.lines().find(|line| line.contains(" erofs ")) {
         return Some(format!("still mounted: {line}"));
     }
-    match fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/cachefiles")
-    {
+    match fs::OpenOptions::new().read(true).write(true).open("/dev/cachefiles") {
         Ok(_) => None,
         Err(e) => Some(format!("/dev/cachefiles is not free: {e}")),
     }

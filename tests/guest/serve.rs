@@ -10,19 +10,11 @@ use crate::{Outcome, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     ("whole_tree_equal_one_reader", whole_tree_equal_one_reader),
-    (
-        "whole_tree_equal_eight_readers",
-        whole_tree_equal_eight_readers,
-    ),
+    ("whole_tree_equal_eight_readers", whole_tree_equal_eight_readers),
     ("whole_tree_equal_mapped", whole_tree_equal_mapped),
-    (
-        "whole_tree_equal_blocking_engine",
-        whole_tree_equal_blocking_engine,
-    ),
+    ("whole_tree_equal_blocking_engine", whole_tree_equal_blocking_engine),
     ("whole_tree_equal_source_direct", |g| source(g, "direct")),
-    ("whole_tree_equal_source_buffered", |g| {
-        source(g, "buffered")
-    }),
+    ("whole_tree_equal_source_buffered", |g| source(g, "buffered")),
     ("whole_tree_equal_source_mmap", |g| source(g, "mmap")),
     ("programs_run_from_the_image", programs_run_from_the_image),
     ("two_images_share_a_blob", two_images_share_a_blob),
@@ -76,18 +68,11 @@ fn programs_run_from_the_image(guest: &mut Guest) -> Outcome {
     let at = guest.mount(PLAIN)?;
     let manifest = Manifest::load(&data("tree.json"))?;
     let mut ran = 0;
-    for entry in manifest
-        .entries
-        .iter()
-        .filter(|e| e.path.starts_with("bin/"))
-    {
+    for entry in manifest.entries.iter().filter(|e| e.path.starts_with("bin/")) {
         if !matches!(entry.content, Content::File { .. }) {
             continue;
         }
-        let status = Command::new(at.join(&entry.path))
-            .arg("--version")
-            .output()?
-            .status;
+        let status = Command::new(at.join(&entry.path)).arg("--version").output()?.status;
         // `false` fails even when it only says its version.
         if !status.success() && entry.path != "bin/false" {
             return Err(format!("{} ended with {status}", entry.path).into());

@@ -1,0 +1,202 @@
+//! `infill serve`: the daemon.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use clap::Args;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::Failure;
+use crate::config::{Config, FrontEndKind, Options};
+use crate::engine::stats::Snapshot;
+use crate::engine::trace::Tracer;
+use crate::engine::{Engine, EngineError, Settings};
+use crate::front::FrontEnd;
+use crate::front::cachefiles::{BindOptions, CullLimits, Device};
+use crate::ops::signals::{Event, Signals};
+use crate::ops::{exit, limits, log};
+use crate::store::{Store, Stores};
+
+/// Flags of `infill serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Settings file [default: /etc/infill/config.toml, if it exists]
+    #[arg(long, value_name = "FILE", env = "INFILL_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    options: Options,
+    /// Print a line for each answered read
+    #[arg(long)]
+    trace_requests: bool,
+    /// Print statistics as one JSON object at the end
+    #[arg(long)]
+    json: bool,
+    /// Check the settings, print nothing if they are good, and end
+    #[arg(long)]
+    check_config: bool,
+    /// The socket of the model kernel, an inherited descriptor (for tests)
+    #[arg(long, hide = true, value_name = "FD")]
+    sim_socket: Option<i32>,
+}
+
+/// Serves until a signal says stop.
+///
+/// # Errors
+/// Whatever keeps it from serving, with the exit code that says what kind it is.
+pub fn run(args: ServeArgs) -> Result<(), Failure> {
+    let ServeArgs { config, options, trace_requests, json, check_config, sim_socket } = args;
+    let config = options.resolve(config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    if check_config {
+        return Ok(());
+    }
+    log::start(config.log_level, config.log_format);
+    // Before the first thread, so that all of them leave signals to this one.
+    let signals = Signals::block().map_err(|error| Failure::new(exit::FAILED, format!("cannot receive signals: {error}")))?;
+    let raised = limits::raise().map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    tracing::debug!(fds = raised.fds, "limits raised");
+    let store = open_stores(&config)?;
+    let front = open_front(&config, sim_socket)?;
+    let (tracer, printer) = start_tracer(trace_requests)?;
+    let engine = start_engine(&config, &front, &store, tracer)?;
+    announce(&config, &*front, &engine);
+    let result = serve(&config, engine, &signals);
+    finish(printer);
+    // The kernel fails what still waits, and unbinds, when the device is closed.
+    drop(front);
+    report(result, json)
+}
+
+fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
+    let stores = Stores::from_specs(&config.stores, config.source).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    Ok(Arc::new(stores))
+}
+
+fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Arc<dyn FrontEnd>, Failure> {
+    match (config.front_end, sim_socket) {
+        (FrontEndKind::Sim, Some(_)) => Err(Failure::new(exit::USAGE, "the model kernel is not built in yet")),
+        (FrontEndKind::Sim, None) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket FD")),
+        (FrontEndKind::Auto | FrontEndKind::Cachefiles, _) => {
+            let [brun, bcull, bstop, frun, fcull, fstop] = config.cull_percent;
+            let limits = CullLimits {
+                brun_percent: brun,
+                bcull_percent: bcull,
+                bstop_percent: bstop,
+                frun_percent: frun,
+                fcull_percent: fcull,
+                fstop_percent: fstop,
+            };
+            let mut options = BindOptions::new(&config.cache_dir);
+            options.tag.clone_from(&config.tag);
+            options.secctx.clone_from(&config.secctx);
+            options.limits = limits;
+            let device = Device::bind(&options).map_err(|error| Failure::new(error.exit_code(), error))?;
+            Ok(device)
+        }
+    }
+}
+
+fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>), Failure> {
+    if !wanted {
+        return Ok((None, None));
+    }
+    let out = std::io::LineWriter::new(std::io::stdout());
+    let (tracer, printer) = Tracer::start(out).map_err(|error| Failure::new(exit::FAILED, format!("cannot trace requests: {error}")))?;
+    Ok((Some(tracer), Some(printer)))
+}
+
+fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, tracer: Option<Tracer>) -> Result<Engine, Failure> {
+    let settings = Settings {
+        shards: config.shards,
+        kind: config.engine,
+        window_bytes: config.window_bytes,
+        slot_bytes: config.slot_bytes,
+        slots: config.slots,
+        workers: config.workers,
+        open_timeout: config.open_timeout,
+        tracer,
+    };
+    Engine::start(front, store, &settings).map_err(|error| {
+        let code = if matches!(error, EngineError::NoRing(_)) { exit::UNAVAILABLE } else { exit::FAILED };
+        Failure::new(code, error)
+    })
+}
+
+/// Says that requests are being answered: in the log, and on standard output for whoever waits for it.
+fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine) {
+    let started = engine.started();
+    if started.kind == "blocking" && started.detail != "as set" {
+        tracing::warn!("serving with blocking threads: {}", started.detail);
+    }
+    let stores: Vec<_> = config.stores.iter().map(ToString::to_string).collect();
+    let caps = front.caps();
+    tracing::info!(
+        front_end = front.name(),
+        cache = %config.cache_dir.display(),
+        stores = stores.join(","),
+        shards = started.shards,
+        engine = started.kind,
+        detail = started.detail,
+        reopens = caps.reopens,
+        "serving"
+    );
+    if !caps.reopens {
+        tracing::warn!(
+            "this kernel cannot restore requests: if infill dies, readers that wait get no answer until it is started again, and mounted images must be mounted again; Linux 6.1.95, 6.6.35 and 6.8 can"
+        );
+    }
+    // Nobody listening is fine.
+    let _ = writeln!(std::io::stdout(), "infill: ready ({}, {} x {})", front.name(), started.shards, started.kind);
+}
+
+/// Waits for signals, or for the engine to die.
+fn serve(config: &Config, engine: Engine, signals: &Signals) -> Result<Snapshot, EngineError> {
+    while !engine.has_failed() {
+        wait_for(signals, &engine);
+        match signals.next() {
+            Some(Event::Stop) => {
+                tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
+                break;
+            }
+            Some(Event::Report) => tracing::info!("{}", json_text(&engine.snapshot())),
+            Some(Event::Reload) => tracing::warn!("settings are read at start only; restart infill to change them"),
+            None => {}
+        }
+    }
+    let open = engine.snapshot().objects;
+    if open > 0 {
+        tracing::warn!(
+            objects = open,
+            "images are still mounted: what they have not read yet gives I/O errors until infill serves again and they are mounted anew"
+        );
+    }
+    engine.stop(config.drain_timeout, || signals.next() == Some(Event::Stop))
+}
+
+fn wait_for(signals: &Signals, engine: &Engine) {
+    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(engine.ended(), PollFlags::POLLIN)];
+    // An interrupted wait is looked at like any other.
+    let _ = poll(&mut fds, PollTimeout::NONE);
+}
+
+/// Waits until all traced requests are printed. The shards' tracers are gone by now.
+fn finish(printer: Option<JoinHandle<()>>) {
+    if let Some(printer) = printer {
+        let _ = printer.join();
+    }
+}
+
+fn report(result: Result<Snapshot, EngineError>, json: bool) -> Result<(), Failure> {
+    let snapshot = result.map_err(|error| Failure::new(exit::FAILED, error))?;
+    tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
+    if json {
+        let _ = writeln!(std::io::stdout(), "{}", json_text(&snapshot));
+    }
+    Ok(())
+}
+
+fn json_text(snapshot: &Snapshot) -> String {
+    serde_json::to_string(snapshot).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+}

@@ -1,0 +1,140 @@
+//! Reads and writes by threads that block: for hosts where io_uring is refused.
+//!
+//! The same contract as [`super::ring`], held by a few threads with `pread(2)` and `pwrite(2)`, an epoll
+//! instance to wait, and an eventfd that tells it of completions.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::io::{Done, FileRef, Io, Kind, Op, Ready, Watch};
+
+const REQUESTS: u64 = 0;
+const WAKE: u64 = 1;
+const COMPLETIONS: u64 = 2;
+
+/// See the module's description.
+#[derive(Debug)]
+pub struct Blocking {
+    /// Its end ends the workers, once they have done what was queued. They are not joined: one may hang in
+    /// the kernel, and each operation owns its memory.
+    jobs: Sender<Op>,
+    done: Receiver<Done>,
+    completions: Arc<EventFd>,
+    epoll: Epoll,
+}
+
+impl Blocking {
+    /// Starts `workers` threads.
+    ///
+    /// # Errors
+    /// No thread or descriptor could be had.
+    pub fn new(workers: u32, watch: Watch<'_>) -> io::Result<Self> {
+        let completions = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let edge = |data| EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, data);
+        epoll.add(completions.as_fd(), edge(COMPLETIONS))?;
+        epoll.add(watch.wake, edge(WAKE))?;
+        if let Some(requests) = watch.requests {
+            epoll.add(requests, edge(REQUESTS))?;
+        }
+        let ((jobs, queue), (results, done)) = (channel(), channel());
+        let queue = Arc::new(Mutex::new(queue));
+        for n in 0..workers.max(1) {
+            let (queue, results, completions) = (Arc::clone(&queue), results.clone(), Arc::clone(&completions));
+            std::thread::Builder::new().name(format!("infill-io-{n}")).spawn(move || work(&queue, &results, &completions))?;
+        }
+        Ok(Self { jobs, done, completions, epoll })
+    }
+}
+
+fn work(queue: &Mutex<Receiver<Op>>, results: &Sender<Done>, completions: &EventFd) {
+    loop {
+        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(op) = next else { return };
+        let result = match op.kind {
+            Kind::Read => op.memory.read_at(op.file.fd, op.offset),
+            Kind::Write => op.memory.write_at(op.file.fd, op.offset),
+        };
+        if results.send(Done { op, result }).is_err() {
+            return;
+        }
+        // The counter cannot overflow in practice, and a full one wakes as well.
+        let _ = completions.write(1);
+    }
+}
+
+impl Io for Blocking {
+    fn add_file(&mut self, fd: BorrowedFd<'_>) -> FileRef {
+        FileRef::plain(fd)
+    }
+
+    fn remove_file(&mut self, _: FileRef) {}
+
+    fn push(&mut self, op: Op) {
+        let key = op.key;
+        let queued = self.jobs.send(op).is_ok();
+        debug_assert!(queued, "the workers live as long as the queue, but operation {key} was lost");
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready> {
+        let mut events = [EpollEvent::empty(); 3];
+        let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
+            // Rounded up, so that a deadline is over when the wait is.
+            EpollTimeout::try_from(timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32).unwrap_or(EpollTimeout::MAX)
+        });
+        let n = match self.epoll.wait(&mut events, timeout) {
+            Ok(n) => n,
+            Err(Errno::EINTR) => 0,
+            Err(errno) => return Err(errno.into()),
+        };
+        let mut ready = Ready::default();
+        for event in &events[..n] {
+            match event.data() {
+                REQUESTS => ready.requests = true,
+                WAKE => ready.woken = true,
+                _ => drop(self.completions.read()),
+            }
+        }
+        done.extend(self.done.try_iter());
+        Ok(ready)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::buffers::Buffers;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn does_what_the_ring_does() {
+        let (buffers, wake) = (Buffers::new(4, 65536).unwrap(), EventFd::new().unwrap());
+        let mut io = Blocking::new(2, Watch { requests: None, wake: wake.as_fd() }).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let to = io.add_file(file.as_fd());
+        for key in 0..100 {
+            io.push(Op { key, kind: Kind::Write, file: to, offset: key * 4096, memory: buffers.zeros(4096) });
+        }
+        wake.write(1).unwrap();
+        let (mut done, mut woken) = (Vec::new(), false);
+        while done.len() < 100 || !woken {
+            woken |= io.wait(Some(Duration::from_secs(10)), &mut done).unwrap().woken;
+        }
+        io.push(Op { key: 100, kind: Kind::Read, file: to, offset: 399 * 1024, memory: buffers.slot(0, 0, 65536) });
+        while done.len() < 101 {
+            io.wait(Some(Duration::from_secs(10)), &mut done).unwrap();
+        }
+        assert_eq!((done[100].op.key, done[100].result), (100, 1024));
+        assert_eq!(file.metadata().unwrap().len(), 409_600);
+        let mut last = [1];
+        file.read_exact_at(&mut last, 409_599).unwrap();
+        assert_eq!(last, [0]);
+    }
+}

@@ -1,0 +1,203 @@
+//! Memory that operations use: a shard's buffer slots, and mapped files of a store.
+//!
+//! An operation owns a [`Memory`], and a `Memory` keeps alive what it points into, so memory that the kernel
+//! was given cannot be unmapped before the operation has ended.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+
+use crate::store::SourceFile;
+
+/// Size that regions are rounded up to, so that huge pages can back them.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// An anonymous mapping.
+#[derive(Debug)]
+pub(super) struct Region {
+    base: NonNull<libc::c_void>,
+    len: usize,
+}
+
+// SAFETY: the region is plain memory. Who may touch which part when is decided by the machine's slots: a
+// slot belongs to one fill until its last operation has ended.
+unsafe impl Send for Region {}
+// SAFETY: as above; `Region` itself offers no access.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn new(len: usize) -> io::Result<Self> {
+        let len = len.next_multiple_of(HUGE_PAGE_BYTES);
+        let size = std::num::NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping, at an address of the kernel's choice, touches no existing memory.
+        let base = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) }?;
+        let region = Self { base, len };
+        for advice in [MmapAdvise::MADV_HUGEPAGE, MmapAdvise::MADV_DONTFORK] {
+            // SAFETY: advice on a mapping that we own; neither kind changes its contents for this process.
+            // Both are improvements only, so a kernel that knows neither is fine.
+            let _ = unsafe { madvise(region.base, region.len, advice) };
+        }
+        Ok(region)
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nobody holds a pointer into it: every `Memory` holds an `Arc` of it.
+        let _ = unsafe { munmap(self.base, self.len) };
+    }
+}
+
+/// A shard's buffer slots, with one more that is always zero.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    region: Arc<Region>,
+    slot_bytes: usize,
+    slots: u32,
+}
+
+impl Buffers {
+    /// Maps `slots` slots of `slot_bytes` (a multiple of the page size) and a zero slot.
+    pub(super) fn new(slots: u32, slot_bytes: usize) -> io::Result<Self> {
+        let len = slot_bytes.checked_mul(slots as usize + 1).ok_or(Errno::ENOMEM)?;
+        Ok(Self { region: Arc::new(Region::new(len)?), slot_bytes, slots })
+    }
+
+    /// Part of a slot.
+    ///
+    /// # Panics
+    /// If the part does not lie inside a slot, which would be a bug of the machine.
+    pub(super) fn slot(&self, slot: u32, offset: usize, len: usize) -> Memory {
+        assert!(slot <= self.slots && offset <= self.slot_bytes && len <= self.slot_bytes - offset, "part outside of a slot");
+        Memory { owner: Owner::Region(Arc::clone(&self.region)), offset: slot as usize * self.slot_bytes + offset, len }
+    }
+
+    /// Zeros, for reading only.
+    pub(super) fn zeros(&self, len: usize) -> Memory {
+        self.slot(self.slots, 0, len)
+    }
+
+    /// Sets part of a slot to zero.
+    pub(super) fn clear(&mut self, slot: u32, offset: usize, len: usize) {
+        let part = self.slot(slot, offset, len);
+        // SAFETY: the part lies inside the mapping (checked by `slot`), and the slot belongs to a fill that
+        // has no operation in flight when the machine asks for this.
+        unsafe { std::ptr::write_bytes(part.ptr(), 0, part.len) };
+    }
+
+    /// The whole mapping, to be registered with a ring.
+    pub(super) fn whole(&self) -> Memory {
+        Memory { owner: Owner::Region(Arc::clone(&self.region)), offset: 0, len: self.region.len }
+    }
+}
+
+#[derive(Debug)]
+enum Owner {
+    Region(Arc<Region>),
+    File(Arc<SourceFile>),
+}
+
+/// A piece of memory for one operation.
+#[derive(Debug)]
+pub struct Memory {
+    owner: Owner,
+    offset: usize,
+    len: usize,
+}
+
+impl Memory {
+    /// Pages of a mapped file. `None` if the file is not mapped or the part lies outside of its mapping
+    /// (which reaches to the end of its last page).
+    #[must_use]
+    pub fn mapped(file: &Arc<SourceFile>, offset: u64, len: u64) -> Option<Self> {
+        let (offset, len) = (usize::try_from(offset).ok()?, usize::try_from(len).ok()?);
+        let mapped = file.map.as_ref()?.len().next_multiple_of(super::page_bytes());
+        (offset.checked_add(len)? <= mapped).then(|| Self { owner: Owner::File(Arc::clone(file)), offset, len })
+    }
+
+    pub(super) fn ptr(&self) -> *mut u8 {
+        match &self.owner {
+            Owner::Region(region) => region.base.as_ptr().cast::<u8>().wrapping_add(self.offset),
+            Owner::File(file) => file.map.as_ref().map_or(std::ptr::null_mut(), |map| map.as_mut_ptr().wrapping_add(self.offset)),
+        }
+    }
+
+    /// Length in bytes; an operation moves less than 2 GiB, so it fits.
+    #[allow(clippy::cast_possible_truncation, reason = "a slot is at most FILL_MAX_BYTES long")]
+    pub(super) const fn len(&self) -> u32 {
+        self.len as u32
+    }
+
+    /// The mapped file it is a part of, if it is.
+    pub(super) const fn file(&self) -> Option<&Arc<SourceFile>> {
+        match &self.owner {
+            Owner::File(file) => Some(file),
+            Owner::Region(_) => None,
+        }
+    }
+
+    /// Whether it lies in the region that [`Buffers::whole`] describes.
+    pub(super) const fn is_slot(&self) -> bool {
+        matches!(self.owner, Owner::Region(_))
+    }
+
+    /// `pread(2)` into it: bytes, or a negative errno.
+    pub(super) fn read_at(&self, fd: RawFd, offset: u64) -> i32 {
+        // SAFETY: the memory is alive as long as `self`, long enough (checked when it was made), and while
+        // this operation runs no other one uses it: the machine gives a slot to one fill only.
+        let n = unsafe { libc::pread(fd, self.ptr().cast(), self.len, file_offset(offset)) };
+        result(n)
+    }
+
+    /// `pwrite(2)` from it: bytes, or a negative errno.
+    pub(super) fn write_at(&self, fd: RawFd, offset: u64) -> i32 {
+        // SAFETY: as for `read_at`; the kernel only reads. Pages of a mapped file that shrank give a short
+        // write or EFAULT, no signal, because only the kernel touches them.
+        let n = unsafe { libc::pwrite(fd, self.ptr().cast(), self.len, file_offset(offset)) };
+        result(n)
+    }
+}
+
+fn file_offset(offset: u64) -> libc::off_t {
+    libc::off_t::try_from(offset).unwrap_or(libc::off_t::MAX)
+}
+
+fn result(n: isize) -> i32 {
+    if n < 0 { -(Errno::last_raw()) } else { i32::try_from(n).unwrap_or(i32::MAX) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn slots_do_not_overlap_and_are_cleared_only_where_asked() {
+        let mut buffers = Buffers::new(2, 8192).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 16384]).unwrap();
+        assert_eq!(buffers.slot(0, 0, 8192).read_at(file.as_raw_fd(), 0), 8192);
+        assert_eq!(buffers.slot(1, 0, 8192).read_at(file.as_raw_fd(), 0), 8192);
+        buffers.clear(0, 4096, 4096);
+        let out = tempfile::tempfile().unwrap();
+        assert_eq!(buffers.slot(0, 0, 8192).write_at(out.as_raw_fd(), 0), 8192);
+        assert_eq!(buffers.slot(1, 0, 8192).write_at(out.as_raw_fd(), 8192), 8192);
+        assert_eq!(buffers.zeros(4096).write_at(out.as_raw_fd(), 16384), 4096);
+        let mut got = vec![1; 20480];
+        std::os::unix::fs::FileExt::read_exact_at(&out, &mut got, 0).unwrap();
+        assert!(got[..4096].iter().all(|&b| b == 7) && got[4096..8192].iter().all(|&b| b == 0));
+        assert!(got[8192..16384].iter().all(|&b| b == 7) && got[16384..].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "outside of a slot")]
+    fn a_part_outside_of_its_slot_is_a_bug() {
+        drop(Buffers::new(2, 8192).unwrap().slot(1, 4096, 8192));
+    }
+}

@@ -1,0 +1,96 @@
+//! How a shard gets its reads and writes done: a trait with two implementations, [`super::ring`] and
+//! [`super::blocking`].
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
+
+use super::buffers::Memory;
+
+/// What an operation does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// From a source into memory.
+    Read,
+    /// From memory to a sink.
+    Write,
+}
+
+/// A file that operations name. The descriptor must stay open until [`Io::remove_file`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FileRef {
+    /// The descriptor.
+    pub fd: RawFd,
+    /// Its place in the ring's table, if it has one.
+    pub slot: Option<u32>,
+}
+
+impl FileRef {
+    /// A file without a place in a table.
+    #[must_use]
+    pub fn plain(fd: BorrowedFd<'_>) -> Self {
+        Self { fd: fd.as_raw_fd(), slot: None }
+    }
+}
+
+/// One operation.
+#[derive(Debug)]
+pub struct Op {
+    /// The caller's name for it.
+    pub key: u64,
+    /// What to do.
+    pub kind: Kind,
+    /// With which file.
+    pub file: FileRef,
+    /// Where in the file.
+    pub offset: u64,
+    /// From or to where.
+    pub memory: Memory,
+}
+
+/// An operation that has ended.
+#[derive(Debug)]
+pub struct Done {
+    /// The operation, given back.
+    pub op: Op,
+    /// Bytes, or a negative errno.
+    pub result: i32,
+}
+
+/// What else happened while waiting.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Ready {
+    /// The kernel interface may have requests.
+    pub requests: bool,
+    /// Somebody woke the shard.
+    pub woken: bool,
+}
+
+/// Descriptors to watch besides the operations, edge-triggered. They stay open as long as the [`Io`] lives.
+#[derive(Clone, Copy, Debug)]
+pub struct Watch<'a> {
+    /// The front end's, on the shard that receives.
+    pub requests: Option<BorrowedFd<'a>>,
+    /// The shard's own.
+    pub wake: BorrowedFd<'a>,
+}
+
+/// Runs operations. One thread uses it; the caller keeps at most as many operations in flight as it said
+/// when it was made.
+pub trait Io {
+    /// Announces a file that will be used often.
+    fn add_file(&mut self, fd: BorrowedFd<'_>) -> FileRef;
+
+    /// Forgets a file, so that nothing here keeps it open any more.
+    fn remove_file(&mut self, file: FileRef);
+
+    /// Takes an operation. It may start at once or with the next [`Io::wait`].
+    fn push(&mut self, op: Op);
+
+    /// Starts what was pushed and waits until something happens or `timeout` (`None`: for ever) is over.
+    /// Operations that ended are appended to `done`.
+    ///
+    /// # Errors
+    /// Only what makes further work impossible.
+    fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready>;
+}

@@ -1,0 +1,111 @@
+//! Jobs: fills with a place in a queue, a slot and an operation in flight.
+
+use nix::errno::Errno;
+
+use super::{Action, Handle, Job, Machine, NONE, OpKey, State};
+use crate::engine::fill::{Fill, Next};
+use crate::range::{self, ByteRange, align_up};
+
+impl<T> Machine<T> {
+    /// Makes a queued job for a piece, cut at the end of the extent it starts in. Returns its key and end.
+    pub(super) fn make_job(&mut self, handle: Handle, piece: ByteRange) -> (usize, u64) {
+        let object = &mut self.objects[handle.0];
+        let len = object.blob.len_bytes();
+        let extent = object.blob.extent(piece.start);
+        let border = align_up(piece.start.saturating_add(extent.len_bytes), self.limits.page_bytes);
+        let range = piece.start..piece.end.min(border);
+        let end = range.end;
+        self.generation = self.generation.wrapping_add(1);
+        let fill = Fill::new(range.clone(), len, extent.data, self.limits.page_bytes);
+        let job = Job { object: handle, fill, generation: self.generation, slot: None, state: State::Queued, links: NONE };
+        let key = self.jobs.insert(job);
+        let at = object.jobs.partition_point(|&(start, _)| start < range.start);
+        object.jobs.insert(at, (range.start, key));
+        (key, end)
+    }
+
+    /// Starts queued jobs, those that somebody waits for first, as far as slots allow.
+    pub(super) fn start_jobs(&mut self) {
+        while self.in_flight < self.limits.slots {
+            let Some((key, generation)) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) else { return };
+            let Some(job) = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Queued) else {
+                continue;
+            };
+            if job.fill.needs_slot() {
+                job.slot = self.free_slots.pop();
+            }
+            self.in_flight += 1;
+            self.run(key);
+        }
+    }
+
+    /// Marks a job as running and gives its next operation to the driver.
+    pub(super) fn run(&mut self, key: usize) {
+        let job = &mut self.jobs[key];
+        job.state = State::Running;
+        self.objects[job.object.0].running += 1;
+        self.step(key);
+    }
+
+    /// Turns what a running fill wants next into an action.
+    pub(super) fn step(&mut self, key: usize) {
+        let job = &mut self.jobs[key];
+        let (op, object) = (OpKey::new(key, job.generation), job.object);
+        match (job.fill.next(), job.slot) {
+            (Next::Read { file, offset, slot_offset, len }, Some(slot)) => {
+                self.operate(Action::Read { op, object, file, offset, slot, slot_offset, len });
+            }
+            (Next::Write { offset, len, from }, slot) => self.operate(Action::Write { op, object, offset, len, slot, from }),
+            (Next::Wait { .. }, _) => {
+                job.state = State::Waiting;
+                self.waiting.push((key, job.generation));
+                self.objects[object.0].running -= 1;
+            }
+            (Next::Finished(result), _) => self.retire(key, result),
+            (Next::Read { .. }, None) => self.retire(key, Err(Errno::ENOBUFS)),
+        }
+    }
+
+    fn operate(&mut self, action: Action<T>) {
+        self.counters.operations += 1;
+        self.actions.push_back(action);
+    }
+
+    /// A running job is over.
+    pub(super) fn retire(&mut self, key: usize, result: Result<(), Errno>) {
+        let job = &self.jobs[key];
+        let (handle, range) = (job.object, job.fill.range().clone());
+        let object = &mut self.objects[handle.0];
+        object.running -= 1;
+        if result.is_ok() {
+            object.present.insert(&range);
+            self.counters.fills += 1;
+            self.counters.bytes_filled += range::len(&range);
+        } else {
+            self.counters.fills_failed += 1;
+        }
+        if let Ok(at) = object.jobs.binary_search_by_key(&range.start, |&(start, _)| start) {
+            object.jobs.remove(at);
+        }
+        self.unlink(key, result);
+        self.remove_job(key);
+        self.settle();
+        self.release_if_idle(handle);
+    }
+
+    /// Forgets a job and frees its slot. Its operation, if it had one, has ended.
+    pub(super) fn remove_job(&mut self, key: usize) {
+        let job = self.jobs.remove(key);
+        if job.state != State::Queued {
+            self.in_flight -= 1;
+        }
+        self.free_slots.extend(job.slot);
+    }
+
+    pub(super) fn release_if_idle(&mut self, handle: Handle) {
+        if self.objects.get(handle.0).is_some_and(|object| object.closed && object.running == 0) {
+            self.objects.remove(handle.0);
+            self.actions.push_back(Action::Release { object: handle });
+        }
+    }
+}

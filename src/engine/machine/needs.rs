@@ -1,0 +1,143 @@
+//! Needs: how a waiting reader is linked to fills, and when it has its answer.
+
+use nix::errno::Errno;
+
+use super::{Action, Answered, FAILURES_MAX, Handle, Limits, Link, Machine, NONE, State};
+use crate::engine::plan;
+use crate::front::Outcome;
+use crate::range::{ByteRange, align_down, align_up, intersect};
+
+/// Fills that nobody waits for yet and that have not been started. Beyond it no more are made.
+const AHEAD_MAX: usize = 256;
+
+impl<T> Machine<T> {
+    pub(super) fn answer(&mut self, answered: Answered<T>) {
+        if matches!(answered.outcome, Outcome::Failed(_)) {
+            self.counters.needs_failed += 1;
+        }
+        self.actions.push_back(Action::Answer(answered));
+    }
+
+    /// Looks again at every need whose last fill ended, until all of them wait or have their answer.
+    pub(super) fn settle(&mut self) {
+        while let Some(key) = self.revisit.pop_front() {
+            if let Some(outcome) = self.verdict(key) {
+                let need = self.needs.remove(key);
+                let object = Some(need.object);
+                self.answer(Answered { ticket: need.ticket, outcome, object, range: need.asked, since_ns: need.since_ns });
+            } else {
+                self.schedule(key);
+            }
+        }
+    }
+
+    fn verdict(&mut self, key: usize) -> Option<Outcome> {
+        let need = &mut self.needs[key];
+        let object = &self.objects[need.object.0];
+        if object.present.contains(&need.range) {
+            return Some(Outcome::Done);
+        }
+        if object.closed {
+            return Some(Outcome::Failed(Errno::ECANCELED));
+        }
+        let errno = need.failed.take()?;
+        need.exact = true;
+        (need.failures >= FAILURES_MAX).then_some(Outcome::Failed(errno))
+    }
+
+    /// Links a need to the fills that bring its bytes, and makes those that are missing.
+    fn schedule(&mut self, key: usize) {
+        let need = &self.needs[key];
+        let (handle, range, exact) = (need.object, need.range.clone(), need.exact);
+        let Limits { page_bytes, fill_max_bytes, window_bytes, fills_per_need, .. } = self.limits;
+        let len = self.objects[handle.0].blob.len_bytes();
+        let region = if exact { range.clone() } else { plan::window(&range, window_bytes, len, page_bytes) };
+        let mut at = align_down(range.start, fill_max_bytes).max(region.start);
+        let end = align_up(range.end, fill_max_bytes).min(region.end);
+        while self.needs[key].outstanding < fills_per_need
+            && let Some((piece, job)) = self.next_piece(handle, &(at..end))
+        {
+            at = piece.end;
+            if intersect(&piece, &range).is_none() {
+                continue;
+            }
+            let job = if let Some(job) = job {
+                self.counters.joined += 1;
+                job
+            } else {
+                let (job, end) = self.make_job(handle, piece);
+                at = end;
+                job
+            };
+            if intersect(self.jobs[job].fill.range(), &range).is_some() {
+                self.link(job, key);
+            } else {
+                // It was cut at an extent's end before the demand begins.
+                self.ahead.push_back((job, self.jobs[job].generation));
+            }
+        }
+        self.fill_ahead(handle, &region);
+    }
+
+    /// Makes fills for the rest of a region, as far as the queue for them allows.
+    fn fill_ahead(&mut self, handle: Handle, region: &ByteRange) {
+        let mut at = region.start;
+        while self.ahead.len() < AHEAD_MAX
+            && let Some((piece, job)) = self.next_piece(handle, &(at..region.end))
+        {
+            at = piece.end;
+            if job.is_none() {
+                let (job, end) = self.make_job(handle, piece);
+                at = end;
+                self.ahead.push_back((job, self.jobs[job].generation));
+            }
+        }
+    }
+
+    /// The first piece of `range` that is not there: a job that already brings it, or a range to make one of.
+    fn next_piece(&self, handle: Handle, range: &ByteRange) -> Option<(ByteRange, Option<usize>)> {
+        if range.start >= range.end {
+            return None;
+        }
+        let object = &self.objects[handle.0];
+        let absent = intersect(&object.present.first_absent(range)?, range)?;
+        let after = object.jobs.partition_point(|&(start, _)| start <= absent.start);
+        if let Some(&(_, key)) = after.checked_sub(1).and_then(|before| object.jobs.get(before))
+            && self.jobs[key].fill.range().end > absent.start
+        {
+            return Some((self.jobs[key].fill.range().clone(), Some(key)));
+        }
+        let border = object.jobs.get(after).map_or(absent.end, |&(start, _)| start.min(absent.end));
+        Some((plan::piece(&(absent.start..border), self.limits.fill_max_bytes), None))
+    }
+
+    fn link(&mut self, job: usize, need: usize) {
+        let next = self.jobs[job].links;
+        if next == NONE && self.jobs[job].state == State::Queued {
+            // Somebody waits for it now: it overtakes what nobody waits for.
+            self.demand.push_back((job, self.jobs[job].generation));
+        }
+        self.jobs[job].links = self.links.insert(Link { need, next });
+        self.needs[need].outstanding += 1;
+    }
+
+    /// Tells every need that waits for a job how it ended.
+    pub(super) fn unlink(&mut self, job: usize, result: Result<(), Errno>) {
+        let mut link = std::mem::replace(&mut self.jobs[job].links, NONE);
+        while link != NONE {
+            let Link { need: key, next } = self.links.remove(link);
+            link = next;
+            let need = &mut self.needs[key];
+            need.outstanding -= 1;
+            if let Err(errno) = result {
+                need.failed = Some(errno);
+                // A fill that brought more than was asked may have failed where nobody asked: no verdict on this need.
+                let fill = self.jobs[job].fill.range();
+                need.failures += u8::from(fill.start >= need.range.start && fill.end <= need.range.end);
+            }
+            if need.outstanding == 0 {
+                self.revisit.push_back(key);
+            }
+        }
+    }
+}

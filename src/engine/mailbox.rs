@@ -1,0 +1,143 @@
+//! How threads hand work to a shard: a bounded queue, and a wake-up for a shard that sleeps.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::front::{NeedRequest, ObjectId};
+use crate::key::Key;
+use crate::store::Blob;
+
+/// Messages that a shard's mailbox holds. A full one makes the sender wait, and so the kernel.
+const MAILBOX_MAX: usize = 4096;
+
+/// What a shard is told.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// An object of yours was opened.
+    Adopt(Adopted),
+    /// A reader waits for data of an object of yours. With the time at which it was read from the kernel.
+    Need(NeedRequest, u64),
+    /// An object of yours is gone.
+    Close(ObjectId),
+}
+
+/// A newly opened object.
+#[derive(Debug)]
+pub(super) struct Adopted {
+    pub(super) object: ObjectId,
+    pub(super) key: Arc<Key>,
+    pub(super) blob: Arc<dyn Blob>,
+    pub(super) sink: Arc<OwnedFd>,
+}
+
+/// The sending side; cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Mailbox {
+    queue: SyncSender<Message>,
+    bell: Arc<Bell>,
+}
+
+/// Wakes one shard.
+#[derive(Debug)]
+pub(super) struct Bell {
+    eventfd: EventFd,
+    asleep: AtomicBool,
+}
+
+impl Bell {
+    fn new() -> io::Result<Self> {
+        Ok(Self { eventfd: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?, asleep: AtomicBool::new(false) })
+    }
+
+    /// Wakes the shard if it sleeps or is about to.
+    pub(super) fn ring(&self) {
+        // Pairs with the fence in `Inbox::may_sleep`: either the shard sees what was sent, or we see it asleep.
+        fence(Ordering::SeqCst);
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            // A full counter wakes as well.
+            let _ = self.eventfd.write(1);
+        }
+    }
+}
+
+impl Mailbox {
+    /// Delivers a message, or gives it back if the mailbox is full or its shard has ended.
+    pub(super) fn try_send(&self, message: Message) -> Result<(), Message> {
+        match self.queue.try_send(message) {
+            Ok(()) => {
+                self.bell.ring();
+                Ok(())
+            }
+            Err(TrySendError::Full(message) | TrySendError::Disconnected(message)) => Err(message),
+        }
+    }
+
+    /// Delivers a message, waiting for room. Gives it back if the shard has ended.
+    pub(super) fn send(&self, message: Message) -> Result<(), Message> {
+        self.queue.send(message).map_err(|error| error.0)?;
+        self.bell.ring();
+        Ok(())
+    }
+
+    /// The shard's bell.
+    pub(super) const fn bell(&self) -> &Arc<Bell> {
+        &self.bell
+    }
+}
+
+/// The receiving side.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    queue: Receiver<Message>,
+    bell: Arc<Bell>,
+    stashed: Option<Message>,
+}
+
+impl Inbox {
+    /// A mailbox and its inbox.
+    pub(super) fn pair() -> io::Result<(Mailbox, Self)> {
+        let (sender, queue) = sync_channel(MAILBOX_MAX);
+        let bell = Arc::new(Bell::new()?);
+        Ok((Mailbox { queue: sender, bell: Arc::clone(&bell) }, Self { queue, bell, stashed: None }))
+    }
+
+    /// The next message, if there is one.
+    pub(super) fn take(&mut self) -> Option<Message> {
+        self.stashed.take().or_else(|| self.queue.try_recv().ok())
+    }
+
+    /// Announces that the shard is about to sleep. `false`: there is a message, it must not.
+    pub(super) fn may_sleep(&mut self) -> bool {
+        self.bell.asleep.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        match self.queue.try_recv() {
+            Ok(message) => {
+                self.stashed = Some(message);
+                self.awake();
+                false
+            }
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => self.stashed.is_none(),
+        }
+    }
+
+    /// The shard is awake again: nobody needs to ring.
+    pub(super) fn awake(&self) {
+        self.bell.asleep.store(false, Ordering::SeqCst);
+    }
+
+    /// Takes back a ring of the bell.
+    pub(super) fn silence(&self) {
+        // Nothing to take is fine: somebody else's ring may have been taken with ours.
+        let _ = self.bell.eventfd.read();
+    }
+
+    /// The descriptor to wait on.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.bell.eventfd.as_fd()
+    }
+}

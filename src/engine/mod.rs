@@ -1,0 +1,185 @@
+//! The engine: one shard a core, the same for every front end.
+//!
+//! | file | its subject |
+//! |---|---|
+//! | `router` | the way of a request from the front end to its shard |
+//! | `opener` | opens: which blob is it, how long |
+//! | `shard` | the event loop |
+//! | `machine` | what to do: needs, fills, answers; no system calls |
+//! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
+//! | `probe` | what a sink already holds |
+//! | `io` | reads and writes: `ring` (io_uring) or `blocking` (threads) |
+//! | `buffers` | memory that operations use |
+//! | `stats`, `trace` | what is counted and what is shown |
+
+pub mod blocking;
+pub mod buffers;
+mod clock;
+pub mod fill;
+pub mod io;
+pub mod machine;
+mod mailbox;
+mod opener;
+pub mod plan;
+pub mod presence;
+mod probe;
+pub mod ring;
+mod router;
+mod shard;
+mod start;
+pub mod stats;
+pub mod trace;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::{Deserialize, Serialize};
+
+use self::mailbox::Bell;
+use self::stats::{ShardStats, Snapshot};
+use crate::front::{FrontError, unanswered_tickets};
+
+pub use self::start::{Engine, Started, usable_cpus};
+
+/// How reads and writes are done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    /// io_uring, or threads that block where it is refused.
+    #[default]
+    Auto,
+    /// io_uring or nothing.
+    Uring,
+    /// Threads that block.
+    Blocking,
+}
+
+/// How the engine is to run. Made and checked by [`crate::config`].
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Event loops.
+    pub shards: usize,
+    /// How reads and writes are done.
+    pub kind: EngineKind,
+    /// Aligned window brought around a demand.
+    pub window_bytes: u64,
+    /// Size of a buffer slot and longest single fill.
+    pub slot_bytes: u64,
+    /// Buffer slots of a shard, and operations that it has in flight.
+    pub slots: u32,
+    /// Threads of a shard that may block in a read or write at a time.
+    pub workers: u32,
+    /// How long the lookup of a blob that may be found later is tried.
+    pub open_timeout: Duration,
+    /// Records every answer.
+    pub tracer: Option<trace::Tracer>,
+}
+
+/// Fills that one reader's request may wait for at a time.
+pub const FILLS_PER_NEED: u32 = 16;
+/// Failed reads that are logged a second; the others are only counted.
+const FAILURES_LOGGED_PER_SECOND: u64 = 10;
+
+/// Why the engine could not start or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The front end failed.
+    #[error(transparent)]
+    Front(#[from] FrontError),
+    /// The ring or the wait failed.
+    #[error("waiting for I/O failed: {0}")]
+    Io(#[source] std::io::Error),
+    /// No ring, and the setting allows nothing else.
+    #[error("no io_uring: {0}; or run with --engine blocking")]
+    NoRing(String),
+    /// A thread, descriptor or memory could not be had.
+    #[error("cannot start a shard: {0}; lower --shards, --slots or --slot-size, or raise the limits that `infill doctor` shows")]
+    Resources(#[source] std::io::Error),
+}
+
+/// What all threads of the engine share. Shards only write what is their own; the flags change rarely.
+#[derive(Debug)]
+struct Shared {
+    shards: Vec<ShardStats>,
+    bells: Vec<Arc<Bell>>,
+    /// Take nothing new.
+    stopping: AtomicBool,
+    /// The receiving shard has handed on everything it will ever hand on.
+    received_all: AtomicBool,
+    /// Fail what is left.
+    out_of_time: AtomicBool,
+    /// The front end may have something although it woke nobody.
+    look_again: AtomicBool,
+    opens: AtomicU64,
+    opens_failed: AtomicU64,
+    closes: AtomicU64,
+    malformed: AtomicU64,
+    started: Instant,
+    failures_logged: AtomicU64,
+    /// Readable once a shard has ended.
+    ended: EventFd,
+}
+
+impl Shared {
+    fn new(bells: Vec<Arc<Bell>>) -> std::io::Result<Self> {
+        Ok(Self {
+            shards: bells.iter().map(|_| ShardStats::default()).collect(),
+            bells,
+            stopping: AtomicBool::new(false),
+            received_all: AtomicBool::new(false),
+            out_of_time: AtomicBool::new(false),
+            look_again: AtomicBool::new(false),
+            opens: AtomicU64::new(0),
+            opens_failed: AtomicU64::new(0),
+            closes: AtomicU64::new(0),
+            malformed: AtomicU64::new(0),
+            started: Instant::now(),
+            failures_logged: AtomicU64::new(0),
+            ended: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+        })
+    }
+
+    fn count(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Makes the receiving shard read from the front end once more.
+    fn look_again(&self) {
+        self.look_again.store(true, Ordering::Release);
+        self.bells[0].ring();
+    }
+
+    fn wake_all(&self) {
+        self.bells.iter().for_each(|bell| bell.ring());
+    }
+
+    /// Whether one more failed read may be logged: a broken disk must not fill another one with messages.
+    fn may_log_failure(&self) -> bool {
+        let allowed = (self.started.elapsed().as_secs() + 1) * FAILURES_LOGGED_PER_SECOND;
+        let logged = self.failures_logged.load(Ordering::Relaxed);
+        // What was not used up in quiet times is not saved for later.
+        let floor = allowed - FAILURES_LOGGED_PER_SECOND;
+        logged < allowed && self.failures_logged.fetch_max(floor, Ordering::Relaxed) < allowed && {
+            self.failures_logged.fetch_add(1, Ordering::Relaxed);
+            true
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot::sum(self.shards.iter());
+        snapshot.opens = self.opens.load(Ordering::Relaxed);
+        snapshot.opens_failed = self.opens_failed.load(Ordering::Relaxed);
+        snapshot.closes = self.closes.load(Ordering::Relaxed);
+        snapshot.malformed = self.malformed.load(Ordering::Relaxed);
+        snapshot.unanswered = unanswered_tickets();
+        snapshot
+    }
+}
+
+/// The machine's page size in bytes.
+#[must_use]
+pub fn page_bytes() -> usize {
+    nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten().and_then(|n| usize::try_from(n).ok()).unwrap_or(4096)
+}

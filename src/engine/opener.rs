@@ -1,0 +1,110 @@
+//! Answers opens. Looking a blob up may block (a slow disk, a network file system), so it happens on threads
+//! of its own, never on a shard: the kernel's mount, and a limited number of its workers, wait for the answer.
+
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::Shared;
+use super::mailbox::{Adopted, Mailbox, Message};
+use super::router::owner;
+use crate::front::{OpenRequest, Outcome};
+use crate::key::Key;
+use crate::store::{Blob, Store, StoreError};
+
+/// Threads that answer opens.
+pub(super) const OPENERS: usize = 4;
+/// Opens that may wait for one of them.
+pub(super) const OPENS_MAX: usize = 1024;
+/// Pause before a lookup that failed for a passing reason is tried again; doubles up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+/// Longest such pause.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// What an opener thread works with.
+#[derive(Clone, Debug)]
+pub(super) struct Opener {
+    pub(super) shared: Arc<Shared>,
+    pub(super) store: Arc<dyn Store>,
+    pub(super) shards: Vec<Mailbox>,
+    pub(super) queue: Arc<Mutex<Receiver<OpenRequest>>>,
+    /// How long a lookup that may succeed later is tried. A failed open is final for the kernel.
+    pub(super) open_timeout: Duration,
+}
+
+impl Opener {
+    /// Answers opens until the queue is closed.
+    pub(super) fn run(&self) {
+        loop {
+            let next = self.queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok(open) = next else { return };
+            self.open(open);
+        }
+    }
+
+    fn open(&self, open: OpenRequest) {
+        let OpenRequest { object, key, ticket, sink } = open;
+        let blob = match self.look_up(&key) {
+            Ok(blob) => blob,
+            Err(errno) => return self.refuse(ticket, errno),
+        };
+        let len_bytes = blob.len_bytes();
+        let shard = &self.shards[owner(object, self.shards.len())];
+        // The shard must know the object before the kernel hears that it is open: its requests follow at once.
+        let adopted = Adopted { object, key: Arc::new(key), blob, sink };
+        if let Err(message) = shard.send(Message::Adopt(adopted)) {
+            self.refuse(ticket, Errno::ECANCELED);
+            return drop(message);
+        }
+        match ticket.answer(Outcome::Opened { len_bytes }) {
+            Ok(true) => tracing::debug!(%object, len_bytes, "opened"),
+            Ok(false) => drop(shard.send(Message::Close(object))),
+            Err(error) => {
+                tracing::error!(%object, "the kernel refused the answer to an open: {error}");
+                drop(shard.send(Message::Close(object)));
+            }
+        }
+    }
+
+    fn refuse(&self, ticket: crate::front::Ticket, errno: Errno) {
+        Shared::count(&self.shared.opens_failed);
+        if let Err(error) = ticket.answer(Outcome::Failed(errno)) {
+            tracing::error!("the kernel did not take the refusal of an open: {error}");
+        }
+        // A refused open wakes nobody, but may leave something to be read.
+        self.shared.look_again();
+    }
+
+    /// Finds a blob, trying again while that may help: the kernel does not ask twice.
+    fn look_up(&self, key: &Key) -> Result<Arc<dyn Blob>, Errno> {
+        let started = Instant::now();
+        let mut pause = PAUSE_MIN;
+        loop {
+            let error = match self.store.open(key) {
+                Ok(Some(blob)) => {
+                    tracing::info!("serving {key} ({} bytes)", blob.len_bytes());
+                    return Ok(blob);
+                }
+                Ok(None) => {
+                    tracing::warn!("no store has the blob {key}: its mount fails; looked in {}", self.store.name());
+                    return Err(Errno::ENOENT);
+                }
+                Err(error) => error,
+            };
+            if !self.worth_waiting(&error, started) {
+                tracing::error!("{error}; its mount fails");
+                return Err(error.errno());
+            }
+            tracing::warn!("{error}; trying again in {} ms", pause.as_millis());
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    fn worth_waiting(&self, error: &StoreError, started: Instant) -> bool {
+        error.is_transient() && started.elapsed() < self.open_timeout && !self.shared.stopping.load(Ordering::Relaxed)
+    }
+}

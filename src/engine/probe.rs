@@ -1,0 +1,80 @@
+//! Asking a sink what it already holds.
+//!
+//! The kernel passes `SEEK_DATA` and `SEEK_HOLE` on a cachefiles descriptor to the cache file
+//! (`cachefiles_ondemand_fd_llseek`), where a hole means "not there".
+
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+
+use super::machine::Machine;
+use crate::front::ObjectId;
+use crate::range::ByteRange;
+
+/// Brings the machine's knowledge about a demand up to date, before the demand is given to it.
+pub(super) fn refresh<T>(machine: &mut Machine<T>, id: ObjectId, sink: impl AsFd + Copy, demand: &ByteRange) {
+    while let Some(region) = machine.unprobed(id, demand) {
+        let (probed, present) = scan(sink, &region);
+        machine.learn(id, &probed, present);
+    }
+    if machine.believes(id, demand) {
+        let mut at = demand.start;
+        for data in scan(sink, demand).1 {
+            machine.forget(id, &(at..data.start));
+            at = data.end;
+        }
+        machine.forget(id, &(at..demand.end));
+    }
+}
+
+/// What a sink holds inside `region`, and what that was asked about: the region, and everything behind it up
+/// to the next data. A sink that cannot be asked counts as empty.
+fn scan(sink: impl AsFd + Copy, region: &ByteRange) -> (ByteRange, Vec<ByteRange>) {
+    let mut present = Vec::new();
+    let mut at = region.start;
+    while at < region.end {
+        match seek(sink, at, Whence::SeekData) {
+            Ok(data) if data < region.end => {
+                let hole = seek(sink, data, Whence::SeekHole).unwrap_or(data);
+                if hole <= data {
+                    return (region.clone(), present);
+                }
+                present.push(data..hole.min(region.end));
+                at = hole;
+            }
+            Ok(data) => return (region.start..data, present),
+            Err(Errno::ENXIO) => return (region.start..u64::MAX, present),
+            Err(_) => break,
+        }
+    }
+    (region.clone(), present)
+}
+
+fn seek(sink: impl AsFd, at: u64, whence: Whence) -> Result<u64, Errno> {
+    let at = i64::try_from(at).map_err(|_| Errno::ENXIO)?;
+    lseek(sink, at, whence).map(i64::unsigned_abs)
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn finds_data_between_holes() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(&[1; 65536], 131_072).unwrap();
+        let (probed, present) = scan(&file, &(65536..262_144));
+        assert_eq!((probed.start, probed.end >= 262_144), (65536, true));
+        if present.first().is_some_and(|first| first.start == 65536) {
+            return eprintln!("not run: this file system does not report holes");
+        }
+        assert_eq!(present, vec![131_072..196_608]);
+        assert_eq!(scan(&file, &(196_608..200_704)), (196_608..u64::MAX, vec![]));
+        assert_eq!(scan(&file, &(0..4096)), (0..131_072, vec![]));
+        assert_eq!(scan(&file, &(135_168..139_264)).1, vec![135_168..139_264]);
+    }
+}

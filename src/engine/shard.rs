@@ -1,0 +1,342 @@
+//! One shard: the event loop that ties the machine to I/O, memory and answers.
+//!
+//! A turn: take messages (and, on the receiving shard, requests from the kernel), let the machine decide,
+//! start what it wants, give the answers of this turn back to back, wait.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::stat::fstat;
+
+use super::buffers::{Buffers, Memory};
+use super::clock::Clock;
+use super::fill::From;
+use super::io::{Done, FileRef, Io, Kind, Op};
+use super::machine::{Action, Answered, Handle, Machine, OpKey};
+use super::mailbox::{Adopted, Inbox, Message};
+use super::router::Router;
+use super::stats::ShardStats;
+use super::trace::{Record, Tracer};
+use super::{EngineError, Shared, probe};
+use crate::front::{Caps, FrontEnd, NeedRequest, Outcome, Ticket};
+use crate::key::Key;
+use crate::store::{Blob, SourceFile};
+
+/// Longest sleep: a wake-up that the kernel lost costs no more than this.
+const SLEEP_MAX: Duration = Duration::from_secs(1);
+
+/// What a shard knows of an object besides what the machine knows.
+#[derive(Debug)]
+struct Attached {
+    key: Arc<Key>,
+    blob: Arc<dyn Blob>,
+    sink: Arc<OwnedFd>,
+    sink_file: FileRef,
+    source_files: Vec<FileRef>,
+}
+
+/// See the module's description.
+pub(super) struct Shard<I> {
+    index: usize,
+    caps: Caps,
+    shared: Arc<Shared>,
+    clock: Clock,
+    inbox: Inbox,
+    /// On the shard that receives.
+    receiver: Option<(Arc<dyn FrontEnd>, Router)>,
+    machine: Machine<Ticket>,
+    /// Objects by the machine's handle.
+    attached: Vec<Option<Attached>>,
+    tracer: Option<Tracer>,
+    answers: Vec<Answered<Ticket>>,
+    done: Vec<Done>,
+    // Dropped in this order: the operations' owner before the memory that they use.
+    io: I,
+    buffers: Buffers,
+}
+
+/// What a shard is made of.
+pub(super) struct Parts<I> {
+    pub(super) index: usize,
+    pub(super) caps: Caps,
+    pub(super) shared: Arc<Shared>,
+    pub(super) clock: Clock,
+    pub(super) inbox: Inbox,
+    pub(super) receiver: Option<(Arc<dyn FrontEnd>, Router)>,
+    pub(super) machine: Machine<Ticket>,
+    pub(super) tracer: Option<Tracer>,
+    pub(super) io: I,
+    pub(super) buffers: Buffers,
+}
+
+impl<I: Io> Shard<I> {
+    pub(super) fn new(parts: Parts<I>) -> Self {
+        let Parts { index, caps, shared, clock, inbox, receiver, machine, tracer, io, buffers } = parts;
+        let (attached, answers, done) = (Vec::new(), Vec::new(), Vec::new());
+        Self { index, caps, shared, clock, inbox, receiver, machine, attached, tracer, answers, done, io, buffers }
+    }
+
+    /// Serves until the engine stops.
+    pub(super) fn run(mut self) -> Result<(), EngineError> {
+        while !self.has_ended() {
+            self.take_messages();
+            self.receive()?;
+            self.machine.tick(self.clock.now_ns());
+            self.act();
+            self.answer();
+            self.stats().publish(self.machine.counters(), self.machine.pending(), self.machine.object_count());
+            self.wait()?;
+        }
+        Ok(())
+    }
+
+    fn stats(&self) -> &ShardStats {
+        &self.shared.shards[self.index]
+    }
+
+    fn take_messages(&mut self) {
+        while let Some(message) = self.inbox.take() {
+            self.handle(message);
+        }
+    }
+
+    /// On the receiving shard: reads what the kernel wants.
+    fn receive(&mut self) -> Result<(), EngineError> {
+        let Some((front, mut router)) = self.receiver.take() else { return Ok(()) };
+        let mut result = Ok(());
+        if self.shared.stopping.load(Ordering::Acquire) {
+            router.give_up();
+            self.shared.received_all.store(true, Ordering::Release);
+            self.shared.wake_all();
+        } else {
+            if self.shared.look_again.swap(false, Ordering::AcqRel) {
+                router.notice();
+            }
+            result = router.drain(&*front, &mut |message| self.handle(message)).map_err(EngineError::Front);
+            self.receiver = Some((front, router));
+        }
+        result
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Adopt(adopted) => self.adopt(adopted),
+            Message::Need(need, since_ns) => self.need(need, since_ns),
+            Message::Close(object) => self.machine.close(object),
+        }
+    }
+
+    fn adopt(&mut self, adopted: Adopted) {
+        let Adopted { object, key, blob, sink } = adopted;
+        let handle = self.machine.open(object, Arc::clone(&blob));
+        let sink_file = self.io.add_file(sink.as_fd());
+        let source_files = blob.files().iter().map(|file| self.io.add_file(file.fd.as_fd())).collect();
+        if self.attached.len() <= handle.0 {
+            self.attached.resize_with(handle.0 + 1, || None);
+        }
+        self.attached[handle.0] = Some(Attached { key, blob, sink, sink_file, source_files });
+    }
+
+    fn need(&mut self, need: NeedRequest, since_ns: u64) {
+        let NeedRequest { object, range, ticket } = need;
+        if self.caps.holes_are_absent
+            && let Some(handle) = self.machine.handle(object)
+            && let Some(Some(attached)) = self.attached.get(handle.0)
+        {
+            probe::refresh(&mut self.machine, object, attached.sink.as_fd(), &range);
+        }
+        self.machine.need(object, range, ticket, since_ns);
+    }
+
+    /// Does what the machine wants done.
+    fn act(&mut self) {
+        while let Some(action) = self.machine.pop_action() {
+            match action {
+                Action::Answer(answered) => self.answers.push(answered),
+                Action::Release { object } => self.release(object),
+                Action::Read { op, object, file, offset, slot, slot_offset, len } => {
+                    let memory = self.buffers.slot(slot, index(slot_offset), index(len));
+                    self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory));
+                }
+                Action::Write { op, object, offset, len, slot, from } => {
+                    let memory = self.written(object, slot, len, from);
+                    self.start(op, object, Kind::Write, Target::Sink, offset, memory);
+                }
+            }
+        }
+    }
+
+    /// The memory that a write takes its bytes from. `None`: they are gone, the source was truncated.
+    fn written(&mut self, object: Handle, slot: Option<u32>, len: u64, from: From) -> Option<Memory> {
+        match (from, slot) {
+            (From::Slot { slot_offset, valid }, Some(slot)) => {
+                let end = slot_offset + len;
+                let padding = valid.clamp(slot_offset, end);
+                self.buffers.clear(slot, index(padding), index(end - padding));
+                Some(self.buffers.slot(slot, index(slot_offset), index(len)))
+            }
+            (From::Slot { .. }, None) => None,
+            (From::Zero, _) => Some(self.buffers.zeros(index(len))),
+            (From::Mapped { file, offset }, _) => {
+                let attached = self.attached.get(object.0)?.as_ref()?;
+                let file = &attached.blob.files()[file];
+                is_whole(file).then(|| Memory::mapped(file, offset, len)).flatten()
+            }
+        }
+    }
+
+    fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>) {
+        let file = self.attached.get(object.0).and_then(Option::as_ref).and_then(|attached| match target {
+            Target::Sink => Some(attached.sink_file),
+            Target::Source(file) => attached.source_files.get(file).copied(),
+        });
+        match (file, memory) {
+            (Some(file), Some(memory)) => self.io.push(Op { key: key.0, kind, file, offset, memory }),
+            _ => self.machine.io_done(key, -(Errno::EIO as i32), self.clock.now_ns()),
+        }
+    }
+
+    /// Drops what belongs to a closed object, so that the kernel can let go of it too.
+    fn release(&mut self, object: Handle) {
+        if let Some(attached) = self.attached.get_mut(object.0).and_then(Option::take) {
+            self.io.remove_file(attached.sink_file);
+            for file in &attached.source_files {
+                self.io.remove_file(*file);
+            }
+            drop(attached);
+            // The kernel wakes nobody when a descriptor is closed, even if that makes a request deliverable.
+            self.shared.look_again();
+        }
+    }
+
+    /// Gives this turn's answers, back to back.
+    fn answer(&mut self) {
+        let mut answers = std::mem::take(&mut self.answers);
+        for answered in answers.drain(..) {
+            let Answered { ticket, outcome, object, range, since_ns } = answered;
+            let result = ticket.answer(outcome);
+            let latency_ns = self.clock.now_ns().saturating_sub(since_ns);
+            self.stats().answered(latency_ns);
+            match result {
+                Ok(true) => {}
+                Ok(false) => self.stats().late(),
+                Err(error) => {
+                    self.stats().refused();
+                    tracing::error!("the kernel did not take the answer to a read: {error}");
+                }
+            }
+            if outcome != Outcome::Done || self.tracer.is_some() {
+                self.report(object, range, latency_ns, outcome);
+            }
+        }
+        self.answers = answers;
+    }
+
+    /// Tells of an answer: a failure in the log, any in the trace.
+    fn report(&self, object: Option<Handle>, range: crate::range::ByteRange, latency_ns: u64, outcome: Outcome) {
+        let attached = object.and_then(|object| self.attached.get(object.0)?.as_ref());
+        let record = Record { key: attached.map(|attached| Arc::clone(&attached.key)), range, latency_ns, outcome };
+        if let Outcome::Failed(errno) = outcome
+            && errno != Errno::ECANCELED
+            && self.shared.may_log_failure()
+        {
+            tracing::error!("a reader gets an I/O error: {record}: {}", advice(errno));
+        }
+        if let Some(tracer) = &self.tracer {
+            tracer.send(record);
+        }
+    }
+
+    fn wait(&mut self) -> Result<(), EngineError> {
+        let sleeps = !self.is_busy() && self.inbox.may_sleep();
+        let timeout = if sleeps { self.sleep_max() } else { Duration::ZERO };
+        let ready = self.io.wait(Some(timeout), &mut self.done).map_err(EngineError::Io)?;
+        self.inbox.awake();
+        if ready.woken {
+            self.inbox.silence();
+        }
+        let in_vain = self.done.is_empty() && !ready.woken;
+        if let Some((_, router)) = &mut self.receiver
+            && (ready.requests || in_vain)
+        {
+            // Also when nothing happened at all: should the kernel lose a wake-up, the next turn finds it.
+            router.notice();
+        }
+        self.complete();
+        Ok(())
+    }
+
+    /// Reports ended operations to the machine.
+    fn complete(&mut self) {
+        let mut done = std::mem::take(&mut self.done);
+        let now_ns = self.clock.now_ns();
+        for Done { op, mut result } in done.drain(..) {
+            if let Some(file) = op.memory.file()
+                && result > 0
+                && !is_whole(file)
+            {
+                tracing::error!("a mapped source was truncated while it was copied; unmount its image to drop what was cached of it");
+                result = -(Errno::EIO as i32);
+            }
+            self.machine.io_done(OpKey(op.key), result, now_ns);
+        }
+        self.done = done;
+    }
+
+    fn is_busy(&self) -> bool {
+        let look_again = self.receiver.is_some() && self.shared.look_again.load(Ordering::Acquire);
+        look_again || self.receiver.as_ref().is_some_and(|(_, router)| router.is_busy())
+    }
+
+    fn sleep_max(&self) -> Duration {
+        let deadline = self.machine.next_deadline().map(|at| Duration::from_nanos(at.saturating_sub(self.clock.now_ns())));
+        deadline.map_or(SLEEP_MAX, |deadline| deadline.min(SLEEP_MAX))
+    }
+
+    /// Whether there is nothing left to do for ever. When time is up, what is left is failed first.
+    fn has_ended(&mut self) -> bool {
+        if !self.shared.received_all.load(Ordering::Acquire) {
+            return false;
+        }
+        self.take_messages();
+        if self.shared.out_of_time.load(Ordering::Acquire) || self.machine.pending() == 0 {
+            self.machine.close_all();
+            self.act();
+            self.answer();
+        }
+        self.machine.object_count() == 0 || self.shared.out_of_time.load(Ordering::Acquire)
+    }
+}
+
+/// What an operation works on.
+#[derive(Clone, Copy)]
+enum Target {
+    Sink,
+    Source(usize),
+}
+
+/// Whether a mapped file still has the length it was opened with. A page that lost its tail would be read as
+/// zeros, without any error.
+fn is_whole(file: &SourceFile) -> bool {
+    fstat(&file.fd).is_ok_and(|stat| u64::try_from(stat.st_size).is_ok_and(|len| len >= file.len_bytes))
+}
+
+/// An offset or length within a slot.
+#[allow(clippy::cast_possible_truncation, reason = "a slot is far shorter than 4 GiB")]
+const fn index(value: u64) -> usize {
+    value as usize
+}
+
+fn advice(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EIO => "its source cannot be read or was truncated; put the whole blob back and read again",
+        Errno::ENOSPC | Errno::ENOBUFS => "the cache file system has no room (see bstop and df); free some and read again",
+        Errno::ENXIO => "the image asks beyond the end of its blob; the blob in the store is not the image's",
+        Errno::ENOENT => "the kernel asked for an object that is not open",
+        Errno::EFAULT => "its mapped source was truncated; put the whole blob back and read again",
+        _ => "see the error number",
+    }
+}

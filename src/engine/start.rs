@@ -1,0 +1,325 @@
+//! Starting and stopping the engine: shards on their cores, openers beside them.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+use super::blocking::Blocking;
+use super::buffers::Buffers;
+use super::clock::Clock;
+use super::io::{Io, Watch};
+use super::machine::{Limits, Machine};
+use super::mailbox::{Inbox, Mailbox};
+use super::opener::{OPENERS, OPENS_MAX, Opener};
+use super::ring::{self, Ring};
+use super::router::Router;
+use super::shard::{Parts, Shard};
+use super::stats::Snapshot;
+use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
+use crate::front::FrontEnd;
+use crate::store::Store;
+
+/// Pause between two looks at whether the shards have ended.
+const STOP_POLL: Duration = Duration::from_millis(5);
+/// How long a shard that is out of time may take to give its last answers.
+const ABORT_WAIT: Duration = Duration::from_secs(2);
+
+/// A running engine.
+#[derive(Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    shards: Vec<JoinHandle<Result<(), EngineError>>>,
+    started: Started,
+}
+
+/// What a started engine is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Started {
+    /// `uring` or `blocking`.
+    pub kind: &'static str,
+    /// Its flags, or why there is no ring.
+    pub detail: String,
+    /// Event loops.
+    pub shards: usize,
+}
+
+/// Everything that a shard's thread needs to build itself there.
+struct Plan {
+    index: usize,
+    cpu: Option<usize>,
+    settings: Settings,
+    front: Arc<dyn FrontEnd>,
+    router: Option<Router>,
+    shared: Arc<Shared>,
+    clock: Clock,
+    inbox: Inbox,
+}
+
+impl Engine {
+    /// Starts serving `front` from `store`.
+    ///
+    /// # Errors
+    /// No ring where the settings want one; no threads, memory or descriptors.
+    pub fn start(front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, settings: &Settings) -> Result<Self, EngineError> {
+        let clock = Clock::start();
+        let mut pairs = Vec::new();
+        for _ in 0..settings.shards.max(1) {
+            pairs.push(Inbox::pair().map_err(EngineError::Resources)?);
+        }
+        let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
+        let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
+        let shared = Arc::new(Shared::new(bells).map_err(EngineError::Resources)?);
+        let (opens, queue) = sync_channel(OPENS_MAX);
+        start_openers(&shared, store, &mailboxes, queue, settings.open_timeout)?;
+        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens));
+        let cpus = usable_cpus();
+        let (report, reports) = sync_channel(inboxes.len());
+        let mut shards = Vec::new();
+        for (index, inbox) in inboxes.into_iter().enumerate() {
+            let plan = Plan {
+                index,
+                cpu: cpus.get(index % cpus.len().max(1)).copied(),
+                settings: settings.clone(),
+                front: Arc::clone(front),
+                router: router.take(),
+                shared: Arc::clone(&shared),
+                clock,
+                inbox,
+            };
+            shards.push(plan.spawn(report.clone())?);
+        }
+        drop(report);
+        let started = await_shards(&reports, shards.len()).inspect_err(|_| shared.abandon())?;
+        Ok(Self { shared, shards, started })
+    }
+
+    /// What it is.
+    #[must_use]
+    pub const fn started(&self) -> &Started {
+        &self.started
+    }
+
+    /// What it has done.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        self.shared.snapshot()
+    }
+
+    /// Whether a shard has ended although nobody asked for it.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.shards.iter().any(JoinHandle::is_finished)
+    }
+
+    /// Becomes readable when a shard has ended.
+    #[must_use]
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.shared.ended.as_fd()
+    }
+
+    /// Stops: takes nothing new, finishes what has begun, for at most `timeout` or until `hurry` says so; then
+    /// fails the rest.
+    ///
+    /// # Errors
+    /// What a shard died of.
+    pub fn stop(self, timeout: Duration, hurry: impl Fn() -> bool) -> Result<Snapshot, EngineError> {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.shared.wake_all();
+        self.wait(timeout, hurry);
+        self.shared.out_of_time.store(true, Ordering::Release);
+        self.shared.wake_all();
+        self.wait(ABORT_WAIT, || false);
+        let mut result = Ok(());
+        for shard in self.shards {
+            // A shard that hangs in the kernel is left behind; the process ends without it.
+            if shard.is_finished()
+                && let Ok(ended) = shard.join()
+            {
+                result = result.and(ended);
+            }
+        }
+        result.map(|()| self.shared.snapshot())
+    }
+
+    fn wait(&self, timeout: Duration, hurry: impl Fn() -> bool) {
+        let started = Instant::now();
+        while started.elapsed() < timeout && !self.shards.iter().all(JoinHandle::is_finished) && !hurry() {
+            std::thread::sleep(STOP_POLL);
+        }
+    }
+}
+
+impl Shared {
+    /// Ends all shards at once, when not all of them could be started.
+    fn abandon(&self) {
+        for flag in [&self.stopping, &self.received_all, &self.out_of_time] {
+            flag.store(true, Ordering::Release);
+        }
+        self.wake_all();
+    }
+}
+
+fn start_openers(
+    shared: &Arc<Shared>,
+    store: &Arc<dyn Store>,
+    shards: &[Mailbox],
+    queue: Receiver<crate::front::OpenRequest>,
+    open_timeout: Duration,
+) -> Result<(), EngineError> {
+    let queue = Arc::new(Mutex::new(queue));
+    for n in 0..OPENERS {
+        let opener = Opener {
+            shared: Arc::clone(shared),
+            store: Arc::clone(store),
+            shards: shards.to_vec(),
+            queue: Arc::clone(&queue),
+            open_timeout,
+        };
+        let name = format!("infill-open-{n}");
+        Builder::new().name(name).spawn(move || opener.run()).map_err(EngineError::Resources)?;
+    }
+    Ok(())
+}
+
+/// Waits until every shard has said how it was made.
+fn await_shards(reports: &Receiver<Result<Started, EngineError>>, shards: usize) -> Result<Started, EngineError> {
+    let mut started = None;
+    for _ in 0..shards {
+        let report = reports.recv().map_err(|_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into()))?;
+        started = Some(Started { shards, ..report? });
+    }
+    started.ok_or_else(|| EngineError::Resources(std::io::ErrorKind::InvalidInput.into()))
+}
+
+impl Plan {
+    fn spawn(self, report: SyncSender<Result<Started, EngineError>>) -> Result<JoinHandle<Result<(), EngineError>>, EngineError> {
+        let name = format!("infill-shard-{}", self.index);
+        let shared = Arc::clone(&self.shared);
+        let run = move || {
+            let result = self.run(&report);
+            // Wakes who waits for the engine to fail; a full counter wakes as well.
+            let _ = shared.ended.write(1);
+            result
+        };
+        Builder::new().name(name).spawn(run).map_err(EngineError::Resources)
+    }
+
+    /// In the shard's own thread: pins it, then makes its memory (so that it lies on the core's node) and its
+    /// ring (which only this thread may use).
+    fn run(self, report: &SyncSender<Result<Started, EngineError>>) -> Result<(), EngineError> {
+        if let Some(cpu) = self.cpu {
+            pin(cpu);
+        }
+        let slot_bytes = usize::try_from(self.settings.slot_bytes).unwrap_or(usize::MAX);
+        let buffers = Buffers::new(self.settings.slots, slot_bytes).map_err(EngineError::Resources);
+        let buffers = match buffers {
+            Ok(buffers) => buffers,
+            Err(error) => return drop_report(report, error),
+        };
+        match self.ring(&buffers) {
+            Ok(Some(ring)) => {
+                let detail = describe(&ring);
+                self.serve(report, Started { kind: "uring", detail, shards: 0 }, ring, buffers)
+            }
+            Ok(None) => self.serve_blocking(report, "as set".into(), buffers),
+            Err(why) if self.settings.kind == EngineKind::Uring => drop_report(report, EngineError::NoRing(why)),
+            Err(why) => self.serve_blocking(report, why, buffers),
+        }
+    }
+
+    /// A ring, if one is wanted; or why there is none.
+    fn ring(&self, buffers: &Buffers) -> Result<Option<Ring>, String> {
+        if self.settings.kind == EngineKind::Blocking {
+            return Ok(None);
+        }
+        let settings = ring::Settings { depth: self.settings.slots, workers: self.settings.workers };
+        Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
+    }
+
+    fn watch(&self) -> Watch<'_> {
+        Watch { requests: self.router.as_ref().map(|_| self.front.poll_fd()), wake: self.inbox.fd() }
+    }
+
+    fn serve_blocking(
+        self,
+        report: &SyncSender<Result<Started, EngineError>>,
+        detail: String,
+        buffers: Buffers,
+    ) -> Result<(), EngineError> {
+        match Blocking::new(self.settings.workers, self.watch()) {
+            Ok(io) => self.serve(report, Started { kind: "blocking", detail, shards: 0 }, io, buffers),
+            Err(error) => drop_report(report, EngineError::Resources(error)),
+        }
+    }
+
+    fn serve<I: Io>(
+        self,
+        report: &SyncSender<Result<Started, EngineError>>,
+        started: Started,
+        io: I,
+        buffers: Buffers,
+    ) -> Result<(), EngineError> {
+        let caps = self.front.caps();
+        let limits = Limits {
+            page_bytes: caps.align_bytes,
+            fill_max_bytes: self.settings.slot_bytes,
+            window_bytes: self.settings.window_bytes,
+            slots: self.settings.slots,
+            fills_per_need: FILLS_PER_NEED,
+            probe: caps.holes_are_absent,
+        };
+        // Whoever started us may have given up already; the flags then end this shard.
+        let _ = report.send(Ok(started));
+        let parts = Parts {
+            index: self.index,
+            caps,
+            shared: self.shared,
+            clock: self.clock,
+            inbox: self.inbox,
+            receiver: self.router.map(|router| (self.front, router)),
+            machine: Machine::new(limits),
+            tracer: self.settings.tracer,
+            io,
+            buffers,
+        };
+        Shard::new(parts).run()
+    }
+}
+
+fn drop_report(report: &SyncSender<Result<Started, EngineError>>, error: EngineError) -> Result<(), EngineError> {
+    let _ = report.send(Err(error));
+    Ok(())
+}
+
+fn describe(ring: &Ring) -> String {
+    let features = ring.features();
+    let mut text = features.mode.to_owned();
+    for (is_there, name) in
+        [(features.restricted, "restricted"), (features.fixed_files, "fixed files"), (features.fixed_buffers, "fixed buffers")]
+    {
+        text.push_str(if is_there { ", " } else { ", no " });
+        text.push_str(name);
+    }
+    text
+}
+
+/// The CPUs that this process may use, in order.
+#[must_use]
+pub fn usable_cpus() -> Vec<usize> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
+    (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect()
+}
+
+/// Ties the calling thread to a CPU. A host that does not allow it serves all the same.
+fn pin(cpu: usize) {
+    let mut set = CpuSet::new();
+    if set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_err() {
+        tracing::warn!(cpu, "cannot pin a shard to its CPU");
+    }
+}

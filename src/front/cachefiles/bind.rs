@@ -1,0 +1,397 @@
+//! Taking `/dev/cachefiles`: open it, say which directory is the cache, bind it in on-demand mode.
+
+use std::fs::{self, OpenOptions};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::stat::{major, minor};
+
+use super::cache_dir::{self, CacheDirError};
+use super::device::write_command;
+use super::fsck;
+use super::limits::{BadLimits, CullLimits};
+use super::wire::{self, CommandError};
+use crate::ops::exit;
+use crate::ops::holder::{self, Holder};
+
+/// Where the kernel puts the device.
+const DEFAULT_DEVNODE: &str = "/dev/cachefiles";
+
+/// The cache's name in `/proc/fs/fscache/caches`.
+const DEFAULT_TAG: &str = "infill";
+
+/// Where the kernel lists miscellaneous devices: a minor number and a name each line.
+const MISC_DEVICES: &str = "/proc/misc";
+
+/// `MISC_MAJOR` (include/uapi/linux/major.h).
+const MISC_MAJOR: u64 = 10;
+
+/// What to bind.
+#[derive(Clone, Debug)]
+pub struct BindOptions {
+    /// The device.
+    pub devnode: PathBuf,
+    /// The cache directory; made if it does not exist. Looked up by the kernel in this process's mount
+    /// namespace.
+    pub cache_dir: PathBuf,
+    /// Name of the cache; only one of each name can exist.
+    pub tag: String,
+    /// Security context in which the kernel works on the cache's files (`SELinux`); none: the caller's.
+    pub secctx: Option<String>,
+    /// How full the cache's file system may become.
+    pub limits: CullLimits,
+}
+
+impl BindOptions {
+    /// Everything as usual, with the cache in `cache_dir`.
+    #[must_use]
+    pub fn new(cache_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            devnode: DEFAULT_DEVNODE.into(),
+            cache_dir: cache_dir.into(),
+            tag: DEFAULT_TAG.to_owned(),
+            secctx: None,
+            limits: CullLimits::default(),
+        }
+    }
+
+    /// The commands up to, but not including, `bind`, for a cache in `dir`.
+    fn commands(&self, dir: &Path) -> Result<Vec<Vec<u8>>, BindError> {
+        let set = |verb, value: &[u8]| {
+            wire::setup(verb, value).map_err(|why| BindError::BadValue { verb, value: value.escape_ascii().to_string(), why })
+        };
+        let mut commands = vec![set("dir", dir.as_os_str().as_bytes())?, set("tag", self.tag.as_bytes())?];
+        if let Some(secctx) = &self.secctx {
+            commands.push(set("secctx", secctx.as_bytes())?);
+        }
+        let limits = self.limits.commands()?;
+        commands.extend(limits.into_iter().map(String::into_bytes));
+        Ok(commands)
+    }
+}
+
+/// Why the device could not be bound. Each message is one line that says what, where, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// There is no device.
+    #[error(
+        "{}: no such device: load it with `modprobe cachefiles`; if there is no such module, this kernel was built without CONFIG_CACHEFILES (see docs/kernels.md)",
+        .0.display()
+    )]
+    NoDevice(PathBuf),
+    /// The path names something else.
+    #[error(
+        "{}: this is not the cachefiles device: give the path of the device, usually {DEFAULT_DEVNODE}",
+        .0.display()
+    )]
+    NotTheDevice(PathBuf),
+    /// We may not open it.
+    #[error(
+        "{}: cannot open the device: {errno}: run as root, with CAP_SYS_ADMIN in the initial user namespace",
+        devnode.display()
+    )]
+    NotPermitted {
+        /// The device.
+        devnode: PathBuf,
+        /// `EPERM` or `EACCES`.
+        errno: Errno,
+    },
+    /// Somebody else has it: the kernel lets one process open it.
+    #[error(
+        "{}: the device is in use by {}: only one daemon can serve a kernel; stop it first",
+        devnode.display(),
+        holder::describe(holders)
+    )]
+    Busy {
+        /// The device.
+        devnode: PathBuf,
+        /// Who has it, as far as `/proc` tells.
+        holders: Vec<Holder>,
+    },
+    /// Opening failed in some other way.
+    #[error("{}: cannot open the device: {errno}", devnode.display())]
+    Open {
+        /// The device.
+        devnode: PathBuf,
+        /// The reason.
+        errno: Errno,
+    },
+    /// A setting that the kernel would misread.
+    #[error("cannot set `{verb}` of the cache to `{value}`: {why}")]
+    BadValue {
+        /// The kernel's name of the setting.
+        verb: &'static str,
+        /// The value, escaped for printing.
+        value: String,
+        /// The reason.
+        why: CommandError,
+    },
+    /// A directory that cannot hold a cache.
+    #[error(transparent)]
+    Directory(#[from] CacheDirError),
+    /// Limits that contradict each other.
+    #[error("bad culling limits: {0}")]
+    BadLimits(#[from] BadLimits),
+    /// The kernel refused a command before `bind`.
+    #[error("{}: the kernel refused `{command}`: {errno}: {}", devnode.display(), setup_advice(command))]
+    Setup {
+        /// The device.
+        devnode: PathBuf,
+        /// The command, escaped for printing.
+        command: String,
+        /// The reason.
+        errno: Errno,
+    },
+    /// The kernel knows cachefiles but not its on-demand mode.
+    #[error(
+        "{}: this kernel has no on-demand mode: it was built without CONFIG_CACHEFILES_ONDEMAND, or is 7.3 or later (see docs/kernels.md)",
+        .0.display()
+    )]
+    NoOnDemand(PathBuf),
+    /// The kernel refused to make a cache of the directory.
+    #[error("{}: the kernel refused to use this cache directory: {errno}: {}", cache_dir.display(), bind_advice(*errno))]
+    CacheDir {
+        /// The directory.
+        cache_dir: PathBuf,
+        /// The reason.
+        errno: Errno,
+    },
+}
+
+impl BindError {
+    /// The exit code of a process that ends for this reason.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoDevice(_) | Self::Busy { .. } | Self::NoOnDemand(_) => exit::UNAVAILABLE,
+            Self::NotPermitted { .. } => exit::NO_PERMISSION,
+            Self::NotTheDevice(_) | Self::BadValue { .. } | Self::BadLimits(_) | Self::Setup { .. } => exit::BAD_CONFIGURATION,
+            Self::CacheDir { errno, .. } => match errno {
+                Errno::EBUSY => exit::UNAVAILABLE,
+                Errno::EIO | Errno::ENOMEM | Errno::ENOSPC => exit::FAILED,
+                _ => exit::BAD_CONFIGURATION,
+            },
+            Self::Directory(error) => error.exit_code(),
+            Self::Open { .. } => exit::FAILED,
+        }
+    }
+}
+
+fn setup_advice(command: &str) -> &'static str {
+    if command.starts_with("secctx") {
+        "check the security context and that its security module is enabled"
+    } else {
+        "`dmesg` has the details"
+    }
+}
+
+/// What to do when `cachefiles_add_cache` (fs/cachefiles/cache.c) fails with `errno`.
+const fn bind_advice(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EINVAL => "it lies on an idmapped mount; use one that is not",
+        Errno::EOPNOTSUPP => {
+            "its file system lacks something (O_TMPFILE, extended attributes, sync) or has blocks larger than a page; use ext4 or XFS with blocks of 4 KiB"
+        }
+        Errno::EROFS => "its file system is read-only; remount it for writing or use another one",
+        Errno::EBUSY => {
+            "it, or a cache of the same tag, is in use; unmount the images of the daemon that had it, or choose another directory and tag"
+        }
+        Errno::ERANGE => "the culling limits or the file system's block size are out of range",
+        Errno::ENOENT | Errno::ENOTDIR => "it is no directory; create it",
+        Errno::EACCES | Errno::EPERM => "a security module forbids it; check `secctx` and the audit log",
+        _ => "`dmesg` has the details",
+    }
+}
+
+/// A bound device.
+pub(super) struct Bound {
+    pub(super) devnode: OwnedFd,
+    /// Whether the kernel has `restore`, and so opens objects again (Linux 6.8, 6.6.35, 6.1.95).
+    pub(super) reopens: bool,
+}
+
+/// Opens and binds the device.
+pub(super) fn bind(options: &BindOptions) -> Result<Bound, BindError> {
+    // Settings first: bad ones should not cost a running daemon's replacement the device.
+    options.commands(&options.cache_dir)?;
+    let devnode = open(&options.devnode)?;
+    // The device is ours, so no other daemon works in the directory.
+    let dir = cache_dir::prepare(&options.cache_dir)?;
+    tidy(&dir)?;
+    for command in options.commands(&dir)? {
+        write_command(devnode.as_fd(), &command).map_err(|errno| BindError::Setup {
+            devnode: options.devnode.clone(),
+            command: command.escape_ascii().to_string(),
+            errno,
+        })?;
+    }
+    match write_command(devnode.as_fd(), b"bind ondemand") {
+        Ok(()) => {}
+        Err(Errno::EINVAL) if !has_on_demand_mode(&devnode) => {
+            return Err(BindError::NoOnDemand(options.devnode.clone()));
+        }
+        Err(errno) => {
+            return Err(BindError::CacheDir { cache_dir: options.cache_dir.clone(), errno });
+        }
+    }
+    let reopens = write_command(devnode.as_fd(), b"restore").is_ok();
+    Ok(Bound { devnode, reopens })
+}
+
+/// Removes what would make mounts fail, and says so.
+fn tidy(dir: &Path) -> Result<(), BindError> {
+    let report = fsck::fsck(dir)?;
+    for path in &report.removed {
+        tracing::warn!("removed the damaged cache file {}: its data will be fetched again", path.display());
+    }
+    tracing::debug!(checked = report.checked, removed = report.removed.len(), buried = report.buried, "cache directory checked");
+    Ok(())
+}
+
+/// Whether the kernel knows the command `copen`, asked after `bind ondemand` was refused: that sets the mode
+/// before it looks at the directory, and a `copen` without a comma is then `EINVAL`. Where the mode was not built
+/// in, the verb is unknown: `EOPNOTSUPP`.
+fn has_on_demand_mode(devnode: &OwnedFd) -> bool {
+    write_command(devnode.as_fd(), b"copen x") == Err(Errno::EINVAL)
+}
+
+fn open(devnode: &Path) -> Result<OwnedFd, BindError> {
+    let failed = |error: std::io::Error| open_error(devnode, errno_of(&error));
+    // Before the open, because opening some other device may do something.
+    let found = fs::metadata(devnode).map_err(failed)?;
+    if !found.file_type().is_char_device() || !is_cachefiles(found.rdev()) {
+        return Err(BindError::NotTheDevice(devnode.to_owned()));
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        // O_CLOEXEC is std's default. O_NONBLOCK makes no difference to read(2), but an io_uring would wait for
+        // space in a device without it.
+        .custom_flags(libc::O_NONBLOCK)
+        .open(devnode)
+        .map_err(failed)?;
+    Ok(file.into())
+}
+
+/// Whether this is the kernel's device of that name. Also `true` if the kernel's list cannot be read: its
+/// answers to the commands will tell.
+fn is_cachefiles(rdev: u64) -> bool {
+    let Ok(list) = fs::read_to_string(MISC_DEVICES) else {
+        return true;
+    };
+    major(rdev) == MISC_MAJOR
+        && list.lines().any(|line| {
+            let mut fields = line.split_ascii_whitespace();
+            fields.next().and_then(|field| field.parse().ok()) == Some(minor(rdev)) && fields.next() == Some("cachefiles")
+        })
+}
+
+fn open_error(devnode: &Path, errno: Errno) -> BindError {
+    let devnode = devnode.to_owned();
+    match errno {
+        Errno::ENOENT | Errno::ENXIO | Errno::ENODEV => BindError::NoDevice(devnode),
+        Errno::EPERM | Errno::EACCES => BindError::NotPermitted { devnode, errno },
+        Errno::EBUSY => BindError::Busy { holders: holder::find_holders(&devnode), devnode },
+        _ => BindError::Open { devnode, errno },
+    }
+}
+
+fn errno_of(error: &std::io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bind_error(options: &BindOptions) -> BindError {
+        bind(options).err().expect("nothing to bind here")
+    }
+
+    fn options(devnode: impl Into<PathBuf>) -> BindOptions {
+        BindOptions { devnode: devnode.into(), ..BindOptions::new("/var/cache/infill") }
+    }
+
+    #[test]
+    fn a_missing_device_is_explained() {
+        let error = bind_error(&options("/dev/no-such-device"));
+        assert_eq!(
+            error.to_string(),
+            "/dev/no-such-device: no such device: load it with `modprobe cachefiles`; if there is no such module, this kernel was built without CONFIG_CACHEFILES (see docs/kernels.md)"
+        );
+        assert_eq!(error.exit_code(), 69);
+    }
+
+    #[test]
+    fn other_files_and_devices_are_not_bound() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for path in [file.path(), Path::new("/dev/null")] {
+            let error = bind_error(&options(path));
+            assert_eq!(
+                error.to_string(),
+                format!("{}: this is not the cachefiles device: give the path of the device, usually /dev/cachefiles", path.display())
+            );
+            assert_eq!(error.exit_code(), 78);
+        }
+        assert_eq!(fs::read(file.path()).unwrap(), b"");
+    }
+
+    #[test]
+    fn refusals_of_the_device_name_the_cause_and_the_remedy() {
+        let path = Path::new("/dev/cachefiles");
+        let error = open_error(path, Errno::EPERM);
+        assert_eq!(
+            error.to_string(),
+            "/dev/cachefiles: cannot open the device: EPERM: Operation not permitted: run as root, with CAP_SYS_ADMIN in the initial user namespace"
+        );
+        assert_eq!(error.exit_code(), 77);
+        let error = BindError::Busy { devnode: path.to_owned(), holders: vec![Holder { pid: 7, command: "nydusd".to_owned() }] };
+        assert_eq!(
+            error.to_string(),
+            "/dev/cachefiles: the device is in use by pid 7 (nydusd): only one daemon can serve a kernel; stop it first"
+        );
+        assert_eq!(error.exit_code(), 69);
+        let error = BindError::NoOnDemand(path.to_owned());
+        assert!(error.to_string().contains("CONFIG_CACHEFILES_ONDEMAND"));
+        assert_eq!(error.exit_code(), 69);
+        assert_eq!(open_error(path, Errno::EIO).exit_code(), 1);
+    }
+
+    #[test]
+    fn refusals_of_the_directory_name_the_cause_and_the_remedy() {
+        let code = |errno| {
+            let error = BindError::CacheDir { cache_dir: "/c".into(), errno };
+            let text = error.to_string();
+            assert!(text.starts_with("/c: the kernel refused to use this cache directory: "), "{text}");
+            assert!(!text.contains('\n') && !text.contains("dmesg"), "{text}");
+            error.exit_code()
+        };
+        for errno in [Errno::EINVAL, Errno::EOPNOTSUPP, Errno::EROFS, Errno::ERANGE, Errno::ENOENT] {
+            assert_eq!(code(errno), 78);
+        }
+        assert_eq!(code(Errno::EBUSY), 69);
+    }
+
+    #[test]
+    fn commands_come_in_the_order_the_kernel_wants() {
+        let mut options = options("/dev/cachefiles");
+        options.secctx = Some("system_u:object_r:cachefiles_t:s0".to_owned());
+        options.limits.bstop_percent = Some(0);
+        options.limits.frun_percent = Some(20);
+        let commands = options.commands(&options.cache_dir).unwrap();
+        let text: Vec<_> = commands.iter().map(|command| str::from_utf8(command).unwrap()).collect();
+        assert_eq!(text, ["dir /var/cache/infill", "tag infill", "secctx system_u:object_r:cachefiles_t:s0", "bstop 0%", "frun 20%"]);
+    }
+
+    #[test]
+    fn settings_the_kernel_would_misread_are_refused_before_the_device_is_touched() {
+        let mut options = options("/dev/no-such-device");
+        options.tag = "a\nb".to_owned();
+        let error = bind_error(&options);
+        assert_eq!(error.to_string(), "cannot set `tag` of the cache to `a\\nb`: it contains a NUL or a newline");
+        assert_eq!(error.exit_code(), 78);
+    }
+}

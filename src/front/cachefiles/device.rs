@@ -1,0 +1,407 @@
+//! The bound device: messages in, answers out.
+//!
+//! One thread calls [`FrontEnd::next`]; answers may come from any. An engine that closes a sink early, to save
+//! descriptors, should drop its last clone on the thread that calls `next`: the kernel hands out a READ only
+//! once, and one that it handed out just before the close, to another thread, cannot be answered any more.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::unistd::{self, SysconfVar};
+
+use super::bind::{self, BindError, BindOptions, Bound};
+use super::counters::{Counters, Counts};
+use super::object::{self, Objects};
+use super::wire::{self, Body, Header, Message};
+use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::key::Key;
+use crate::range::ByteRange;
+
+/// Smallest alignment of writes, whatever the page size: `CACHEFILES_DIO_BLOCK_SIZE`.
+const ALIGN_MIN_BYTES: u64 = 4096;
+
+/// `/dev/cachefiles`, bound in on-demand mode. Dropping it closes the device, and with that every mounted
+/// image fails; tickets of unanswered OPENs keep it open.
+pub struct Device {
+    devnode: Arc<Devnode>,
+    objects: Objects,
+    counters: Arc<Counters>,
+    caps: Caps,
+}
+
+/// The open device, as OPENs are answered through it.
+struct Devnode {
+    fd: OwnedFd,
+    counters: Arc<Counters>,
+}
+
+impl Device {
+    /// Opens the device and makes a cache of the directory.
+    ///
+    /// # Errors
+    /// See [`BindError`]; nothing is left open then.
+    pub fn bind(options: &BindOptions) -> Result<Arc<Self>, BindError> {
+        bind::bind(options).map(Self::new)
+    }
+
+    /// `bound.devnode` must be the kernel's device, or a test's stand-in that is as careful: a descriptor
+    /// number in a message belongs to the device from then on.
+    fn new(bound: Bound) -> Arc<Self> {
+        let counters = Arc::<Counters>::default();
+        Arc::new(Self {
+            devnode: Arc::new(Devnode { fd: bound.devnode, counters: Arc::clone(&counters) }),
+            objects: Objects::default(),
+            counters,
+            caps: Caps { align_bytes: page_bytes().max(ALIGN_MIN_BYTES), holes_are_absent: true, reopens: bound.reopens },
+        })
+    }
+
+    /// What went wrong so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.counters.snapshot()
+    }
+
+    /// One message, or `None` if there is none now. read(2) of the device never waits.
+    fn read_message<'b>(&self, buffer: &'b mut [u8]) -> Result<Option<&'b [u8]>, FrontError> {
+        loop {
+            return match unistd::read(&self.devnode.fd, buffer) {
+                // Not the end of anything: it also follows a wake-up for an object that must be opened again first.
+                Ok(0) | Err(Errno::EAGAIN) => Ok(None),
+                Ok(len) => Ok(Some(&buffer[..len])),
+                Err(Errno::EINTR) => continue,
+                Err(errno @ (Errno::EMFILE | Errno::ENFILE)) => {
+                    self.counters.lost_opens.bump();
+                    Err(FrontError::OutOfDescriptors(errno))
+                }
+                // These fail the one OPEN that was to be delivered (cachefiles_ondemand_get_fd).
+                Err(errno @ (Errno::EEXIST | Errno::ENOMEM)) => {
+                    self.counters.lost_opens.bump();
+                    Err(FrontError::Malformed(format!("an OPEN was lost, because the kernel could not make its descriptor: {errno}")))
+                }
+                Err(errno) => Err(FrontError::Broken(errno.into())),
+            };
+        }
+    }
+
+    fn open(&self, msg_id: u32, object: u32, key: Key, sink: Option<OwnedFd>) -> Result<Request, FrontError> {
+        let ticket = Ticket::new(Arc::clone(&self.devnode) as Arc<dyn Answer>, msg_id.into());
+        let Some(sink) = sink else {
+            let _ = ticket.answer(Outcome::Failed(Errno::EBADF));
+            return Err(self.malformed(format!("OPEN {msg_id} of {key}: its descriptor is not open")));
+        };
+        let sink = Arc::new(sink);
+        self.objects.insert(object, &sink, &self.counters);
+        Ok(Request::Open(OpenRequest { object: ObjectId(object), key, ticket, sink }))
+    }
+
+    fn need(&self, msg_id: u32, object: u32, range: ByteRange) -> Result<Request, FrontError> {
+        let Some(answer) = self.objects.wait_for(object) else {
+            return Err(self.unknown_object(msg_id, object));
+        };
+        Ok(Request::Need(NeedRequest { object: ObjectId(object), range, ticket: Ticket::new(answer, msg_id.into()) }))
+    }
+
+    /// A READ that has no descriptor of its own. Kernels before 6.1.101, 6.6.42 and 6.9.11 let any descriptor
+    /// complete it; later ones refuse, and it waits until its object is opened again.
+    fn unknown_object(&self, msg_id: u32, object: u32) -> FrontError {
+        self.counters.unknown_objects.bump();
+        let completed = match self.objects.any_sink() {
+            Some(sink) => object::read_complete(sink.as_fd(), msg_id),
+            None => Err(Errno::EBADF),
+        };
+        let end = match completed {
+            Ok(()) => "its reader gets EIO".to_owned(),
+            Err(errno) => {
+                format!("no other descriptor could complete it ({errno}): kill its reader")
+            }
+        };
+        FrontError::Malformed(format!("READ {msg_id} of {}, which has no open descriptor: {end}", ObjectId(object)))
+    }
+
+    /// Refuses a message that made no sense as far as it can be told what it was. `sink` is what it brought: an
+    /// OPEN must be answered before its descriptor is closed.
+    fn refuse(&self, bytes: &[u8], sink: Option<OwnedFd>, why: wire::WireError) -> FrontError {
+        if let Some(header) = Header::parse(bytes) {
+            let Header { msg_id, object_id, .. } = header;
+            if header.is_open() {
+                let ticket = Ticket::new(Arc::clone(&self.devnode) as Arc<dyn Answer>, msg_id.into());
+                let _ = ticket.answer(Outcome::Failed(Errno::EINVAL));
+            } else if header.is_read()
+                && let Some(object) = self.objects.wait_for(object_id)
+            {
+                let _ = Ticket::new(object, msg_id.into()).answer(Outcome::Failed(Errno::EINVAL));
+            }
+        }
+        drop(sink);
+        self.malformed(why.to_string())
+    }
+
+    fn malformed(&self, why: String) -> FrontError {
+        self.counters.malformed.bump();
+        FrontError::Malformed(why)
+    }
+}
+
+impl FrontEnd for Device {
+    fn name(&self) -> &'static str {
+        "cachefiles"
+    }
+
+    fn caps(&self) -> Caps {
+        self.caps
+    }
+
+    fn poll_fd(&self) -> BorrowedFd<'_> {
+        self.devnode.fd.as_fd()
+    }
+
+    fn next(&self) -> Result<Option<Request>, FrontError> {
+        let mut buffer = [0; wire::MSG_MAX_BYTES];
+        let Some(bytes) = self.read_message(&mut buffer)? else {
+            return Ok(None);
+        };
+        // The descriptor first: whatever else the message holds, this must not leak.
+        let sink = wire::open_fd(bytes).and_then(|raw| object::take_over(raw).ok());
+        let Message { msg_id, object_id, body } = match wire::parse(bytes) {
+            Ok(message) => message,
+            Err(why) => return Err(self.refuse(bytes, sink, why)),
+        };
+        let request = match body {
+            Body::Open { key, .. } => self.open(msg_id, object_id, key, sink)?,
+            Body::Read(range) => self.need(msg_id, object_id, range)?,
+            Body::Close => {
+                self.objects.remove(object_id);
+                Request::Close(ObjectId(object_id))
+            }
+        };
+        Ok(Some(request))
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("caps", &self.caps).field("counts", &self.counts()).finish_non_exhaustive()
+    }
+}
+
+impl Answer for Devnode {
+    /// Answers the OPEN `token` with `copen`.
+    fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool> {
+        let msg_id = u32::try_from(token).map_err(|_| Errno::EINVAL)?;
+        let opened = match outcome {
+            Outcome::Opened { len_bytes } => wire::copen(msg_id, len_bytes).ok_or(Errno::EFBIG),
+            Outcome::Failed(errno) => Ok(wire::refuse(msg_id, errno)),
+            Outcome::Done => Err(Errno::EINVAL),
+        };
+        // An answer that cannot be given is an error, but the kernel still must hear something.
+        let refused = opened.as_ref().err().copied();
+        let command = opened.unwrap_or_else(|errno| wire::refuse(msg_id, errno));
+        let wanted = match write_command(self.fd.as_fd(), command.as_bytes()) {
+            Err(Errno::EINVAL) => {
+                self.counters.late_answers.bump();
+                false
+            }
+            result => result.map(|()| true)?,
+        };
+        refused.map_or(Ok(wanted), |errno| Err(errno.into()))
+    }
+}
+
+/// Gives the kernel one command; it takes the whole or nothing.
+pub(super) fn write_command(devnode: BorrowedFd<'_>, command: &[u8]) -> Result<(), Errno> {
+    loop {
+        return match unistd::write(devnode, command) {
+            Err(Errno::EINTR) => continue,
+            Ok(len) if len < command.len() => Err(Errno::EIO),
+            result => result.map(drop),
+        };
+    }
+}
+
+pub(super) fn page_bytes() -> u64 {
+    let page = unistd::sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    page.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(ALIGN_MIN_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::{AsRawFd, IntoRawFd};
+
+    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+
+    use super::*;
+
+    /// The kernel's end of a stand-in for the device: it keeps the borders between messages, too.
+    struct Kernel(OwnedFd);
+
+    fn device() -> (Arc<Device>, Kernel) {
+        let (devnode, kernel) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC).unwrap();
+        let reopens = true;
+        (Device::new(Bound { devnode, reopens }), Kernel(kernel))
+    }
+
+    impl Kernel {
+        fn send(&self, bytes: &[u8]) {
+            let sent = send(self.0.as_raw_fd(), bytes, MsgFlags::empty());
+            assert_eq!(sent, Ok(bytes.len()));
+        }
+
+        fn message(&self, msg_id: u32, object_id: u32, body: Body) {
+            self.send(&wire::encode(&Message { msg_id, object_id, body }));
+        }
+
+        fn open(&self, msg_id: u32, object_id: u32) {
+            let fd = memfd_create(c"object", MFdFlags::empty()).unwrap();
+            let (fd, key) = (fd.into_raw_fd(), Key::new(b"dom", b"blob"));
+            self.message(msg_id, object_id, Body::Open { fd, key });
+        }
+
+        fn command(&self) -> String {
+            let mut buffer = [0; wire::COMMAND_MAX_BYTES];
+            let len = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
+            str::from_utf8(&buffer[..len]).unwrap().to_owned()
+        }
+    }
+
+    fn next_open(device: &Device) -> OpenRequest {
+        match device.next().unwrap() {
+            Some(Request::Open(open)) => open,
+            other => panic!("no open: {other:?}"),
+        }
+    }
+
+    fn next_need(device: &Device) -> NeedRequest {
+        match device.next().unwrap() {
+            Some(Request::Need(need)) => need,
+            other => panic!("no need: {other:?}"),
+        }
+    }
+
+    fn malformed(device: &Device) -> String {
+        match device.next() {
+            Err(FrontError::Malformed(why)) => why,
+            other => panic!("not malformed: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_open_is_delivered_and_answered() {
+        let (device, kernel) = device();
+        assert!(device.next().unwrap().is_none());
+        kernel.open(0, 1);
+        let open = next_open(&device);
+        assert_eq!(open.object, ObjectId(1));
+        assert_eq!(open.key, Key::new(b"dom", b"blob"));
+        let flags = fcntl(&open.sink, FcntlArg::F_GETFD).unwrap();
+        assert_eq!(FdFlag::from_bits_retain(flags), FdFlag::FD_CLOEXEC);
+        let status = OFlag::from_bits_retain(fcntl(&open.sink, FcntlArg::F_GETFL).unwrap());
+        assert!(!status.contains(OFlag::O_NONBLOCK));
+        assert_eq!(Arc::strong_count(&open.sink), 1, "the engine decides when it closes");
+        let len_bytes = 1 << 40;
+        open.ticket.answer(Outcome::Opened { len_bytes }).unwrap();
+        assert_eq!(kernel.command(), "copen 0,1099511627776");
+        assert!(device.next().unwrap().is_none());
+    }
+
+    #[test]
+    fn an_answer_that_cannot_be_given_becomes_a_refusal() {
+        let (device, kernel) = device();
+        for (outcome, command) in [(Outcome::Opened { len_bytes: u64::MAX }, "copen 7,-27"), (Outcome::Done, "copen 7,-22")] {
+            kernel.open(7, 1);
+            next_open(&device).ticket.answer(outcome).unwrap_err();
+            assert_eq!(kernel.command(), command);
+        }
+        kernel.open(8, 2);
+        let refused = Outcome::Failed(Errno::ENOENT);
+        next_open(&device).ticket.answer(refused).unwrap();
+        assert_eq!(kernel.command(), "copen 8,-2");
+    }
+
+    #[test]
+    fn a_read_is_answered_through_its_own_object() {
+        let (device, kernel) = device();
+        kernel.open(1, 5);
+        let OpenRequest { sink, ticket, .. } = next_open(&device);
+        ticket.answer(Outcome::Opened { len_bytes: 1 }).unwrap();
+        kernel.message(2, 5, Body::Read(4096..8192));
+        let need = next_need(&device);
+        assert_eq!((need.object, need.range), (ObjectId(5), 4096..8192));
+        assert_eq!(Arc::strong_count(&sink), 2, "open until the READ is answered");
+        // The stand-in does not know the ioctl, and that is not hidden.
+        let error = need.ticket.answer(Outcome::Done).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::ENOTTY as i32));
+        assert_eq!(Arc::strong_count(&sink), 1);
+        assert_eq!(device.counts(), Counts::default());
+    }
+
+    #[test]
+    fn reads_and_closes_of_unknown_objects_are_survived() {
+        let (device, kernel) = device();
+        kernel.message(2, u32::MAX, Body::Read(0..4096));
+        assert_eq!(
+            malformed(&device),
+            "READ 2 of object 4294967295, which has no open descriptor: no other descriptor could complete it (EBADF: Bad file number): kill its reader"
+        );
+        kernel.open(1, 5);
+        let open = next_open(&device);
+        kernel.message(3, 6, Body::Read(0..4096));
+        assert!(malformed(&device).contains("ENOTTY"));
+        for object in [u32::MAX, 5, 5] {
+            kernel.message(4, object, Body::Close);
+            let closed = device.next().unwrap();
+            assert!(matches!(closed, Some(Request::Close(ObjectId(id))) if id == object), "{closed:?}");
+        }
+        kernel.message(5, 5, Body::Read(0..4096));
+        assert!(malformed(&device).contains("object 5"));
+        open.ticket.answer(Outcome::Failed(Errno::EIO)).unwrap();
+        assert_eq!(device.counts().unknown_objects, 3);
+    }
+
+    #[test]
+    fn a_senseless_open_is_refused_and_its_descriptor_closed() {
+        let (device, kernel) = device();
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let (fd, key) = (writer.into_raw_fd(), Key::new(b"dom", b"blob"));
+        let mut bytes = wire::encode(&Message { msg_id: 9, object_id: 1, body: Body::Open { fd, key } });
+        // A cookie key that is said to be longer than the message.
+        bytes[20] = 0xff;
+        kernel.send(&bytes);
+        assert!(malformed(&device).contains("cookie key of 255 bytes"));
+        assert_eq!(kernel.command(), "copen 9,-22");
+        // The end of the pipe comes when no writer is left.
+        assert_eq!(File::from(reader).read(&mut [0]).unwrap(), 0);
+        kernel.message(10, 1, Body::Read(0..4096));
+        assert!(malformed(&device).contains("no open descriptor"));
+        assert_eq!(device.counts().malformed, 1);
+    }
+
+    #[test]
+    fn an_open_whose_descriptor_does_not_exist_is_refused() {
+        let (device, kernel) = device();
+        let (fd, key) = (i32::MAX, Key::new(b"dom", b"blob"));
+        kernel.message(9, 1, Body::Open { fd, key });
+        assert!(malformed(&device).contains("its descriptor is not open"));
+        assert_eq!(kernel.command(), "copen 9,-9");
+    }
+
+    #[test]
+    fn noise_is_refused_and_does_not_stop_the_next_message() {
+        let (device, kernel) = device();
+        for noise in [&[0xff][..], &[0xff; 16], &[0xff; wire::MSG_MAX_BYTES]] {
+            kernel.send(noise);
+            malformed(&device);
+        }
+        kernel.open(1, 1);
+        next_open(&device).ticket.answer(Outcome::Opened { len_bytes: 0 }).unwrap();
+        assert_eq!(kernel.command(), "copen 1,0");
+        assert_eq!(device.counts().malformed, 3);
+    }
+}

@@ -1,0 +1,149 @@
+//! Culling limits: how much of the cache's file system may be filled, and in which order the kernel lets
+//! them be set. Pure.
+
+/// Limits on free space (`b...`) and free inodes (`f...`) of the cache's file system, in percent of the whole
+/// of it. `None` leaves the kernel's own. They count once, at `bind` (fs/cachefiles/cache.c).
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct CullLimits {
+    /// Above this much free space nothing needs to be culled.
+    pub brun_percent: Option<u8>,
+    /// Below this much free space objects should be culled.
+    pub bcull_percent: Option<u8>,
+    /// Below this much free space nothing more is written: every fill fails.
+    pub bstop_percent: Option<u8>,
+    /// Above this many free inodes nothing needs to be culled.
+    pub frun_percent: Option<u8>,
+    /// Below this many free inodes objects should be culled.
+    pub fcull_percent: Option<u8>,
+    /// Below this many free inodes no object is created.
+    pub fstop_percent: Option<u8>,
+}
+
+/// What the kernel starts with: run, cull, stop (`cachefiles_daemon_open`).
+const KERNEL_DEFAULTS: Triple = Triple { run: 7, cull: 5, stop: 1 };
+
+/// Limits that no order of commands could set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error(
+    "{kind}stop {stop} %, {kind}cull {cull} %, {kind}run {run} % (kernel defaults included): they must grow in this order and stay below 100 %"
+)]
+pub struct BadLimits {
+    kind: char,
+    run: u8,
+    cull: u8,
+    stop: u8,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Triple {
+    run: u8,
+    cull: u8,
+    stop: u8,
+}
+
+impl Triple {
+    const fn is_valid(self) -> bool {
+        self.stop < self.cull && self.cull < self.run && self.run < 100
+    }
+}
+
+impl CullLimits {
+    /// The commands that set these limits, in an order in which the kernel accepts each.
+    ///
+    /// # Errors
+    /// See [`BadLimits`].
+    pub fn commands(&self) -> Result<Vec<String>, BadLimits> {
+        let mut commands = order('b', self.brun_percent, self.bcull_percent, self.bstop_percent)?;
+        let inodes = order('f', self.frun_percent, self.fcull_percent, self.fstop_percent)?;
+        commands.extend(inodes);
+        Ok(commands)
+    }
+}
+
+/// Every command is checked against the current values of the other two, so the order depends on where they
+/// move. Some command is always possible: if `run` would fall to the current `cull` or lower, `cull` falls too,
+/// and if that would fall to the current `stop` or lower, `stop` falls too, which is possible at once.
+fn order(kind: char, run: Option<u8>, cull: Option<u8>, stop: Option<u8>) -> Result<Vec<String>, BadLimits> {
+    let mut now = KERNEL_DEFAULTS;
+    let wanted = Triple { run: run.unwrap_or(now.run), cull: cull.unwrap_or(now.cull), stop: stop.unwrap_or(now.stop) };
+    if !wanted.is_valid() {
+        let Triple { run, cull, stop } = wanted;
+        return Err(BadLimits { kind, run, cull, stop });
+    }
+    let mut commands = Vec::new();
+    while now != wanted {
+        let steps = [
+            ("stop", wanted.stop, Triple { stop: wanted.stop, ..now }),
+            ("cull", wanted.cull, Triple { cull: wanted.cull, ..now }),
+            ("run", wanted.run, Triple { run: wanted.run, ..now }),
+        ];
+        let possible = steps.into_iter().find(|(_, _, then)| *then != now && then.is_valid());
+        let Some((limit, percent, then)) = possible else {
+            unreachable!("from {now:?} to {wanted:?} there is always a step");
+        };
+        commands.push(format!("{kind}{limit} {percent}%"));
+        now = then;
+    }
+    Ok(commands)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The kernel's six handlers (fs/cachefiles/daemon.c) for one triple.
+    fn obey(now: &mut Triple, command: &str) -> bool {
+        let (verb, value) = command.split_once(' ').unwrap();
+        let percent = value.strip_suffix('%').unwrap().parse().unwrap();
+        let (slot, allowed) = match &verb[1..] {
+            "run" => (&mut now.run, percent > now.cull && percent < 100),
+            "cull" => (&mut now.cull, percent > now.stop && percent < now.run),
+            "stop" => (&mut now.stop, percent < now.cull),
+            other => panic!("no verb {other}"),
+        };
+        if allowed {
+            *slot = percent;
+        }
+        allowed
+    }
+
+    proptest! {
+        #[test]
+        fn the_kernel_takes_every_command(
+            wanted in proptest::collection::btree_set(0u8..100, 3),
+            given in any::<[bool; 3]>(),
+        ) {
+            let mut sorted = wanted.into_iter();
+            let (stop, cull, run) = (sorted.next(), sorted.next(), sorted.next());
+            let limits = CullLimits {
+                bstop_percent: stop.filter(|_| given[0]),
+                bcull_percent: cull.filter(|_| given[1]),
+                brun_percent: run.filter(|_| given[2]),
+                ..CullLimits::default()
+            };
+            if let Ok(commands) = limits.commands() {
+                let mut now = KERNEL_DEFAULTS;
+                for command in &commands {
+                    prop_assert!(obey(&mut now, command), "refused {} of {:?}", command, commands);
+                }
+                prop_assert_eq!(now.stop, limits.bstop_percent.unwrap_or(1));
+                prop_assert_eq!(now.cull, limits.bcull_percent.unwrap_or(5));
+                prop_assert_eq!(now.run, limits.brun_percent.unwrap_or(7));
+            } else {
+                prop_assert!(given != [true; 3], "valid limits were refused");
+            }
+        }
+    }
+
+    #[test]
+    fn limits_that_contradict_a_default_are_explained() {
+        let limits = CullLimits { fstop_percent: Some(6), ..CullLimits::default() };
+        assert_eq!(
+            limits.commands().unwrap_err().to_string(),
+            "fstop 6 %, fcull 5 %, frun 7 % (kernel defaults included): they must grow in this order and stay below 100 %"
+        );
+        assert_eq!(CullLimits::default().commands(), Ok(vec![]));
+    }
+}

@@ -1,0 +1,132 @@
+//! Which processes hold a device that only one may open.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+/// Where processes are found.
+const PROC: &str = "/proc";
+
+/// What `/proc/<pid>/fd` shows for an object's descriptor; each keeps the device busy, even when the device
+/// itself was closed (`cachefiles_get_unbind_pincount`).
+const OBJECT_LINK: &[u8] = b"anon_inode:[cachefiles]";
+
+/// Longest part of a command line that is shown, in bytes.
+const COMMAND_MAX_BYTES: usize = 80;
+
+/// A process that holds the device.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Holder {
+    /// Its id in our PID namespace.
+    pub pid: i32,
+    /// Its command line, or its name in brackets if it has none; escaped for printing, and cut.
+    pub command: String,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pid {} ({})", self.pid, self.command)
+    }
+}
+
+/// The holders in words, for a message.
+#[must_use]
+pub fn describe(holders: &[Holder]) -> String {
+    if holders.is_empty() {
+        return "a process that /proc does not show here (another PID namespace, or an io_uring)".to_owned();
+    }
+    let texts: Vec<_> = holders.iter().map(Holder::to_string).collect();
+    texts.join(", ")
+}
+
+/// The processes that hold the character device `path` open, by whatever name and in whatever mount namespace, or
+/// an object of it. Only processes that we may look into are found; none if there is no such device.
+#[must_use]
+pub fn find_holders(path: &Path) -> Vec<Holder> {
+    let Some(device) = device_number(path) else {
+        return Vec::new();
+    };
+    let Ok(entries) = fs::read_dir(PROC) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| holds(*pid, device))
+        .map(|pid| Holder { pid, command: command(pid) })
+        .collect()
+}
+
+fn device_number(path: &Path) -> Option<u64> {
+    let found = fs::metadata(path).ok()?;
+    found.file_type().is_char_device().then_some(found.rdev())
+}
+
+fn holds(pid: i32, device: u64) -> bool {
+    let Ok(descriptors) = fs::read_dir(format!("{PROC}/{pid}/fd")) else {
+        // It ended, or is not ours to look into.
+        return false;
+    };
+    descriptors.flatten().any(|descriptor| {
+        let path = descriptor.path();
+        let Ok(target) = fs::read_link(&path) else {
+            return false;
+        };
+        let target = target.as_os_str();
+        // Sockets, pipes and the like have no path; the rest is asked what it is, as the text of a link means
+        // nothing in another mount namespace.
+        is_object(target) || target.as_bytes().starts_with(b"/") && device_number(&path) == Some(device)
+    })
+}
+
+fn is_object(link: &OsStr) -> bool {
+    link.as_bytes() == OBJECT_LINK
+}
+
+fn command(pid: i32) -> String {
+    let read = |name| fs::read(format!("{PROC}/{pid}/{name}")).unwrap_or_default();
+    let mut line = read("cmdline");
+    if line.is_empty() {
+        line = [b"[", read("comm").trim_ascii_end(), b"]"].concat();
+    }
+    line.truncate(COMMAND_MAX_BYTES);
+    // Each word ends with NUL.
+    let words: Vec<_> = line.split(|byte| *byte == 0).filter(|word| !word.is_empty()).collect();
+    words.join(&b' ').escape_ascii().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn a_holder_is_found_under_any_name_of_the_device() {
+        // Another name for the same device, as in another mount namespace.
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("other-name");
+        std::os::unix::fs::symlink("/dev/full", &link).unwrap();
+        let held = File::open("/dev/full").unwrap();
+        let holders = find_holders(&link);
+        let own = i32::try_from(std::process::id()).unwrap();
+        let me = holders.iter().find(|holder| holder.pid == own).unwrap();
+        assert!(!me.command.is_empty());
+        drop(held);
+    }
+
+    #[test]
+    fn what_is_no_device_has_no_holders() {
+        assert_eq!(find_holders(Path::new("/proc/self/stat")), []);
+        assert_eq!(find_holders(Path::new("/no/such/path")), []);
+    }
+
+    #[test]
+    fn objects_of_the_device_count_as_holding_it() {
+        assert!(is_object(OsStr::new("anon_inode:[cachefiles]")));
+        assert!(!is_object(OsStr::new("anon_inode:[eventpoll]")));
+    }
+}

@@ -1,0 +1,78 @@
+//! The process's own limits, raised once at start.
+
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use nix::unistd::close;
+
+/// Descriptor numbers for which the table is made large at start. Growing it later, with threads running,
+/// stalls the thread that gets a new descriptor for an RCU grace period (`expand_files`, fs/file.c).
+const TABLE_FDS: u64 = 65_536;
+
+/// What became of the limits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Raised {
+    /// Descriptors that this process may have.
+    pub fds: u64,
+}
+
+/// Why serving would go wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum LimitError {
+    /// Writes to the cache would be cut off.
+    #[error(
+        "the file size limit is {0} bytes, and it applies to what the kernel writes for us: run with LimitFSIZE=infinity or ulimit -f unlimited"
+    )]
+    FileSize(u64),
+}
+
+/// Raises the number of descriptors as far as allowed and lifts the limit on file sizes.
+///
+/// # Errors
+/// A limit that would make fills fail cannot be lifted.
+pub fn raise() -> Result<Raised, LimitError> {
+    let fds = raise_fds();
+    grow_table(fds);
+    lift_file_size()?;
+    Ok(Raised { fds })
+}
+
+fn raise_fds() -> u64 {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
+    // With CAP_SYS_RESOURCE the hard limit can go up too; without, the soft one at least.
+    for (wanted_soft, wanted_hard) in [(most.max(hard), most.max(hard)), (hard, hard)] {
+        if setrlimit(Resource::RLIMIT_NOFILE, wanted_soft, wanted_hard).is_ok() {
+            return wanted_soft;
+        }
+    }
+    soft
+}
+
+/// Uses a high number once: the table grows to it and stays.
+fn grow_table(fds: u64) {
+    let highest = i32::try_from(fds.min(TABLE_FDS).saturating_sub(1)).unwrap_or(0);
+    if let Ok(fd) = fcntl(std::io::stderr(), FcntlArg::F_DUPFD_CLOEXEC(highest)) {
+        let _ = close(fd);
+    }
+}
+
+fn lift_file_size() -> Result<(), LimitError> {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((soft, _)) if soft != RLIM_INFINITY => {
+            setrlimit(Resource::RLIMIT_FSIZE, RLIM_INFINITY, RLIM_INFINITY).map_err(|_| LimitError::FileSize(soft))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_soft_limit_follows_the_hard_one() {
+        let raised = raise().unwrap();
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        assert_eq!((soft, hard), (raised.fds, raised.fds));
+    }
+}
