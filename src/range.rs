@@ -2,8 +2,17 @@
 
 use std::ops::Range;
 
+use nix::unistd::{SysconfVar, sysconf};
+
 /// A half-open range of bytes of one object.
 pub type ByteRange = Range<u64>;
+
+/// The machine's page size in bytes.
+#[must_use]
+pub fn page_bytes() -> u64 {
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    page.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(4096)
+}
 
 /// `value` rounded down to a multiple of `unit` (a power of two).
 #[must_use]

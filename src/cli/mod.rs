@@ -1,5 +1,7 @@
 //! The command line: one file a verb.
 
+pub mod demo;
+pub mod doctor;
 pub mod serve;
 
 use std::process::ExitCode;
@@ -18,6 +20,10 @@ struct Cli {
 enum Verb {
     /// Answer the kernel's requests until told to stop
     Serve(Box<serve::ServeArgs>),
+    /// Find out whether this host can serve images, and what to do if not
+    Doctor(doctor::DoctorArgs),
+    /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
+    Demo(demo::DemoArgs),
     /// First process of a lab guest
     #[command(hide = true)]
     LabInit,
@@ -44,6 +50,8 @@ impl Failure {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Serve(args) => serve::run(*args),
+        Verb::Doctor(args) => return doctor::run(&args),
+        Verb::Demo(args) => demo::run(&args),
         Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(crate::ops::exit::FAILED, e)),
     };
     match result {

@@ -17,7 +17,7 @@ use crate::engine::{Engine, EngineError, Settings};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, CullLimits, Device};
 use crate::ops::signals::{Event, Signals};
-use crate::ops::{exit, limits, log};
+use crate::ops::{erofs, exit, limits, log};
 use crate::store::{Store, Stores};
 
 /// Flags of `infill serve`.
@@ -57,6 +57,11 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let signals = Signals::block().map_err(|error| Failure::new(exit::FAILED, format!("cannot receive signals: {error}")))?;
     let raised = limits::raise().map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     tracing::debug!(fds = raised.fds, "limits raised");
+    if erofs::runs_from_erofs() {
+        let message =
+            "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
+        return Err(Failure::new(exit::BAD_CONFIGURATION, message));
+    }
     let store = open_stores(&config)?;
     let front = open_front(&config, sim_socket)?;
     let (tracer, printer) = start_tracer(trace_requests)?;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
+use crate::range::page_bytes;
 use crate::store::SourceFile;
 
 /// Size that regions are rounded up to, so that huge pages can back them.
@@ -116,7 +117,7 @@ impl Memory {
     #[must_use]
     pub fn mapped(file: &Arc<SourceFile>, offset: u64, len: u64) -> Option<Self> {
         let (offset, len) = (usize::try_from(offset).ok()?, usize::try_from(len).ok()?);
-        let mapped = file.map.as_ref()?.len().next_multiple_of(super::page_bytes());
+        let mapped = file.map.as_ref()?.len().next_multiple_of(usize::try_from(page_bytes()).ok()?);
         (offset.checked_add(len)? <= mapped).then(|| Self { owner: Owner::File(Arc::clone(file)), offset, len })
     }
 

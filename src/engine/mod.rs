@@ -177,9 +177,3 @@ impl Shared {
         snapshot
     }
 }
-
-/// The machine's page size in bytes.
-#[must_use]
-pub fn page_bytes() -> usize {
-    nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok().flatten().and_then(|n| usize::try_from(n).ok()).unwrap_or(4096)
-}

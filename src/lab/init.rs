@@ -25,6 +25,8 @@ pub const JOB_FILE: &str = "/job.json";
 pub const INIT_PROGRAM: &str = "/bin/infill";
 /// What the kernel's command line needs so that the guest runs the job.
 pub const KERNEL_ARGUMENTS: &str = "rdinit=/bin/infill -- lab-init";
+/// The line after which the console belongs to the job.
+pub const BEGIN_MARK: &str = "lab: the job begins";
 /// The line with this beginning ends with the job's exit status.
 pub const EXIT_MARK: &str = "lab: the job ended with ";
 /// Kernel messages begin with this on the console.
@@ -152,6 +154,7 @@ fn execute(job: &Job) -> Result<ExitStatus> {
     let (program, arguments) = job.argv.split_first().ok_or_else(|| LabError::Failed(format!("{JOB_FILE} names no program")))?;
     let mut command = Command::new(program);
     command.args(arguments).envs(&job.env).stdin(Stdio::null());
+    println!("{BEGIN_MARK}");
     let child = command.spawn().trying(|| format!("cannot start {program}"))?;
     let child = Pid::from_raw(child.id().cast_signed());
     loop {

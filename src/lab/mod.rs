@@ -8,10 +8,12 @@
 //!  tree       a directory tree, and the manifest that says what it must read as
 //!  guest      the guest both users want: infill inside, a cache disk, a store disk
 //!  qemu       kernel + initramfs + disks -> a boot, its console line by line, and how it ended
+//!  demo       the job of `infill demo`, here or in a guest, and the tree it serves
 //!  init       PID 1 inside the guest (`infill lab-init`): mounts, the job, the power switch
 //! ```
 //! Nothing here is used by `infill serve`.
 
+pub mod demo;
 pub mod disk;
 pub mod guest;
 pub mod init;
@@ -24,7 +26,7 @@ pub mod tree;
 
 use std::fmt::Display;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// How many lines of a failed program's output go into the error message.
@@ -82,6 +84,37 @@ pub fn cache_dir() -> Result<PathBuf> {
     };
     std::fs::create_dir_all(&dir).trying(|| format!("cannot make {}", dir.display()))?;
     Ok(dir)
+}
+
+/// A directory in the cache directory that is removed when this is dropped.
+#[derive(Debug)]
+pub struct Scratch {
+    path: PathBuf,
+}
+
+impl Scratch {
+    /// Makes an empty directory of this process.
+    ///
+    /// # Errors
+    /// What the operating system said.
+    pub fn make(name: &str) -> Result<Self> {
+        let path = cache_dir()?.join(format!("{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).trying(|| format!("cannot make {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What cannot be removed is only in the way.
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
 }
 
 /// Runs a program to its end and gives what it printed.

@@ -97,7 +97,7 @@ impl Manifest {
 }
 
 /// Paths of all files and links below `root`, sorted bytewise.
-fn walk(root: &Path) -> Result<Vec<String>> {
+pub(super) fn walk(root: &Path) -> Result<Vec<String>> {
     let mut paths = Vec::new();
     let mut todo = vec![PathBuf::new()];
     while let Some(dir) = todo.pop() {

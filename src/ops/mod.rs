@@ -1,5 +1,7 @@
-//! What an operator meets: limits, signals, the log, and who holds the device.
+//! What an operator meets: the doctor, limits, signals, the log, exit codes, and who holds the device.
 
+pub mod doctor;
+pub mod erofs;
 pub mod exit;
 pub mod holder;
 pub mod limits;

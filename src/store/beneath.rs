@@ -5,21 +5,18 @@
 //! have it), no symbolic link is followed at all.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, stat};
-use nix::sys::statfs::{FsType, fstatfs};
 use nix::unistd::{AccessFlags, faccessat};
 
 use super::error::{Cause, Unusable};
 use super::name::FileName;
-
-/// `EROFS_SUPER_MAGIC_V1` of include/uapi/linux/magic.h.
-const EROFS_MAGIC: FsType = FsType(0xE0F5_E1E2);
+use crate::ops::erofs::on_erofs;
 
 /// How often a lookup is repeated that the kernel gave up with `EAGAIN`, because something was renamed or
 /// mounted while it followed a `..` (openat2(2)).
@@ -168,11 +165,6 @@ fn open_dir(path: &Path) -> Result<OwnedFd, Unusable> {
         return Err(Unusable::OnErofs(path.to_owned()));
     }
     Ok(dir)
-}
-
-/// Whether an open file lies on EROFS: the daemon must not read from a mount that may wait for it.
-pub(super) fn on_erofs(fd: impl AsFd) -> Result<bool, Errno> {
-    Ok(fstatfs(fd)?.filesystem_type() == EROFS_MAGIC)
 }
 
 /// The kind of file, without the permission bits.

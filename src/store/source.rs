@@ -10,9 +10,10 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::sys::uio::pread;
 use nix::unistd::{Whence, lseek};
 
-use super::beneath::{file_type, on_erofs};
+use super::beneath::file_type;
 use super::error::Cause;
 use super::{Blob, Data, Extent, SourceFile, SourceMode};
+use crate::ops::erofs::on_erofs;
 use crate::range::align_down;
 
 /// How a file is opened that is to become a source. `O_NONBLOCK` so that a FIFO cannot hold the caller up;

@@ -104,7 +104,6 @@ impl<T> Machine<T> {
 
     pub(super) fn release_if_idle(&mut self, handle: Handle) {
         if self.objects.get(handle.0).is_some_and(|object| object.closed && object.running == 0) {
-            self.objects.remove(handle.0);
             self.actions.push_back(Action::Release { object: handle });
         }
     }

@@ -397,7 +397,12 @@ impl<T> Machine<T> {
         if self.actions.is_empty() {
             self.start_jobs();
         }
-        self.actions.pop_front()
+        let action = self.actions.pop_front();
+        if let Some(Action::Release { object }) = action {
+            // Only now may its handle name another object.
+            self.objects.remove(object.0);
+        }
+        action
     }
 
     /// Requests that wait for their answer.

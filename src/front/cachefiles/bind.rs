@@ -10,10 +10,9 @@ use nix::errno::Errno;
 use nix::sys::stat::{major, minor};
 
 use super::cache_dir::{self, CacheDirError};
-use super::device::write_command;
+use super::command::{self, CommandError};
 use super::fsck;
 use super::limits::{BadLimits, CullLimits};
-use super::wire::{self, CommandError};
 use crate::ops::exit;
 use crate::ops::holder::{self, Holder};
 
@@ -61,7 +60,7 @@ impl BindOptions {
     /// The commands up to, but not including, `bind`, for a cache in `dir`.
     fn commands(&self, dir: &Path) -> Result<Vec<Vec<u8>>, BindError> {
         let set = |verb, value: &[u8]| {
-            wire::setup(verb, value).map_err(|why| BindError::BadValue { verb, value: value.escape_ascii().to_string(), why })
+            command::setup(verb, value).map_err(|why| BindError::BadValue { verb, value: value.escape_ascii().to_string(), why })
         };
         let mut commands = vec![set("dir", dir.as_os_str().as_bytes())?, set("tag", self.tag.as_bytes())?];
         if let Some(secctx) = &self.secctx {
@@ -222,13 +221,13 @@ pub(super) fn bind(options: &BindOptions) -> Result<Bound, BindError> {
     let dir = cache_dir::prepare(&options.cache_dir)?;
     tidy(&dir)?;
     for command in options.commands(&dir)? {
-        write_command(devnode.as_fd(), &command).map_err(|errno| BindError::Setup {
+        command::give(devnode.as_fd(), &command).map_err(|errno| BindError::Setup {
             devnode: options.devnode.clone(),
             command: command.escape_ascii().to_string(),
             errno,
         })?;
     }
-    match write_command(devnode.as_fd(), b"bind ondemand") {
+    match command::give(devnode.as_fd(), b"bind ondemand") {
         Ok(()) => {}
         Err(Errno::EINVAL) if !has_on_demand_mode(&devnode) => {
             return Err(BindError::NoOnDemand(options.devnode.clone()));
@@ -237,7 +236,7 @@ pub(super) fn bind(options: &BindOptions) -> Result<Bound, BindError> {
             return Err(BindError::CacheDir { cache_dir: options.cache_dir.clone(), errno });
         }
     }
-    let reopens = write_command(devnode.as_fd(), b"restore").is_ok();
+    let reopens = command::give(devnode.as_fd(), b"restore").is_ok();
     Ok(Bound { devnode, reopens })
 }
 
@@ -255,7 +254,7 @@ fn tidy(dir: &Path) -> Result<(), BindError> {
 /// before it looks at the directory, and a `copen` without a comma is then `EINVAL`. Where the mode was not built
 /// in, the verb is unknown: `EOPNOTSUPP`.
 fn has_on_demand_mode(devnode: &OwnedFd) -> bool {
-    write_command(devnode.as_fd(), b"copen x") == Err(Errno::EINVAL)
+    command::give(devnode.as_fd(), b"copen x") == Err(Errno::EINVAL)
 }
 
 fn open(devnode: &Path) -> Result<OwnedFd, BindError> {

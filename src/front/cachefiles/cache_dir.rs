@@ -15,8 +15,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{self, FsType};
 use nix::unistd::{Whence, lseek};
 
-use super::device::page_bytes;
-use crate::ops::{exit, xattr};
+use crate::ops::{erofs, exit, xattr};
+use crate::range::page_bytes;
 
 /// Mode of a cache directory that is created: cached data is nobody else's business.
 const CACHE_DIR_MODE: u32 = 0o700;
@@ -31,9 +31,6 @@ const PROBE_BLOCK_BYTES: usize = 4096;
 /// Length of the probe's file in bytes: larger than any block, so that it ends in a hole.
 const PROBE_FILE_BYTES: u64 = 1 << 20;
 
-/// `EROFS_SUPER_MAGIC_V1` (include/uapi/linux/magic.h), which libc does not know.
-const EROFS_MAGIC: u32 = 0xe0f5_e1e2;
-
 /// File systems that do not do, whatever they claim: no `sync_fs` (memory), no real direct I/O or holes (stacked
 /// ones), a server behind them that may need us to answer first. Numbers are `f_type` of statfs(2), names those
 /// of mount(8).
@@ -41,7 +38,7 @@ const UNFIT: [(u32, &str); 11] = [
     (0x0102_1994, "tmpfs"),
     (0x8584_58f6, "ramfs"),
     (0x794c_7630, "overlay"),
-    (EROFS_MAGIC, "erofs"),
+    (erofs::MAGIC, "erofs"),
     (0x7371_7368, "squashfs"),
     (0x6969, "nfs"),
     (0x6573_5546, "fuse"),
@@ -159,7 +156,7 @@ fn magic(kind: FsType) -> u32 {
 fn check_way(dir: &Path) -> Result<(), CacheDirError> {
     for ancestor in dir.ancestors().skip(1) {
         let stat = statfs::statfs(ancestor).map_err(CacheDirError::io(ancestor, "query its file system"))?;
-        if magic(stat.filesystem_type()) == EROFS_MAGIC {
+        if erofs::is_erofs(stat.filesystem_type()) {
             return Err(CacheDirError::InsideImage { dir: dir.to_owned(), mount: ancestor.to_owned() });
         }
     }

@@ -9,15 +9,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::unistd::{self, SysconfVar};
+use nix::unistd;
 
 use super::bind::{self, BindError, BindOptions, Bound};
+use super::command;
 use super::counters::{Counters, Counts};
 use super::object::{self, Objects};
-use super::wire::{self, Body, Header, Message};
+use super::wire::{self, Body, Header, Message, WireError};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
-use crate::range::ByteRange;
+use crate::range::{self, ByteRange};
 
 /// Smallest alignment of writes, whatever the page size: `CACHEFILES_DIO_BLOCK_SIZE`.
 const ALIGN_MIN_BYTES: u64 = 4096;
@@ -54,7 +55,7 @@ impl Device {
             devnode: Arc::new(Devnode { fd: bound.devnode, counters: Arc::clone(&counters) }),
             objects: Objects::default(),
             counters,
-            caps: Caps { align_bytes: page_bytes().max(ALIGN_MIN_BYTES), holes_are_absent: true, reopens: bound.reopens },
+            caps: Caps { align_bytes: range::page_bytes().max(ALIGN_MIN_BYTES), holes_are_absent: true, reopens: bound.reopens },
         })
     }
 
@@ -86,15 +87,14 @@ impl Device {
         }
     }
 
-    fn open(&self, msg_id: u32, object: u32, key: Key, sink: Option<OwnedFd>) -> Result<Request, FrontError> {
-        let ticket = Ticket::new(Arc::clone(&self.devnode) as Arc<dyn Answer>, msg_id.into());
-        let Some(sink) = sink else {
-            let _ = ticket.answer(Outcome::Failed(Errno::EBADF));
-            return Err(self.malformed(format!("OPEN {msg_id} of {key}: its descriptor is not open")));
-        };
+    fn open(&self, msg_id: u32, object: u32, key: Key, sink: OwnedFd) -> Request {
         let sink = Arc::new(sink);
         self.objects.insert(object, &sink, &self.counters);
-        Ok(Request::Open(OpenRequest { object: ObjectId(object), key, ticket, sink }))
+        Request::Open(OpenRequest { object: ObjectId(object), key, ticket: self.open_ticket(msg_id), sink })
+    }
+
+    fn open_ticket(&self, msg_id: u32) -> Ticket {
+        Ticket::new(Arc::clone(&self.devnode) as Arc<dyn Answer>, msg_id.into())
     }
 
     fn need(&self, msg_id: u32, object: u32, range: ByteRange) -> Result<Request, FrontError> {
@@ -121,27 +121,26 @@ impl Device {
         FrontError::Malformed(format!("READ {msg_id} of {}, which has no open descriptor: {end}", ObjectId(object)))
     }
 
-    /// Refuses a message that made no sense as far as it can be told what it was. `sink` is what it brought: an
+    /// Refuses a message that made no sense, as far as it can be told what it was. `sink` is what it brought: an
     /// OPEN must be answered before its descriptor is closed.
-    fn refuse(&self, bytes: &[u8], sink: Option<OwnedFd>, why: wire::WireError) -> FrontError {
-        if let Some(header) = Header::parse(bytes) {
-            let Header { msg_id, object_id, .. } = header;
-            if header.is_open() {
-                let ticket = Ticket::new(Arc::clone(&self.devnode) as Arc<dyn Answer>, msg_id.into());
-                let _ = ticket.answer(Outcome::Failed(Errno::EINVAL));
-            } else if header.is_read()
-                && let Some(object) = self.objects.wait_for(object_id)
-            {
-                let _ = Ticket::new(object, msg_id.into()).answer(Outcome::Failed(Errno::EINVAL));
-            }
-        }
-        drop(sink);
-        self.malformed(why.to_string())
-    }
-
-    fn malformed(&self, why: String) -> FrontError {
+    fn refuse(&self, bytes: &[u8], sink: Option<OwnedFd>, why: WireError) -> FrontError {
         self.counters.malformed.bump();
-        FrontError::Malformed(why)
+        let Some(header) = Header::parse(bytes) else {
+            return FrontError::Malformed(why.to_string());
+        };
+        let (msg_id, object) = (header.msg_id, header.object_id);
+        let ticket = if header.is_open() {
+            Some(self.open_ticket(msg_id))
+        } else if header.is_read() {
+            let answer = self.objects.wait_for(object);
+            answer.map(|answer| Ticket::new(answer, msg_id.into()))
+        } else {
+            None
+        };
+        // A refusal of the refusal would say no more than the message itself does.
+        let _ = ticket.map(|ticket| ticket.answer(Outcome::Failed(Errno::EINVAL)));
+        drop(sink);
+        FrontError::Malformed(format!("request {msg_id} of {}: {why}", ObjectId(object)))
     }
 }
 
@@ -170,7 +169,13 @@ impl FrontEnd for Device {
             Err(why) => return Err(self.refuse(bytes, sink, why)),
         };
         let request = match body {
-            Body::Open { key, .. } => self.open(msg_id, object_id, key, sink)?,
+            Body::Open { key, fd } => match sink {
+                Some(sink) => self.open(msg_id, object_id, key, sink),
+                None => {
+                    let why = WireError::Descriptor(fd.cast_unsigned());
+                    return Err(self.refuse(bytes, None, why));
+                }
+            },
             Body::Read(range) => self.need(msg_id, object_id, range)?,
             Body::Close => {
                 self.objects.remove(object_id);
@@ -192,14 +197,14 @@ impl Answer for Devnode {
     fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool> {
         let msg_id = u32::try_from(token).map_err(|_| Errno::EINVAL)?;
         let opened = match outcome {
-            Outcome::Opened { len_bytes } => wire::copen(msg_id, len_bytes).ok_or(Errno::EFBIG),
-            Outcome::Failed(errno) => Ok(wire::refuse(msg_id, errno)),
+            Outcome::Opened { len_bytes } => command::copen(msg_id, len_bytes).ok_or(Errno::EFBIG),
+            Outcome::Failed(errno) => Ok(command::refuse(msg_id, errno)),
             Outcome::Done => Err(Errno::EINVAL),
         };
         // An answer that cannot be given is an error, but the kernel still must hear something.
         let refused = opened.as_ref().err().copied();
-        let command = opened.unwrap_or_else(|errno| wire::refuse(msg_id, errno));
-        let wanted = match write_command(self.fd.as_fd(), command.as_bytes()) {
+        let command = opened.unwrap_or_else(|errno| command::refuse(msg_id, errno));
+        let wanted = match command::give(self.fd.as_fd(), command.as_bytes()) {
             Err(Errno::EINVAL) => {
                 self.counters.late_answers.bump();
                 false
@@ -208,22 +213,6 @@ impl Answer for Devnode {
         };
         refused.map_or(Ok(wanted), |errno| Err(errno.into()))
     }
-}
-
-/// Gives the kernel one command; it takes the whole or nothing.
-pub(super) fn write_command(devnode: BorrowedFd<'_>, command: &[u8]) -> Result<(), Errno> {
-    loop {
-        return match unistd::write(devnode, command) {
-            Err(Errno::EINTR) => continue,
-            Ok(len) if len < command.len() => Err(Errno::EIO),
-            result => result.map(drop),
-        };
-    }
-}
-
-pub(super) fn page_bytes() -> u64 {
-    let page = unistd::sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
-    page.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(ALIGN_MIN_BYTES)
 }
 
 #[cfg(test)]
@@ -265,7 +254,7 @@ mod tests {
         }
 
         fn command(&self) -> String {
-            let mut buffer = [0; wire::COMMAND_MAX_BYTES];
+            let mut buffer = [0; command::COMMAND_MAX_BYTES];
             let len = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
             str::from_utf8(&buffer[..len]).unwrap().to_owned()
         }
@@ -388,8 +377,8 @@ mod tests {
         let (device, kernel) = device();
         let (fd, key) = (i32::MAX, Key::new(b"dom", b"blob"));
         kernel.message(9, 1, Body::Open { fd, key });
-        assert!(malformed(&device).contains("its descriptor is not open"));
-        assert_eq!(kernel.command(), "copen 9,-9");
+        assert_eq!(malformed(&device), "request 9 of object 1: there is no descriptor 2147483647");
+        assert_eq!(kernel.command(), "copen 9,-22");
     }
 
     #[test]

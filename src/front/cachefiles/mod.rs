@@ -2,19 +2,21 @@
 //! Linux 5.19 to 7.1.
 //!
 //! [`cache_dir`] and [`fsck`] prepare the directory, [`Device::bind`] takes the device, and then [`Device`] turns the
-//! kernel's messages into requests. [`wire`] knows the bytes, `object` the descriptors.
+//! kernel's messages into requests. [`wire`] knows the messages, `command` the answers, `object` the descriptors.
 
 pub mod cache_dir;
 pub mod fsck;
 pub mod wire;
 
 mod bind;
+mod command;
 mod counters;
 mod device;
 mod limits;
 mod object;
 
 pub use bind::{BindError, BindOptions};
+pub use command::CommandError;
 pub use counters::Counts;
 pub use device::Device;
 pub use limits::{BadLimits, CullLimits};

@@ -1,13 +1,11 @@
-//! The messages that `/dev/cachefiles` hands out and the commands it takes, as bytes. Pure.
+//! The messages that `/dev/cachefiles` hands out, as bytes. Pure.
 //!
 //! Layouts are those of include/uapi/linux/cachefiles.h: native endian, naturally packed, one message a
-//! read(2), one command a write(2). Nothing in a message is believed: [`parse`] checks every length before
+//! read(2). Nothing in a message is believed: [`parse`] checks every length before
 //! it is used, and never panics. A message that opens an object also carries a file descriptor, which is ours
 //! from the moment the message was read; [`open_fd`] finds it even when the rest makes no sense.
 
 use std::os::fd::RawFd;
-
-use nix::errno::Errno;
 
 use crate::key::Key;
 use crate::range::{self, ByteRange};
@@ -24,14 +22,8 @@ pub const VOLUME_KEY_MAX_BYTES: usize = 255;
 /// (fs/cachefiles/key.c).
 pub const COOKIE_KEY_MAX_BYTES: usize = 252;
 
-/// Longest command in bytes: `PAGE_SIZE - 1` where pages are smallest (`cachefiles_daemon_write`).
-pub const COMMAND_MAX_BYTES: usize = 4095;
-
 /// What EROFS puts before its domain in a volume key (`erofs_fscache_register_volume`).
 const VOLUME_PREFIX: &[u8] = b"erofs,";
-
-/// Largest errno that fits the kernel's error pointers (`MAX_ERRNO`).
-const ERRNO_MAX: i32 = 4095;
 
 /// Bytes of the header before every message: `msg_id`, `opcode`, `len`, `object_id`.
 const HEADER_BYTES: usize = 16;
@@ -125,8 +117,8 @@ pub enum WireError {
     /// No such opcode.
     #[error("unknown opcode {0}")]
     Opcode(u32),
-    /// An OPEN without a descriptor.
-    #[error("descriptor {0} is no descriptor")]
+    /// An OPEN without an open descriptor.
+    #[error("there is no descriptor {0}")]
     Descriptor(u32),
     /// The keys do not fill the message, or one of them is empty or longer than the kernel can use.
     #[error("a volume key of {volume} and a cookie key of {cookie} bytes in {room} bytes")]
@@ -249,62 +241,6 @@ fn saturating_u32(len: usize) -> u32 {
     u32::try_from(len).unwrap_or(u32::MAX)
 }
 
-/// The command that opens an object: its blob exists and is `len_bytes` long. `None` if the length does not
-/// fit the kernel's signed number. Plain decimal: the kernel takes a leading zero for octal.
-#[must_use]
-pub fn copen(msg_id: u32, len_bytes: u64) -> Option<String> {
-    i64::try_from(len_bytes).ok()?;
-    Some(format!("copen {msg_id},{len_bytes}"))
-}
-
-/// The command that refuses to open an object. An errno that the kernel would not take for one becomes `EIO`:
-/// 0 would open the object as an empty one.
-#[must_use]
-pub fn refuse(msg_id: u32, errno: Errno) -> String {
-    let number = match errno as i32 {
-        number @ 1..=ERRNO_MAX => number,
-        _ => Errno::EIO as i32,
-    };
-    format!("copen {msg_id},-{number}")
-}
-
-/// Why a value cannot be part of a command.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum CommandError {
-    /// The kernel refuses commands without their value.
-    #[error("it is empty")]
-    Empty,
-    /// The kernel skips blanks before a value, so it would use another one.
-    #[error("it begins with a blank")]
-    LeadingBlank,
-    /// The kernel refuses NUL, and ignores what follows a newline.
-    #[error("it contains a NUL or a newline")]
-    Forbidden,
-    /// The kernel refuses commands of a page and more.
-    #[error("the command would be {0} bytes long; the kernel takes {COMMAND_MAX_BYTES}")]
-    TooLong(usize),
-}
-
-/// A command that sets `verb` to `value`.
-///
-/// # Errors
-/// The kernel would refuse the value or, worse, use only a part of it.
-pub fn setup(verb: &str, value: &[u8]) -> Result<Vec<u8>, CommandError> {
-    let first = value.first().ok_or(CommandError::Empty)?;
-    if value.iter().any(|byte| matches!(byte, 0 | b'\n')) {
-        return Err(CommandError::Forbidden);
-    }
-    // What the kernel's isspace() knows, with the no-break space of Latin-1.
-    if matches!(first, b'\t'..=b'\r' | b' ' | 0xa0) {
-        return Err(CommandError::LeadingBlank);
-    }
-    let command = [verb.as_bytes(), b" ", value].concat();
-    if command.len() > COMMAND_MAX_BYTES {
-        return Err(CommandError::TooLong(command.len()));
-    }
-    Ok(command)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -404,28 +340,6 @@ mod tests {
         assert_eq!(read(4096, u64::MAX), Ok(Body::Read(4096..u64::MAX)));
         assert_eq!(read(4096, 0), Err(WireError::EmptyRange(4096)));
         assert_eq!(read(u64::MAX, 1), Err(WireError::EmptyRange(u64::MAX)));
-    }
-
-    #[test]
-    fn answers_are_plain_decimal_and_never_empty_by_accident() {
-        assert_eq!(copen(0, 10).unwrap(), "copen 0,10");
-        assert_eq!(copen(u32::MAX, i64::MAX.cast_unsigned()).unwrap(), "copen 4294967295,9223372036854775807");
-        assert_eq!(copen(1, 1 << 63), None);
-        assert_eq!(refuse(8, Errno::ENOENT), "copen 8,-2");
-        assert_eq!(refuse(8, Errno::UnknownErrno), "copen 8,-5");
-    }
-
-    #[test]
-    fn values_the_kernel_would_misread_are_refused() {
-        assert_eq!(setup("dir", b"/c ache").unwrap(), b"dir /c ache");
-        assert_eq!(setup("tag", b""), Err(CommandError::Empty));
-        assert_eq!(setup("tag", b" x"), Err(CommandError::LeadingBlank));
-        assert_eq!(setup("tag", b"\xa0x"), Err(CommandError::LeadingBlank));
-        assert_eq!(setup("tag", b"\nx"), Err(CommandError::Forbidden));
-        assert_eq!(setup("dir", b"/a\nb"), Err(CommandError::Forbidden));
-        assert_eq!(setup("dir", b"/a\0"), Err(CommandError::Forbidden));
-        assert!(setup("dir", &[b'/'; 4091]).is_ok());
-        assert_eq!(setup("dir", &[b'/'; 4092]), Err(CommandError::TooLong(4096)));
     }
 
     fn any_message() -> impl Strategy<Value = Message> {

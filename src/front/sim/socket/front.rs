@@ -1,0 +1,132 @@
+//! The daemon's end: a front end like any other.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::complete;
+use super::link::{Link, Packet};
+use crate::front::cachefiles::wire::{self, Body, Header, Message};
+use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+
+/// Alignment that is kept towards the sinks, though memfds would take anything.
+const ALIGN_BYTES: u64 = 4096;
+
+/// A front end whose kernel is at the other end of a socket.
+#[derive(Debug)]
+pub struct SocketFront {
+    link: Arc<Link>,
+    opens: Arc<dyn Answer>,
+    reads: Arc<dyn Answer>,
+}
+
+impl std::fmt::Debug for dyn Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Answer")
+    }
+}
+
+impl SocketFront {
+    /// Takes the daemon's end of a pair made by [`super::SocketKernel`].
+    ///
+    /// # Errors
+    /// It is no usable descriptor.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        let link = Arc::new(Link::new(fd)?);
+        Ok(Self { opens: Arc::new(Opens(Arc::clone(&link))), reads: Arc::new(Reads(Arc::clone(&link))), link })
+    }
+
+    fn open(&self, message: &Message, key: crate::key::Key, sink: Option<OwnedFd>) -> Result<Request, FrontError> {
+        let ticket = Ticket::new(Arc::clone(&self.opens), message.msg_id.into());
+        let Some(sink) = sink else {
+            // The ticket cannot be refused by a socket other than by its end, which the next receive reports.
+            let _ = ticket.answer(Outcome::Failed(Errno::EBADF));
+            return Err(FrontError::Malformed("an OPEN came without a descriptor".to_owned()));
+        };
+        Ok(Request::Open(OpenRequest { object: ObjectId(message.object_id), key, ticket, sink: Arc::new(sink) }))
+    }
+
+    /// Answers a message that made no sense, as far as that is possible.
+    fn refuse(&self, bytes: &[u8]) {
+        let Some(header) = Header::parse(bytes) else { return };
+        let answer = if header.is_open() {
+            wire::refuse(header.msg_id, Errno::EINVAL)
+        } else if header.is_read() {
+            complete(header.object_id, header.msg_id)
+        } else {
+            return;
+        };
+        // As above.
+        let _ = self.link.send(answer.as_bytes(), None);
+    }
+}
+
+impl FrontEnd for SocketFront {
+    fn name(&self) -> &'static str {
+        "sim"
+    }
+
+    fn caps(&self) -> Caps {
+        Caps { align_bytes: ALIGN_BYTES, holes_are_absent: true, reopens: true }
+    }
+
+    fn poll_fd(&self) -> BorrowedFd<'_> {
+        self.link.as_fd()
+    }
+
+    fn next(&self) -> Result<Option<Request>, FrontError> {
+        let mut buffer = [0; wire::MSG_MAX_BYTES];
+        let Some(Packet { len, fd }) = self.link.receive(&mut buffer, false).map_err(FrontError::Broken)? else {
+            return Ok(None);
+        };
+        if len == 0 {
+            let gone = io::Error::new(io::ErrorKind::UnexpectedEof, "the model kernel has closed its end of the socket");
+            return Err(FrontError::Broken(gone));
+        }
+        let message = wire::parse(&buffer[..len]).map_err(|error| {
+            self.refuse(&buffer[..len]);
+            FrontError::Malformed(error.to_string())
+        })?;
+        let object = ObjectId(message.object_id);
+        match &message.body {
+            Body::Open { key, .. } => self.open(&message, key.clone(), fd).map(Some),
+            Body::Close => Ok(Some(Request::Close(object))),
+            Body::Read(range) => {
+                let token = u64::from(message.object_id) << 32 | u64::from(message.msg_id);
+                let ticket = Ticket::new(Arc::clone(&self.reads), token);
+                Ok(Some(Request::Need(NeedRequest { object, range: range.clone(), ticket })))
+            }
+        }
+    }
+}
+
+/// Takes answers to OPENs. The token is the message's id.
+struct Opens(Arc<Link>);
+
+impl Answer for Opens {
+    fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool> {
+        let msg_id = low(token);
+        let command = match outcome {
+            Outcome::Opened { len_bytes } => wire::copen(msg_id, len_bytes).ok_or(Errno::EFBIG)?,
+            Outcome::Failed(errno) => wire::refuse(msg_id, errno),
+            Outcome::Done => return Err(Errno::EINVAL.into()),
+        };
+        self.0.send(command.as_bytes(), None).map(|()| true)
+    }
+}
+
+/// Takes answers to READs. The token is the object's id above the message's.
+struct Reads(Arc<Link>);
+
+impl Answer for Reads {
+    fn answer(&self, token: u64, _outcome: Outcome) -> io::Result<bool> {
+        self.0.send(complete(low(token >> 32), low(token)).as_bytes(), None).map(|()| true)
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "takes the halves of a token apart")]
+const fn low(token: u64) -> u32 {
+    token as u32
+}

@@ -1,0 +1,142 @@
+//! io_uring and the limits of this process and host.
+
+use nix::sys::resource::{Resource, getrlimit};
+
+use super::device::{CAP_IPC_LOCK, CAP_SYS_RESOURCE, capabilities, has_capability};
+use super::{Check, Verdict, read};
+use crate::engine::ring;
+
+/// Descriptors below which a host with hundreds of containers runs short: each mounted blob takes up to two.
+const WANTED_FILES: u64 = 65_536;
+/// What the unit file should set: the kernel's default upper bound (`fs.nr_open`).
+const NR_OPEN: u64 = 1_048_576;
+/// Share of `fs.file-max` in use, in percent, from which on there is a warning.
+const FILES_HIGH_PERCENT: u64 = 80;
+/// Locked memory in bytes that the engine's buffers may take where `CAP_IPC_LOCK` is missing.
+const WANTED_LOCKED_BYTES: u64 = 64 << 20;
+/// No limit (`RLIM_INFINITY`).
+const UNLIMITED: u64 = libc::RLIM_INFINITY;
+
+/// Looks at io_uring and the limits. They are those of this process: under systemd the daemon may have
+/// others.
+#[must_use]
+pub fn checks() -> Vec<Check> {
+    let status = read("/proc/self/status").unwrap_or_default();
+    let may = |capability| capabilities(&status).is_some_and(|set| has_capability(set, capability));
+    let limit = |resource| getrlimit(resource).unwrap_or((0, 0));
+    let nr_open = read("/proc/sys/fs/nr_open").and_then(|text| text.parse().ok()).unwrap_or(NR_OPEN);
+    let raises = may(CAP_SYS_RESOURCE);
+    vec![
+        ring_check(ring::probe()),
+        files_check(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises),
+        host_files_check(read("/proc/sys/fs/file-nr").as_deref()),
+        file_size_check(limit(Resource::RLIMIT_FSIZE), raises),
+        locked_check(limit(Resource::RLIMIT_MEMLOCK).1, may(CAP_IPC_LOCK)),
+    ]
+}
+
+/// Without io_uring the engine falls back to threads that block.
+fn ring_check(ring: Result<&str, String>) -> Check {
+    const ID: &str = "io-uring";
+    match ring {
+        Ok(mode) => Check::ok(ID, format!("works ({mode})")),
+        Err(error) => {
+            let (found, remedy) = error.split_once("; ").unwrap_or((&error, ""));
+            Check::warn(ID, format!("{found}; infill serves with threads that block instead"), remedy)
+        }
+    }
+}
+
+/// `raises`: the daemon will raise the limit itself, see [`crate::ops::limits`].
+fn files_check(hard: u64, nr_open: u64, raises: bool) -> Check {
+    const ID: &str = "open-files";
+    let limit = if raises { nr_open } else { hard.min(nr_open) };
+    let found = format!("up to {limit} descriptors (limit {hard}, fs.nr_open {nr_open})");
+    if limit < WANTED_FILES {
+        let remedy = format!(
+            "LimitNOFILE={NR_OPEN} in the systemd unit; an open blob needs two descriptors, and one that gets none cannot be mounted"
+        );
+        return Check::warn(ID, found, remedy);
+    }
+    Check::ok(ID, found)
+}
+
+/// `file_nr` is `used unused max`.
+fn host_files_check(file_nr: Option<&str>) -> Check {
+    const ID: &str = "host-files";
+    let numbers: Vec<u64> = file_nr.unwrap_or_default().split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect();
+    let [used, _, max] = numbers[..] else {
+        return Check::unknown(ID, "/proc/sys/fs/file-nr cannot be read", "");
+    };
+    let found = format!("{used} of {max} in use on this host (fs.file-max)");
+    if u128::from(used) * 100 >= u128::from(max) * u128::from(FILES_HIGH_PERCENT) {
+        Check::warn(ID, found, "raise the sysctl fs.file-max")
+    } else {
+        Check::ok(ID, found)
+    }
+}
+
+/// The kernel writes cache files on behalf of the daemon, whose limit counts. The daemon lifts it where it may.
+fn file_size_check((soft, hard): (u64, u64), raises: bool) -> Check {
+    const ID: &str = "file-size";
+    if soft == UNLIMITED {
+        Check::ok(ID, "not limited")
+    } else if hard == UNLIMITED || raises {
+        Check::ok(ID, format!("limited to {soft} bytes, which infill lifts"))
+    } else {
+        Check::fail(
+            ID,
+            Verdict::Failed,
+            format!("limited to {hard} bytes: fills beyond it would fail"),
+            "ulimit -f unlimited, or LimitFSIZE=infinity in the systemd unit",
+        )
+    }
+}
+
+fn locked_check(hard: u64, may_lock: bool) -> Check {
+    const ID: &str = "locked-memory";
+    if may_lock {
+        Check::ok(ID, "not limited (CAP_IPC_LOCK)")
+    } else if hard == UNLIMITED {
+        Check::ok(ID, "not limited")
+    } else if hard >= WANTED_LOCKED_BYTES {
+        Check::ok(ID, format!("up to {hard} bytes"))
+    } else {
+        Check::warn(
+            ID,
+            format!("limited to {hard} bytes; the buffers of io_uring count"),
+            "LimitMEMLOCK=infinity in the systemd unit, or the capability CAP_IPC_LOCK",
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Status;
+    use super::*;
+
+    #[test]
+    fn without_io_uring_the_way_out_is_named() {
+        assert_eq!(ring_check(Ok("fine")).status, Status::Ok);
+        let refused = ring_check(Err("io_uring is switched off; allow it with: sysctl".into()));
+        assert_eq!((refused.status, refused.verdict), (Status::Warn, Verdict::Ready));
+        assert_eq!(refused.remedy, "allow it with: sysctl");
+    }
+
+    #[test]
+    fn limits() {
+        assert_eq!(files_check(1 << 20, 1 << 20, false).status, Status::Ok);
+        assert_eq!(files_check(4096, 1 << 20, false).status, Status::Warn);
+        assert_eq!(files_check(4096, 1 << 20, true).status, Status::Ok);
+        assert_eq!(files_check(UNLIMITED, 1024, true).status, Status::Warn);
+        assert_eq!(host_files_check(Some("667\t0\t2466177")).status, Status::Ok);
+        assert_eq!(host_files_check(Some("80\t0\t100")).status, Status::Warn);
+        assert_eq!(host_files_check(Some("80")).status, Status::Unknown);
+        assert_eq!(file_size_check((UNLIMITED, UNLIMITED), false).status, Status::Ok);
+        assert_eq!(file_size_check((1, UNLIMITED), false).status, Status::Ok);
+        assert_eq!(file_size_check((1, 1), true).status, Status::Ok);
+        assert_eq!(file_size_check((1, 1 << 40), false).verdict, Verdict::Failed);
+        assert_eq!(locked_check(8 << 20, false).status, Status::Warn);
+        assert_eq!(locked_check(8 << 20, true).status, Status::Ok);
+    }
+}

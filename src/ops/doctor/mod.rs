@@ -1,0 +1,199 @@
+//! `infill doctor`: can this host serve images through cachefiles, and if not, what is to be done?
+//!
+//! | file | its subject |
+//! |---|---|
+//! | `release` | kernel versions: the window of the feature, known bugs (pure) |
+//! | `features` | what is compiled into the kernel and its modules |
+//! | `device` | the device node and who may open it |
+//! | `cache_dir` | the cache directory and its file system |
+//! | `host` | io_uring, limits |
+//!
+//! Nothing is changed: no module is loaded, the device is not opened, and the only file that is made (to
+//! try direct writes) never has a name.
+
+pub mod cache_dir;
+pub mod device;
+pub mod features;
+pub mod host;
+pub mod release;
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use self::features::Kernel;
+use self::release::Running;
+use crate::ops::exit;
+use crate::store::{SourceMode, StoreSpec, open_store};
+
+/// The device of the cachefiles front end.
+pub const DEVICE: &str = "/dev/cachefiles";
+
+/// How a check ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// As it should be.
+    Ok,
+    /// It works, but not as well as it could.
+    Warn,
+    /// Serving is not possible.
+    Fail,
+    /// It could not be found out.
+    Unknown,
+}
+
+/// What a failure amounts to; the first is the worst.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// The kernel lacks the feature, or its device is in use.
+    Unavailable,
+    /// This process is not permitted to use it.
+    NotPermitted,
+    /// The cache directory cannot be used.
+    BadCacheDir,
+    /// Anything else.
+    Failed,
+    /// Serving is possible.
+    Ready,
+}
+
+impl Verdict {
+    /// The exit code, one of [`exit`].
+    #[must_use]
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::Ready => 0,
+            Self::Failed => exit::FAILED,
+            Self::Unavailable => exit::UNAVAILABLE,
+            Self::NotPermitted => exit::NO_PERMISSION,
+            Self::BadCacheDir => exit::BAD_CONFIGURATION,
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ready => "this host can serve images through cachefiles",
+            Self::Unavailable => "not possible: the kernel lacks what is needed, or its device is in use",
+            Self::NotPermitted => "not possible: this process is not permitted to",
+            Self::BadCacheDir => "not possible: the cache directory cannot be used",
+            Self::Failed => "not possible as things are",
+        })
+    }
+}
+
+/// One finding.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
+pub struct Check {
+    /// A stable name.
+    pub id: &'static str,
+    /// How it ended.
+    pub status: Status,
+    /// What was found.
+    pub found: String,
+    /// What the operator can do; empty if nothing has to be done.
+    #[serde(rename = "do")]
+    pub remedy: String,
+    /// What it amounts to.
+    #[serde(skip)]
+    pub verdict: Verdict,
+}
+
+impl Check {
+    fn ok(id: &'static str, found: impl Into<String>) -> Self {
+        Self::new(id, Status::Ok, Verdict::Ready, found.into(), "")
+    }
+
+    fn warn(id: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::new(id, Status::Warn, Verdict::Ready, found.into(), remedy)
+    }
+
+    fn unknown(id: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::new(id, Status::Unknown, Verdict::Ready, found.into(), remedy)
+    }
+
+    fn fail(id: &'static str, verdict: Verdict, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::new(id, Status::Fail, verdict, found.into(), remedy)
+    }
+
+    fn new(id: &'static str, status: Status, verdict: Verdict, found: String, remedy: impl Into<String>) -> Self {
+        Self { id, status, found, remedy: remedy.into(), verdict }
+    }
+}
+
+/// All findings.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Report {
+    /// In the order of printing.
+    pub checks: Vec<Check>,
+    /// The worst of them.
+    pub verdict: Verdict,
+}
+
+impl Report {
+    /// A report of these checks.
+    #[must_use]
+    pub fn new(checks: Vec<Check>) -> Self {
+        let verdict = checks.iter().map(|check| check.verdict).min();
+        Self { verdict: verdict.unwrap_or(Verdict::Ready), checks }
+    }
+}
+
+/// What is to be checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    /// Where the cache is to be.
+    pub cache_dir: &'a Path,
+    /// The stores that are to be used.
+    pub stores: &'a [StoreSpec],
+}
+
+/// Examines this host.
+#[must_use]
+pub fn examine(subject: &Subject<'_>) -> Report {
+    let running = Running::read();
+    let kernel = Kernel::read(&running.release);
+    let mut checks = release::checks(&running);
+    checks.extend(kernel.checks());
+    checks.extend(device::checks(&kernel));
+    checks.extend(cache_dir::checks(subject.cache_dir));
+    checks.extend(host::checks());
+    checks.extend(subject.stores.iter().map(check_store));
+    checks.push(features::later_front_end(&running, &kernel));
+    Report::new(checks)
+}
+
+fn check_store(spec: &StoreSpec) -> Check {
+    match open_store(spec, SourceMode::default()) {
+        Ok(store) => Check::ok("store", format!("{} can be read", store.name())),
+        Err(error) => Check::fail("store", Verdict::Failed, error.to_string(), ""),
+    }
+}
+
+/// The text of a small file below `/proc` or `/sys`, without the newline at its end.
+fn read(path: &str) -> Option<String> {
+    let bytes = fs::read(path).ok()?;
+    Some(String::from_utf8_lossy(&bytes).trim_end().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_finding_decides() {
+        let fail = |verdict| Check::fail("x", verdict, "", "");
+        let verdict = |checks: &[Check]| Report::new(checks.to_vec()).verdict.exit_code();
+        let harmless = [Check::ok("x", ""), Check::warn("x", "", ""), Check::unknown("x", "", "")];
+        assert_eq!(verdict(&[]), 0);
+        assert_eq!(verdict(&harmless), 0);
+        let mut checks = harmless.to_vec();
+        for (worse, code) in [(Verdict::Failed, 1), (Verdict::BadCacheDir, 78), (Verdict::NotPermitted, 77), (Verdict::Unavailable, 69)] {
+            checks.push(fail(worse));
+            assert_eq!(verdict(&checks), code);
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What an operator gets for bad input: one line that says what, where and what to do, and the documented
+//! exit code. Nothing here needs a kernel with cachefiles, or root.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn infill(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("INFILL_")) {
+        command.env_remove(name);
+    }
+    command.args(args).output().expect("the binary runs")
+}
+
+/// Runs and checks the exit code and that standard error is one line with all of `words`.
+fn refused(args: &[&str], code: i32, words: &[&str]) {
+    let output = infill(args);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {text}");
+    for word in words {
+        assert!(text.contains(word), "{args:?}: no {word:?} in: {text}");
+    }
+    assert_eq!(text.trim_end().lines().count(), 1, "{args:?}: more than one line: {text}");
+    assert!(output.stdout.is_empty(), "{args:?} printed something");
+}
+
+fn settings(dir: &Path, text: &str) -> String {
+    let path = dir.join("config.toml");
+    std::fs::write(&path, text).expect("a scratch file can be written");
+    path.to_str().expect("a scratch path is text").to_owned()
+}
+
+#[test]
+fn no_store_is_explained() {
+    refused(&["serve"], 78, &["no store", "--store dir:PATH"]);
+}
+
+#[test]
+fn a_store_that_is_not_there_is_named() {
+    refused(&["serve", "--store", "dir:/no/such/place"], 78, &["dir:/no/such/place", "does not exist"]);
+    refused(&["serve", "--store", "oci:/no/such/place"], 78, &["oci:/no/such/place"]);
+}
+
+#[test]
+fn an_unknown_kind_of_store_lists_the_known_ones() {
+    refused(&["serve", "--store", "s3:bucket"], 78, &["s3:bucket", "dir:PATH", "oci:PATH"]);
+}
+
+#[test]
+fn values_out_of_bounds_say_what_is_allowed() {
+    refused(&["serve", "--store", "dir:/", "--window", "5000"], 78, &["window = 5000", "power of two"]);
+    refused(&["serve", "--store", "dir:/", "--slots", "0"], 78, &["slots = 0", "must be 1 to"]);
+}
+
+#[test]
+fn a_bad_flag_is_a_usage_error() {
+    for args in [&["serve", "--no-such-flag"][..], &["serve", "--engine", "turbo"], &["no-such-verb"], &["serve", "--window", "1X"]] {
+        assert_eq!(infill(args).status.code(), Some(2), "{args:?}");
+    }
+}
+
+#[test]
+fn a_settings_file_is_checked_before_anything_is_started() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = settings(dir.path(), "version = 1\n[serve]\nstore = [\"dir:/\"]\nwindwo = 1\n");
+    let output = infill(&["serve", "--config", &path]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(78) && text.contains("windwo") && text.contains(&path), "{text}");
+    refused(&["serve", "--config", "/no/such/file"], 78, &["/no/such/file"]);
+    let path = settings(dir.path(), "version = 1\n[serve]\nstore = [\"dir:/\"]\nwindow = \"64K\"\n");
+    let output = infill(&["serve", "--config", &path, "--check-config"]);
+    assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+}
+
+#[test]
+fn a_kernel_without_cachefiles_is_explained() {
+    if Path::new("/dev/cachefiles").exists() {
+        return println!("not run: this kernel has /dev/cachefiles");
+    }
+    let store = tempfile::tempdir().unwrap();
+    let spec = format!("dir:{}", store.path().display());
+    refused(&["serve", "--store", &spec], 69, &["/dev/cachefiles", "modprobe cachefiles", "docs/kernels.md"]);
+}
+
+#[test]
+fn the_doctor_speaks_json() {
+    let output = infill(&["doctor", "--json"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let report: serde_json::Value = serde_json::from_str(text.trim_end().lines().last().unwrap_or_default()).expect("one JSON object");
+    assert!(report["checks"].as_array().is_some_and(|checks| checks.len() > 5), "{report}");
+    assert!(report["verdict"].is_string(), "{report}");
+}

@@ -1,0 +1,79 @@
+//! The engine's machine against the model kernel: thousands of small worlds, each from a seed.
+//!
+//! `INFILL_SIM_SEEDS` says how many (10,000 if unset), `INFILL_SIM_SEED` replays one and prints all of it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use infill::front::sim::world::{self, Report, Rule, Sabotage, Seen};
+
+const SEEDS: u64 = 10_000;
+/// Worlds in which a mistake made on purpose must show.
+const SABOTAGE_SEEDS: u64 = 400;
+
+fn from_env(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Runs seeds on all cores until one breaks a rule.
+fn run_all(seeds: u64) -> Result<Seen, Box<Report>> {
+    let next = AtomicU64::new(0);
+    let run_some = || -> Result<Seen, Box<Report>> {
+        let mut total = Seen::default();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds {
+                return Ok(total);
+            }
+            let seen = world::run(seed, None).inspect_err(|_| next.store(seeds, Ordering::Relaxed))?;
+            total.add(&seen);
+        }
+    };
+    let workers = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(run_some)).collect();
+        let mut total = Seen::default();
+        for thread in threads {
+            total.add(&thread.join().expect("a worker panicked")?);
+        }
+        Ok(total)
+    })
+}
+
+#[test]
+fn every_world_keeps_the_rules() {
+    if let Some(seed) = from_env("INFILL_SIM_SEED") {
+        let report = world::replay(seed, None);
+        println!("{report}");
+        return;
+    }
+    let seen = match run_all(from_env("INFILL_SIM_SEEDS").unwrap_or(SEEDS)) {
+        Ok(seen) => seen,
+        Err(report) => panic!("{report}"),
+    };
+    println!("{seen:?}");
+    assert!(seen.readers_served > seen.readers_failed, "the worlds are too hostile to show much: {seen:?}");
+}
+
+#[test]
+fn every_mistake_is_found() {
+    for sabotage in Sabotage::ALL {
+        let found = (0..SABOTAGE_SEEDS).find_map(|seed| world::run(seed, Some(sabotage)).err());
+        let report = found.unwrap_or_else(|| panic!("{sabotage:?} was not noticed in {SABOTAGE_SEEDS} worlds"));
+        assert!(!report.notes.is_empty());
+        println!("{sabotage:?}: {:?} at seed {}, step {}", report.violation.rule, report.seed, report.step);
+        let expected: &[Rule] = match sabotage {
+            Sabotage::DoneTooEarly => &[Rule::DoneMeansThere],
+            Sabotage::DropAnswer | Sabotage::AnswerTwice => &[Rule::OneAnswer],
+            Sabotage::FailForNothing => &[Rule::FailureHasReason],
+            Sabotage::MisalignedWrite => &[Rule::Aligned],
+            Sabotage::WrongPlace | Sabotage::NoPadding | Sabotage::WrongSource => &[Rule::RightBytes, Rule::NoOverlap],
+            Sabotage::OneSlotForAll => &[Rule::SlotOwner],
+            Sabotage::ShortIsWhole => &[Rule::DoneMeansThere],
+            Sabotage::EarlyRelease => &[Rule::Release],
+            Sabotage::NoRelease => &[Rule::NothingLeft, Rule::Release],
+            Sabotage::LostOperation => &[Rule::OneAnswer, Rule::NothingLeft],
+        };
+        assert!(expected.contains(&report.violation.rule), "{sabotage:?} was taken for {report}");
+    }
+}

@@ -1,0 +1,262 @@
+//! The whole engine, with real I/O, against a kernel on a socket: right bytes, no reader left hanging.
+
+use std::fs::{File, OpenOptions};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use infill::engine::{Engine, EngineError, EngineKind, Settings};
+use infill::front::cachefiles::wire::{self, Body, Message};
+use infill::front::sim::rng::Rng;
+use infill::front::sim::socket::{ReadError, SocketFront, SocketKernel};
+use infill::front::{FrontEnd, unanswered_tickets};
+use infill::key::Key;
+use infill::store::dir::DirStore;
+use infill::store::{SourceMode, Store};
+use nix::errno::Errno;
+use tempfile::TempDir;
+
+const PAGE: u64 = 4096;
+/// Readers at a time.
+const READERS: u64 = 8;
+/// Random ranges that each of them reads.
+const RANGES: u64 = 40;
+/// Times that a daemon takes over from another while readers wait.
+const HANDOVERS: u32 = 5;
+/// How long a stop may take to finish what has begun.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// A directory of blobs with contents by chance, some of odd length.
+struct Blobs {
+    dir: TempDir,
+    all: Vec<(Key, Vec<u8>)>,
+}
+
+impl Blobs {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut rng = Rng::new(1);
+        let all = [0, 1, 4096, 100_001, 3_000_000].map(|len| {
+            let bytes: Vec<u8> = (0..len / 8 + 1).flat_map(|_| rng.next().to_ne_bytes()).take(len).collect();
+            let name = format!("blob{len}");
+            std::fs::write(dir.path().join(&name), &bytes).unwrap();
+            (Key::new(b"dom", name.as_bytes()), bytes)
+        });
+        Self { dir, all: all.into() }
+    }
+
+    fn store(&self, mode: SourceMode) -> Arc<dyn Store> {
+        Arc::new(DirStore::new("dir:test".into(), self.dir.path(), mode).unwrap())
+    }
+}
+
+fn settings(kind: EngineKind, shards: usize) -> Settings {
+    Settings {
+        shards,
+        kind,
+        window_bytes: 128 << 10,
+        slot_bytes: 64 << 10,
+        slots: 4,
+        workers: 2,
+        open_timeout: Duration::from_secs(1),
+        tracer: None,
+    }
+}
+
+/// Starts an engine on the daemon's end of a socket; `None` if this machine has no io_uring for us.
+fn start(end: std::os::fd::OwnedFd, store: &Arc<dyn Store>, settings: &Settings) -> Option<Engine> {
+    let front: Arc<dyn FrontEnd> = Arc::new(SocketFront::from_fd(end).unwrap());
+    match Engine::start(&front, store, settings) {
+        Err(EngineError::NoRing(why)) => {
+            println!("not run: no io_uring: {why}");
+            None
+        }
+        result => Some(result.unwrap()),
+    }
+}
+
+/// Each kind of engine with each way to read a source.
+fn for_each_engine(test: impl Fn(&Blobs, &Settings, &Arc<dyn Store>)) {
+    for kind in [EngineKind::Uring, EngineKind::Blocking] {
+        for (mode, shards) in [(SourceMode::Direct, 1), (SourceMode::Buffered, 2), (SourceMode::Mmap, 2)] {
+            println!("{kind:?} {mode:?}, {shards} shards");
+            let blobs = Blobs::new();
+            test(&blobs, &settings(kind, shards), &blobs.store(mode));
+        }
+    }
+}
+
+/// Reads a range of an object and compares; the range is cut to the blob's length.
+fn read_and_compare(kernel: &SocketKernel, object: u32, bytes: &[u8], start: u64, len: u64, read_ahead: u64) {
+    let len_bytes = bytes.len() as u64;
+    let range = start.min(len_bytes)..(start + len).min(len_bytes);
+    let got = kernel.read(object, &range, read_ahead).unwrap();
+    let want = &bytes[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
+    assert!(got == want, "wrong bytes in {range:?}");
+}
+
+fn read_at_random(kernel: &SocketKernel, objects: &[(u32, &[u8])], seed: u64) {
+    let mut rng = Rng::new(seed);
+    for _ in 0..RANGES {
+        let (object, bytes) = rng.pick(objects);
+        let start = rng.below(bytes.len() as u64 + 1);
+        let len = rng.pick(&[1, PAGE, 10 * PAGE, 1 << 20]);
+        let read_ahead = rng.pick(&[PAGE, 32 * PAGE]);
+        read_and_compare(kernel, object, bytes, start, len, read_ahead);
+    }
+}
+
+/// The sink holds the blob, then zeros up to the page's end, and nothing behind it.
+fn assert_sink_is_whole(sink: &File, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    let padded = bytes.len().next_multiple_of(4096);
+    assert_eq!(sink.metadata().unwrap().len(), padded as u64, "written beyond the end");
+    let mut got = vec![0xff; padded];
+    sink.read_exact_at(&mut got, 0).unwrap();
+    assert!(got[..bytes.len()] == *bytes && got[bytes.len()..].iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn readers_get_the_right_bytes() {
+    for_each_engine(|blobs, settings, store| {
+        let (kernel, end) = SocketKernel::new().unwrap();
+        let Some(engine) = start(end, store, settings) else { return };
+        let objects: Vec<(u32, &[u8])> = blobs.all.iter().map(|(key, bytes)| (kernel.open(key).unwrap(), &bytes[..])).collect();
+        let missing = kernel.open(&Key::new(b"dom", b"missing"));
+        assert_eq!(missing, Err(ReadError::Errno(Errno::ENOENT)));
+        thread::scope(|scope| {
+            for seed in 0..READERS {
+                let (kernel, objects) = (&kernel, &objects);
+                scope.spawn(move || read_at_random(kernel, objects, seed));
+            }
+        });
+        for &(object, bytes) in &objects {
+            read_and_compare(&kernel, object, bytes, 0, u64::MAX / 2, 32 * PAGE);
+            assert_sink_is_whole(&kernel.sink(object).unwrap(), bytes);
+            // Beyond the end there is nothing to bring, but there is an answer.
+            let end = (bytes.len() as u64).next_multiple_of(PAGE);
+            kernel.demand(object, &(end..end + PAGE)).unwrap();
+            kernel.demand(object, &(0..u64::MAX)).unwrap();
+            kernel.close(object).unwrap();
+        }
+        let stats = engine.stop(DRAIN, || false).unwrap();
+        assert_eq!(kernel.violations(), [""; 0]);
+        assert_eq!(unanswered_tickets(), 0);
+        println!("{stats:?}");
+    });
+}
+
+#[test]
+fn a_new_daemon_takes_over_while_readers_wait() {
+    for_each_engine(|blobs, settings, store| {
+        let (kernel, end) = SocketKernel::new().unwrap();
+        let Some(first) = start(end, store, settings) else { return };
+        let (key, bytes) = blobs.all.last().unwrap();
+        let object = kernel.open(key).unwrap();
+        let done = AtomicU64::new(0);
+        let last = thread::scope(|scope| {
+            for seed in 0..READERS {
+                let (kernel, done) = (&kernel, &done);
+                scope.spawn(move || {
+                    read_at_random(kernel, &[(object, bytes)], seed);
+                    done.fetch_add(1, Ordering::Release);
+                });
+            }
+            let mut engine = first;
+            for _ in 0..HANDOVERS {
+                thread::sleep(Duration::from_millis(10));
+                engine.stop(DRAIN, || false).unwrap();
+                let (end, send_again) = kernel.restart().unwrap();
+                engine = start(end, store, settings).unwrap();
+                send_again().unwrap();
+            }
+            engine
+        });
+        assert_eq!(done.load(Ordering::Acquire), READERS);
+        last.stop(DRAIN, || false).unwrap();
+        assert_eq!(kernel.violations(), [""; 0]);
+        assert_eq!(unanswered_tickets(), 0);
+    });
+}
+
+#[test]
+fn a_stop_without_patience_leaves_nobody_hanging() {
+    for_each_engine(|blobs, settings, store| {
+        let (kernel, end) = SocketKernel::new().unwrap();
+        let Some(engine) = start(end, store, settings) else { return };
+        let (key, bytes) = blobs.all.last().unwrap();
+        let object = kernel.open(key).unwrap();
+        let pages = bytes.len() as u64 / PAGE;
+        thread::scope(|scope| {
+            for n in 0..4 * READERS {
+                let kernel = &kernel;
+                scope.spawn(move || {
+                    let start = n * 37 % pages * PAGE;
+                    kernel.demand(object, &(start..start + PAGE)).unwrap();
+                });
+            }
+            engine.stop(Duration::ZERO, || false).unwrap();
+            // What the daemon did not read any more is the next one's.
+            let (end, send_again) = kernel.restart().unwrap();
+            let next = start(end, store, settings).unwrap();
+            send_again().unwrap();
+            scope.spawn(|| next.stop(DRAIN, || false).unwrap());
+        });
+        assert_eq!(kernel.violations(), [""; 0]);
+        assert_eq!(unanswered_tickets(), 0);
+    });
+}
+
+#[test]
+fn a_truncated_source_is_an_error_and_never_a_wrong_byte() {
+    for_each_engine(|blobs, settings, store| {
+        let (kernel, end) = SocketKernel::new().unwrap();
+        let Some(engine) = start(end, store, settings) else { return };
+        let (key, bytes) = blobs.all.last().unwrap();
+        let object = kernel.open(key).unwrap();
+        let half = bytes.len() as u64 / 2;
+        let path = blobs.dir.path().join(str::from_utf8(key.name()).unwrap());
+        OpenOptions::new().write(true).open(path).unwrap().set_len(half).unwrap();
+        let lost = kernel.read(object, &(half + PAGE..half + 2 * PAGE), PAGE);
+        assert_eq!(lost, Err(ReadError::Errno(Errno::EIO)));
+        // What is left of it may be served, but only as it was.
+        match kernel.read(object, &(0..PAGE), PAGE) {
+            Ok(got) => assert!(got == bytes[..got.len()]),
+            Err(error) => assert_eq!(error, ReadError::Errno(Errno::EIO)),
+        }
+        engine.stop(DRAIN, || false).unwrap();
+        assert_eq!(kernel.violations(), [""; 0]);
+    });
+}
+
+#[test]
+fn noise_and_closes_are_survived() {
+    for_each_engine(|blobs, settings, store| {
+        let (kernel, end) = SocketKernel::new().unwrap();
+        let Some(engine) = start(end, store, settings) else { return };
+        let (key, bytes) = &blobs.all[3];
+        for noise in [&[0xff][..], &[0xff; 16], &[0xff; wire::MSG_MAX_BYTES]] {
+            kernel.send_noise(noise).unwrap();
+        }
+        for body in [Body::Read(0..PAGE), Body::Close] {
+            kernel.send_noise(&wire::encode(&Message { msg_id: 77_777, object_id: u32::MAX, body })).unwrap();
+        }
+        for _ in 0..20 {
+            let object = kernel.open(key).unwrap();
+            thread::scope(|scope| {
+                // Closed while it is read: the reader gets its bytes or an error, at once.
+                let reader = scope.spawn(|| kernel.read(object, &(0..bytes.len() as u64), 4 * PAGE));
+                kernel.close(object).unwrap();
+                if let Ok(got) = reader.join().unwrap() {
+                    assert!(got == *bytes);
+                }
+            });
+        }
+        let object = kernel.open(key).unwrap();
+        read_and_compare(&kernel, object, bytes, 0, u64::MAX / 2, 32 * PAGE);
+        engine.stop(DRAIN, || false).unwrap();
+        assert_eq!(kernel.violations(), [""; 0]);
+        assert_eq!(unanswered_tickets(), 0);
+    });
+}
