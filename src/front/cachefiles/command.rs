@@ -9,21 +9,21 @@ use nix::errno::Errno;
 use nix::unistd;
 
 /// Longest command in bytes: `PAGE_SIZE - 1` where pages are smallest (`cachefiles_daemon_write`).
-pub(super) const COMMAND_MAX_BYTES: usize = 4095;
+pub const COMMAND_MAX_BYTES: usize = 4095;
 
 /// Largest errno that fits the kernel's error pointers (`MAX_ERRNO`).
 const ERRNO_MAX: i32 = 4095;
 
 /// The command that opens an object: its blob exists and is `len_bytes` long. `None` if the length does not
 /// fit the kernel's signed number. Plain decimal: the kernel takes a leading zero for octal.
-pub(super) fn copen(msg_id: u32, len_bytes: u64) -> Option<String> {
+pub fn copen(msg_id: u32, len_bytes: u64) -> Option<String> {
     i64::try_from(len_bytes).ok()?;
     Some(format!("copen {msg_id},{len_bytes}"))
 }
 
 /// The command that refuses to open an object. An errno that the kernel would not take for one becomes `EIO`:
 /// 0 would open the object as an empty one.
-pub(super) fn refuse(msg_id: u32, errno: Errno) -> String {
+pub fn refuse(msg_id: u32, errno: Errno) -> String {
     let number = match errno as i32 {
         number @ 1..=ERRNO_MAX => number,
         _ => Errno::EIO as i32,

@@ -9,7 +9,7 @@ pub mod fsck;
 pub mod wire;
 
 mod bind;
-mod command;
+pub mod command;
 mod counters;
 mod device;
 mod limits;

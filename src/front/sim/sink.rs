@@ -90,7 +90,7 @@ impl CacheFile {
         if start != write.offset && !flavour.misplaces {
             return Err(Errno::ENOBUFS);
         }
-        if write.len % SECTOR_BYTES != 0 || write.address % SECTOR_BYTES != 0 {
+        if !write.len.is_multiple_of(SECTOR_BYTES) || !write.address.is_multiple_of(SECTOR_BYTES) {
             return Err(Errno::EINVAL);
         }
         let taken = write.at_most.unwrap_or(write.len).min(write.len);

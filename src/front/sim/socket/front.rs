@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use super::complete;
 use super::link::{Link, Packet};
+use crate::front::cachefiles::command;
 use crate::front::cachefiles::wire::{self, Body, Header, Message};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 
@@ -52,7 +53,7 @@ impl SocketFront {
     fn refuse(&self, bytes: &[u8]) {
         let Some(header) = Header::parse(bytes) else { return };
         let answer = if header.is_open() {
-            wire::refuse(header.msg_id, Errno::EINVAL)
+            command::refuse(header.msg_id, Errno::EINVAL)
         } else if header.is_read() {
             complete(header.object_id, header.msg_id)
         } else {
@@ -109,8 +110,8 @@ impl Answer for Opens {
     fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool> {
         let msg_id = low(token);
         let command = match outcome {
-            Outcome::Opened { len_bytes } => wire::copen(msg_id, len_bytes).ok_or(Errno::EFBIG)?,
-            Outcome::Failed(errno) => wire::refuse(msg_id, errno),
+            Outcome::Opened { len_bytes } => command::copen(msg_id, len_bytes).ok_or(Errno::EFBIG)?,
+            Outcome::Failed(errno) => command::refuse(msg_id, errno),
             Outcome::Done => return Err(Errno::EINVAL.into()),
         };
         self.0.send(command.as_bytes(), None).map(|()| true)

@@ -122,7 +122,7 @@ impl SocketKernel {
         let inner = Arc::clone(&self.inner);
         let link = Arc::clone(&inner.lock().link);
         let thread = std::thread::spawn(move || {
-            let mut buffer = [0; wire::COMMAND_MAX_BYTES];
+            let mut buffer = [0; crate::front::cachefiles::command::COMMAND_MAX_BYTES];
             while let Ok(Some(packet)) = link.receive(&mut buffer, true)
                 && packet.len > 0
             {

@@ -55,13 +55,13 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
-    use crate::front::cachefiles::wire;
+    use crate::front::cachefiles::command;
 
     #[test]
     fn the_kernel_understands_what_the_daemon_sends() {
-        let opened = wire::copen(7, 4096).unwrap();
+        let opened = command::copen(7, 4096).unwrap();
         assert_eq!(Answered::parse(opened.as_bytes()), Some(Answered::Open { msg_id: 7, size: 4096 }));
-        let refused = wire::refuse(u32::MAX, Errno::ENOENT);
+        let refused = command::refuse(u32::MAX, Errno::ENOENT);
         assert_eq!(Answered::parse(refused.as_bytes()), Some(Answered::Open { msg_id: u32::MAX, size: -2 }));
         assert_eq!(Answered::parse(complete(3, 0).as_bytes()), Some(Answered::Read { object: 3, msg_id: 0 }));
         for noise in [&b""[..], b"copen 1", b"copen ,", b"complete 1,-1", b"\xff 1,1"] {
