@@ -132,6 +132,7 @@ fn in_guest(args: &DemoArgs, data: &Path, len_bytes: u64, scratch: &Path) -> Res
 #[derive(Default)]
 struct Console {
     begun: bool,
+    ended: bool,
     lines: Vec<String>,
     report: Option<Report>,
 }
@@ -142,7 +143,9 @@ impl Console {
             self.begun = true;
         } else if line.starts_with(REPORT_START) {
             self.report = serde_json::from_str(line).ok();
-        } else if self.begun && !line.is_empty() && !line.starts_with(KERNEL_MARK) && !line.starts_with(EXIT_MARK) {
+        } else if line.starts_with(EXIT_MARK) {
+            self.ended = true;
+        } else if self.begun && !self.ended && !line.is_empty() && !line.starts_with(KERNEL_MARK) {
             println!("{line}");
         }
         self.lines.push(line.to_owned());
