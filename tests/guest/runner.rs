@@ -25,6 +25,8 @@ pub(crate) const FAILED: &str = "test failed: ";
 
 /// How long one test may take, emulated on a busy machine.
 const TEST_LIMIT: Duration = Duration::from_secs(240);
+/// How long the kernel may hold the device node after a test; it frees a killed daemon's rings late.
+const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 /// Where a test leaves the reason of its failure.
 const REASON_FILE: &str = "/tmp/reason";
 
@@ -123,8 +125,15 @@ fn leftovers() -> Option<String> {
     if let Some(line) = mounts.lines().find(|line| line.contains(" erofs ")) {
         return Some(format!("still mounted: {line}"));
     }
-    match fs::OpenOptions::new().read(true).write(true).open("/dev/cachefiles") {
-        Ok(_) => None,
-        Err(e) => Some(format!("/dev/cachefiles is not free: {e}")),
+    let began = Instant::now();
+    loop {
+        match fs::OpenOptions::new().read(true).write(true).open("/dev/cachefiles") {
+            Ok(_) => {
+                println!("/dev/cachefiles was free after {} ms", began.elapsed().as_millis());
+                return None;
+            }
+            Err(e) if began.elapsed() > RELEASE_LIMIT => return Some(format!("/dev/cachefiles is not free: {e}")),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
     }
 }
