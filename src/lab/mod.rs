@@ -93,12 +93,20 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Makes an empty directory of this process.
+    /// Makes an empty directory of this process, and removes those that killed ones left.
     ///
     /// # Errors
     /// What the operating system said.
     pub fn make(name: &str) -> Result<Self> {
-        let path = cache_dir()?.join(format!("{name}-{}", std::process::id()));
+        let home = cache_dir()?;
+        for entry in std::fs::read_dir(&home).into_iter().flatten().flatten() {
+            let file_name = entry.file_name();
+            let pid = file_name.to_str().and_then(|f| f.strip_prefix(name)?.strip_prefix('-'));
+            if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
+        let path = home.join(format!("{name}-{}", std::process::id()));
         std::fs::create_dir_all(&path).trying(|| format!("cannot make {}", path.display()))?;
         Ok(Self { path })
     }
