@@ -9,7 +9,9 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::engine::{EngineKind, usable_cpus};
+use crate::front::cachefiles::{BadLimits, CullLimits, command};
 use crate::key::Key;
+use crate::range::page_bytes;
 use crate::store::{SourceMode, StoreSpec};
 
 /// Version of the file format.
@@ -33,8 +35,8 @@ const DEFAULT_SLOTS: u32 = 16;
 const DEFAULT_WORKERS: u32 = 8;
 /// Longest window.
 const WINDOW_BYTES_MAX: u64 = 64 << 20;
-/// Smallest window and slot: the smallest page.
-const PAGE_BYTES_MIN: u64 = 4096;
+/// Smallest window and slot: the smallest page, and what cachefiles writes at least (`CACHEFILES_DIO_BLOCK_SIZE`).
+const BLOCK_BYTES_MIN: u64 = 4096;
 /// A registered buffer is at most 1 GiB long (`io_buffer_validate`, io_uring/rsrc.c); one shard's slots are one.
 const SHARD_BUFFER_BYTES_MAX: u64 = 1 << 30;
 /// Threads a shard at most.
@@ -226,8 +228,8 @@ pub struct Config {
     pub tag: String,
     /// Security context for the kernel's accesses.
     pub secctx: Option<String>,
-    /// `brun`, `bcull`, `bstop`, `frun`, `fcull`, `fstop` in percent, where set.
-    pub cull_percent: [Option<u8>; 6],
+    /// How full the cache's file system may become.
+    pub cull: CullLimits,
     /// Event loops.
     pub shards: usize,
     /// How reads and writes are done.
@@ -281,6 +283,9 @@ pub enum ConfigError {
         /// What is wrong and what is allowed.
         problem: String,
     },
+    /// Limits that contradict each other.
+    #[error("bad culling limits: {0}")]
+    Cull(#[from] BadLimits),
     /// No store was named.
     #[error(
         "no store: name at least one place that holds blobs, with --store dir:PATH or --store oci:PATH, or store = [...] in the settings file"
@@ -360,7 +365,14 @@ impl Options {
             seed: seed.collect::<Result<_, _>>()?,
             tag: self.tag.unwrap_or_else(|| DEFAULT_TAG.into()),
             secctx: self.secctx,
-            cull_percent: [self.brun, self.bcull, self.bstop, self.frun, self.fcull, self.fstop],
+            cull: CullLimits {
+                brun_percent: self.brun,
+                bcull_percent: self.bcull,
+                bstop_percent: self.bstop,
+                frun_percent: self.frun,
+                fcull_percent: self.fcull,
+                fstop_percent: self.fstop,
+            },
             shards,
             engine: self.engine.unwrap_or_default(),
             source: self.source.unwrap_or_default(),
@@ -380,9 +392,16 @@ impl Options {
 
 impl Config {
     fn check_bounds(&self) -> Result<(), ConfigError> {
+        for (setting, text) in [("tag", Some(&self.tag)), ("secctx", self.secctx.as_ref())] {
+            if let Some(text) = text {
+                command::setup(setting, text.as_bytes()).map_err(|why| value(setting, format!("{text:?}"), &why))?;
+            }
+        }
+        self.cull.commands()?;
         bounds("shards", self.shards as u64, 1, SHARDS_MAX as u64)?;
-        power_of_two("window", self.window_bytes, WINDOW_BYTES_MAX)?;
-        power_of_two("slot_size", self.slot_bytes, SHARD_BUFFER_BYTES_MAX / 2)?;
+        power_of_two("window", self.window_bytes, BLOCK_BYTES_MIN, WINDOW_BYTES_MAX)?;
+        // A slot holds at least a page, which is the least that is written.
+        power_of_two("slot_size", self.slot_bytes, BLOCK_BYTES_MIN.max(page_bytes()), SHARD_BUFFER_BYTES_MAX / 2)?;
         let slots_max = (SHARD_BUFFER_BYTES_MAX / self.slot_bytes) - 1;
         bounds("slots", u64::from(self.slots), 1, slots_max)?;
         bounds("workers", u64::from(self.workers), 1, u64::from(WORKERS_MAX))?;
@@ -414,8 +433,8 @@ fn bounds(setting: &'static str, number: u64, min: u64, max: u64) -> Result<(), 
     if (min..=max).contains(&number) { Ok(()) } else { Err(value(setting, number, &format!("must be {min} to {max}"))) }
 }
 
-fn power_of_two(setting: &'static str, bytes: u64, max: u64) -> Result<(), ConfigError> {
-    bounds(setting, bytes, PAGE_BYTES_MIN, max)?;
+fn power_of_two(setting: &'static str, bytes: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    bounds(setting, bytes, min, max)?;
     if bytes.is_power_of_two() { Ok(()) } else { Err(value(setting, bytes, &"must be a power of two".to_owned())) }
 }
 
@@ -463,6 +482,15 @@ mod tests {
             (Options { drain_timeout_ms: Some(u64::MAX), ..with_store() }, "drain_timeout_ms"),
         ];
         for (options, expected) in cases {
+            let message = options.check().unwrap_err().to_string();
+            assert!(message.starts_with(expected), "{message}");
+        }
+        for (options, expected) in [
+            (Options { slot_size: Some(Bytes(2048)), ..with_store() }, "slot_size = 2048: must be "),
+            (Options { tag: Some(String::new()), ..with_store() }, "tag = \"\": it is empty"),
+            (Options { secctx: Some("a\nb".into()), ..with_store() }, "secctx = \"a\\nb\": it contains"),
+            (Options { brun: Some(3), ..with_store() }, "bad culling limits: bstop 1 %, bcull 5 %, brun 3 %"),
+        ] {
             let message = options.check().unwrap_err().to_string();
             assert!(message.starts_with(expected), "{message}");
         }

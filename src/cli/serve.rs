@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,11 +16,17 @@ use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings};
 use crate::front::FrontEnd;
-use crate::front::cachefiles::{BindOptions, CullLimits, Device};
+use crate::front::cachefiles::{BindOptions, Device};
+use crate::front::sim::socket::SocketFront;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::{erofs, exit, limits, log};
 use crate::store::{Store, Stores};
+
+/// How long the printing of traced requests may take after the engine has stopped.
+const PRINT_MAX: Duration = Duration::from_secs(2);
+/// Pause between two looks at whether it has ended.
+const PRINT_POLL: Duration = Duration::from_millis(5);
 
 /// Flags of `infill serve`.
 #[derive(Debug, Args)]
@@ -38,7 +45,7 @@ pub struct ServeArgs {
     /// Check the settings, print nothing if they are good, and end
     #[arg(long)]
     check_config: bool,
-    /// The socket of the model kernel, an inherited descriptor (for tests)
+    /// The socket of the model kernel: 0, standard input (for tests)
     #[arg(long, hide = true, value_name = "FD")]
     sim_socket: Option<i32>,
 }
@@ -83,22 +90,17 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
 
 fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Arc<dyn FrontEnd>, Failure> {
     match (config.front_end, sim_socket) {
-        (FrontEndKind::Sim, Some(_)) => Err(Failure::new(exit::USAGE, "the model kernel is not built in yet")),
-        (FrontEndKind::Sim, None) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket FD")),
+        (FrontEndKind::Sim, Some(0)) => {
+            let front =
+                SocketFront::from_stdin().map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
+            Ok(Arc::new(front))
+        }
+        (FrontEndKind::Sim, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
         (FrontEndKind::Auto | FrontEndKind::Cachefiles, _) => {
-            let [brun, bcull, bstop, frun, fcull, fstop] = config.cull_percent;
-            let limits = CullLimits {
-                brun_percent: brun,
-                bcull_percent: bcull,
-                bstop_percent: bstop,
-                frun_percent: frun,
-                fcull_percent: fcull,
-                fstop_percent: fstop,
-            };
             let mut options = BindOptions::new(&config.cache_dir);
             options.tag.clone_from(&config.tag);
             options.secctx.clone_from(&config.secctx);
-            options.limits = limits;
+            options.limits = config.cull;
             let device = Device::bind(&options).map_err(|error| Failure::new(error.exit_code(), error))?;
             Ok(device)
         }
@@ -204,10 +206,12 @@ fn wait_for(signals: &Signals, engine: &Engine) {
     let _ = poll(&mut fds, PollTimeout::NONE);
 }
 
-/// Waits until all traced requests are printed. The shards' tracers are gone by now.
+/// Waits until all traced requests are printed. Not for ever: a shard that hangs keeps its tracer, and whoever
+/// reads standard output may have stopped reading.
 fn finish(printer: Option<JoinHandle<()>>) {
-    if let Some(printer) = printer {
-        let _ = printer.join();
+    let started = Instant::now();
+    while printer.as_ref().is_some_and(|printer| !printer.is_finished()) && started.elapsed() < PRINT_MAX {
+        std::thread::sleep(PRINT_POLL);
     }
 }
 

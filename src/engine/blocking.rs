@@ -5,15 +5,16 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::io::{Done, FileRef, Io, Kind, Op, Ready, Watch};
+use super::io::{DRAIN_MAX, Done, FileRef, Io, Kind, Op, Ready, Watch};
 
 const REQUESTS: u64 = 0;
 const WAKE: u64 = 1;
@@ -22,9 +23,11 @@ const COMPLETIONS: u64 = 2;
 /// See the module's description.
 #[derive(Debug)]
 pub struct Blocking {
-    /// Its end ends the workers, once they have done what was queued. They are not joined: one may hang in
-    /// the kernel, and each operation owns its memory.
-    jobs: Sender<Op>,
+    /// Its end ends the workers. They are not joined: one may hang in the kernel, and each operation owns its
+    /// memory.
+    jobs: Option<Sender<Op>>,
+    /// Nothing that is queued may start any more.
+    ended: Arc<AtomicBool>,
     done: Receiver<Done>,
     completions: Arc<EventFd>,
     epoll: Epoll,
@@ -45,28 +48,56 @@ impl Blocking {
             epoll.add(requests, edge(REQUESTS))?;
         }
         let ((jobs, queue), (results, done)) = (channel(), channel());
-        let queue = Arc::new(Mutex::new(queue));
+        let (queue, ended) = (Arc::new(Mutex::new(queue)), Arc::<AtomicBool>::default());
         for n in 0..workers.max(1) {
-            let (queue, results, completions) = (Arc::clone(&queue), results.clone(), Arc::clone(&completions));
-            std::thread::Builder::new().name(format!("infill-io-{n}")).spawn(move || work(&queue, &results, &completions))?;
+            let worker = Worker {
+                queue: Arc::clone(&queue),
+                ended: Arc::clone(&ended),
+                results: results.clone(),
+                completions: Arc::clone(&completions),
+            };
+            std::thread::Builder::new().name(format!("infill-io-{n}")).spawn(move || worker.run())?;
         }
-        Ok(Self { jobs, done, completions, epoll })
+        Ok(Self { jobs: Some(jobs), ended, done, completions, epoll })
     }
 }
 
-fn work(queue: &Mutex<Receiver<Op>>, results: &Sender<Done>, completions: &EventFd) {
-    loop {
-        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(op) = next else { return };
-        let result = match op.kind {
-            Kind::Read => op.memory.read_at(op.file.fd, op.offset),
-            Kind::Write => op.memory.write_at(op.file.fd, op.offset),
-        };
-        if results.send(Done { op, result }).is_err() {
-            return;
+/// What a thread works with.
+struct Worker {
+    queue: Arc<Mutex<Receiver<Op>>>,
+    ended: Arc<AtomicBool>,
+    results: Sender<Done>,
+    completions: Arc<EventFd>,
+}
+
+impl Worker {
+    fn run(&self) {
+        loop {
+            let next = self.queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok(op) = next else { return };
+            if self.ended.load(Ordering::Acquire) {
+                return;
+            }
+            let result = match op.kind {
+                Kind::Read => op.memory.read_at(op.file.fd, op.offset),
+                Kind::Write => op.memory.write_at(op.file.fd, op.offset),
+            };
+            if self.results.send(Done { op, result }).is_err() {
+                return;
+            }
+            // The counter cannot overflow in practice, and a full one wakes as well.
+            let _ = self.completions.write(1);
         }
-        // The counter cannot overflow in practice, and a full one wakes as well.
-        let _ = completions.write(1);
+    }
+}
+
+impl Drop for Blocking {
+    /// Waits until no thread can use a descriptor any more: its number may soon stand for another file.
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+        self.jobs = None;
+        let deadline = Instant::now() + DRAIN_MAX;
+        while self.done.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok() {}
     }
 }
 
@@ -79,7 +110,7 @@ impl Io for Blocking {
 
     fn push(&mut self, op: Op) {
         let key = op.key;
-        let queued = self.jobs.send(op).is_ok();
+        let queued = self.jobs.as_ref().is_some_and(|jobs| jobs.send(op).is_ok());
         debug_assert!(queued, "the workers live as long as the queue, but operation {key} was lost");
     }
 
@@ -136,5 +167,22 @@ mod tests {
         let mut last = [1];
         file.read_exact_at(&mut last, 409_599).unwrap();
         assert_eq!(last, [0]);
+    }
+
+    #[test]
+    fn nothing_starts_after_it_was_dropped() {
+        let (buffers, wake) = (Buffers::new(4, 1 << 20).unwrap(), EventFd::new().unwrap());
+        let mut io = Blocking::new(2, Watch { requests: None, wake: wake.as_fd() }).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let to = io.add_file(file.as_fd());
+        for key in 0..500 {
+            io.push(Op { key, kind: Kind::Write, file: to, offset: key << 20, memory: buffers.zeros(1 << 20) });
+        }
+        drop(io);
+        // The descriptor's number may stand for another file from here on.
+        let len = file.metadata().unwrap().len();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(file.metadata().unwrap().len(), len);
+        assert!(len < 500 << 20, "what had not been started is not done any more");
     }
 }

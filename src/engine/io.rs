@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use super::buffers::Memory;
 
+/// How long an [`Io`] that is dropped waits for operations that have started.
+pub(super) const DRAIN_MAX: Duration = Duration::from_secs(1);
+
 /// What an operation does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
@@ -76,7 +79,8 @@ pub struct Watch<'a> {
 }
 
 /// Runs operations. One thread uses it; the caller keeps at most as many operations in flight as it said
-/// when it was made.
+/// when it was made. Once it was dropped no operation starts, so files may be closed then; what hangs in the
+/// kernel keeps its memory and its file by itself.
 pub trait Io {
     /// Announces a file that will be used often.
     fn add_file(&mut self, fd: BorrowedFd<'_>) -> FileRef;

@@ -54,13 +54,19 @@ impl Bell {
         Ok(Self { eventfd: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?, asleep: AtomicBool::new(false) })
     }
 
-    /// Wakes the shard if it sleeps or is about to.
-    pub(super) fn ring(&self) {
+    /// Ends the shard's wait or, if it is not waiting, its next one: for news that are not in the mailbox, which
+    /// the shard does not look for before it sleeps.
+    pub(super) fn wake(&self) {
+        // A full counter wakes as well.
+        let _ = self.eventfd.write(1);
+    }
+
+    /// Wakes the shard if it sleeps or is about to, because something was put into its mailbox.
+    fn ring(&self) {
         // Pairs with the fence in `Inbox::may_sleep`: either the shard sees what was sent, or we see it asleep.
         fence(Ordering::SeqCst);
         if self.asleep.swap(false, Ordering::SeqCst) {
-            // A full counter wakes as well.
-            let _ = self.eventfd.write(1);
+            self.wake();
         }
     }
 }
@@ -139,5 +145,32 @@ impl Inbox {
     /// The descriptor to wait on.
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.bell.eventfd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::poll::{PollFd, PollFlags, poll};
+
+    fn has_rung(inbox: &Inbox) -> bool {
+        let mut fds = [PollFd::new(inbox.fd(), PollFlags::POLLIN)];
+        poll(&mut fds, 0u8).unwrap() == 1
+    }
+
+    #[test]
+    fn messages_ring_only_for_a_sleeper_and_news_always() {
+        let (mailbox, mut inbox) = Inbox::pair().unwrap();
+        mailbox.try_send(Message::Close(ObjectId(1))).unwrap();
+        assert!(!has_rung(&inbox), "it is awake");
+        assert!(!inbox.may_sleep(), "there is a message");
+        assert!(inbox.take().is_some() && inbox.take().is_none() && inbox.may_sleep());
+        mailbox.try_send(Message::Close(ObjectId(2))).unwrap();
+        assert!(has_rung(&inbox));
+        inbox.silence();
+        inbox.awake();
+        assert!(inbox.take().is_some());
+        mailbox.bell().wake();
+        assert!(inbox.may_sleep() && has_rung(&inbox), "the news came before it slept");
     }
 }

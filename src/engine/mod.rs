@@ -79,7 +79,7 @@ pub struct Settings {
 
 /// Fills that one reader's request may wait for at a time.
 pub const FILLS_PER_NEED: u32 = 16;
-/// Failed reads that are logged a second; the others are only counted.
+/// Failures that are logged a second; the others are only counted.
 const FAILURES_LOGGED_PER_SECOND: u64 = 10;
 
 /// Why the engine could not start or had to end.
@@ -148,14 +148,14 @@ impl Shared {
     /// Makes the receiving shard read from the front end once more.
     fn look_again(&self) {
         self.look_again.store(true, Ordering::Release);
-        self.bells[0].ring();
+        self.bells[0].wake();
     }
 
     fn wake_all(&self) {
-        self.bells.iter().for_each(|bell| bell.ring());
+        self.bells.iter().for_each(|bell| bell.wake());
     }
 
-    /// Whether one more failed read may be logged: a broken disk must not fill another one with messages.
+    /// Whether one more failure may be logged: a broken disk must not fill another one with messages.
     fn may_log_failure(&self) -> bool {
         let allowed = (self.started.elapsed().as_secs() + 1) * FAILURES_LOGGED_PER_SECOND;
         let logged = self.failures_logged.load(Ordering::Relaxed);
@@ -177,3 +177,6 @@ impl Shared {
         snapshot
     }
 }
+
+#[cfg(test)]
+mod tests;

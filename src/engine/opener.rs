@@ -19,6 +19,9 @@ use crate::store::{Blob, Store, StoreError};
 pub(super) const OPENERS: usize = 4;
 /// Opens that may wait for one of them.
 pub(super) const OPENS_MAX: usize = 1024;
+/// Longest blob that is served, that of a file on ext4. What is known of its pages takes 1 MiB before the first
+/// is read; and a sparse file may claim to be of any length.
+const BLOB_BYTES_MAX: u64 = 1 << 44;
 /// Pause before a lookup that failed for a passing reason is tried again; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 /// Longest such pause.
@@ -49,6 +52,7 @@ impl Opener {
         let OpenRequest { object, key, ticket, sink } = open;
         let blob = match self.look_up(&key) {
             Ok(blob) => blob,
+            // `sink` is closed after the answer, as the kernel wants it.
             Err(errno) => return self.refuse(ticket, errno),
         };
         let len_bytes = blob.len_bytes();
@@ -71,11 +75,13 @@ impl Opener {
 
     fn refuse(&self, ticket: crate::front::Ticket, errno: Errno) {
         Shared::count(&self.shared.opens_failed);
-        if let Err(error) = ticket.answer(Outcome::Failed(errno)) {
+        if let Err(error) = ticket.answer(Outcome::Failed(errno))
+            && self.shared.may_log_failure()
+        {
             tracing::error!("the kernel did not take the refusal of an open: {error}");
         }
-        // A refused open wakes nobody, but may leave something to be read.
-        self.shared.look_again();
+        // The kernel opens an object that was open before again and again, as long as somebody reads it, but wakes
+        // nobody for that. The receiving shard looks by itself once a second, which is often enough for such tries.
     }
 
     /// Finds a blob, trying again while that may help: the kernel does not ask twice.
@@ -84,18 +90,28 @@ impl Opener {
         let mut pause = PAUSE_MIN;
         loop {
             let error = match self.store.open(key) {
+                Ok(Some(blob)) if blob.len_bytes() > BLOB_BYTES_MAX => {
+                    if self.shared.may_log_failure() {
+                        tracing::error!("the blob {key} has {} bytes, and {BLOB_BYTES_MAX} is the most; its mount fails", blob.len_bytes());
+                    }
+                    return Err(Errno::EFBIG);
+                }
                 Ok(Some(blob)) => {
                     tracing::info!("serving {key} ({} bytes)", blob.len_bytes());
                     return Ok(blob);
                 }
                 Ok(None) => {
-                    tracing::warn!("no store has the blob {key}: its mount fails; looked in {}", self.store.name());
+                    if self.shared.may_log_failure() {
+                        tracing::warn!("no store has the blob {key}: its mount fails; looked in {}", self.store.name());
+                    }
                     return Err(Errno::ENOENT);
                 }
                 Err(error) => error,
             };
             if !self.worth_waiting(&error, started) {
-                tracing::error!("{error}; its mount fails");
+                if self.shared.may_log_failure() {
+                    tracing::error!("{error}; its mount fails");
+                }
                 return Err(error.errno());
             }
             tracing::warn!("{error}; trying again in {} ms", pause.as_millis());

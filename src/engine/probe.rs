@@ -12,11 +12,16 @@ use super::machine::Machine;
 use crate::front::ObjectId;
 use crate::range::ByteRange;
 
+/// How far beyond what is needed now a hole is taken note of. To note more of it costs memory and time for parts
+/// that may never be read: 32 KiB for each GiB of 4 KiB pages.
+const AHEAD_BYTES: u64 = 1 << 30;
+
 /// Brings the machine's knowledge about a demand up to date, before the demand is given to it.
 pub(super) fn refresh<T>(machine: &mut Machine<T>, id: ObjectId, sink: impl AsFd + Copy, demand: &ByteRange) {
     while let Some(region) = machine.unprobed(id, demand) {
         let (probed, present) = scan(sink, &region);
-        machine.learn(id, &probed, present);
+        let end = probed.end.min(region.end.saturating_add(AHEAD_BYTES));
+        machine.learn(id, &(probed.start..end), present);
     }
     if machine.believes(id, demand) {
         let mut at = demand.start;
@@ -60,7 +65,10 @@ fn seek(sink: impl AsFd, at: u64, whence: Whence) -> Result<u64, Errno> {
 #[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
 mod tests {
     use super::*;
+    use crate::engine::machine::Limits;
+    use crate::store::{Blob, Data, Extent, SourceFile};
     use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
 
     #[test]
     fn finds_data_between_holes() {
@@ -76,5 +84,35 @@ mod tests {
         assert_eq!(scan(&file, &(196_608..200_704)), (196_608..u64::MAX, vec![]));
         assert_eq!(scan(&file, &(0..4096)), (0..131_072, vec![]));
         assert_eq!(scan(&file, &(135_168..139_264)).1, vec![135_168..139_264]);
+    }
+
+    /// A blob of nothing but its length.
+    #[derive(Debug)]
+    struct Long(u64);
+
+    impl Blob for Long {
+        fn len_bytes(&self) -> u64 {
+            self.0
+        }
+
+        fn extent(&self, offset: u64) -> Extent {
+            Extent { len_bytes: self.0 - offset, data: Data::Zero }
+        }
+
+        fn files(&self) -> &[Arc<SourceFile>] {
+            &[]
+        }
+    }
+
+    #[test]
+    fn only_what_is_near_is_taken_note_of() {
+        let limits = Limits { page_bytes: 4096, fill_max_bytes: 4096, window_bytes: 4096, slots: 1, fills_per_need: 1, probe: true };
+        let (mut machine, id) = (Machine::<()>::new(limits), ObjectId(1));
+        machine.open(id, Arc::new(Long(1 << 40)));
+        let sink = tempfile::tempfile().unwrap();
+        refresh(&mut machine, id, &sink, &(0..4096));
+        assert_eq!(machine.unprobed(id, &(4096..8192)), None);
+        let far = 1 << 39;
+        assert_eq!(machine.unprobed(id, &(far..far + 4096)), Some(far..far + 4096));
     }
 }

@@ -7,7 +7,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::buffers::Memory;
-use super::io::{Done, FileRef, Io, Kind, Op, Ready, Watch};
+use super::io::{DRAIN_MAX, Done, FileRef, Io, Kind, Op, Ready, Watch};
 
 /// `user_data` of the poll on the front end's descriptor; operations count from 0.
 const REQUESTS: u64 = u64::MAX;
@@ -23,10 +23,6 @@ const REQUESTS: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;
 /// Completions taken out of the ring at a time.
 const REAP_BATCH: usize = 64;
-/// Rounds that a ring that is dropped waits for its operations, of [`DRAIN_WAIT`] each.
-const DRAIN_ROUNDS: u32 = 50;
-/// One round.
-const DRAIN_WAIT: Duration = Duration::from_millis(100);
 /// Places in the fixed-file table; files beyond it are used by number.
 const FILE_SLOTS: u32 = 16_384;
 
@@ -270,9 +266,10 @@ impl Drop for Ring {
     /// Closing a ring does not end operations that have started, so they are waited for. If they do not end
     /// (a dead disk) their memory is given up rather than unmapped under the kernel's hands.
     fn drop(&mut self) {
-        let mut done = Vec::new();
-        for _ in 0..DRAIN_ROUNDS {
-            if self.ops.is_empty() || self.wait(Some(DRAIN_WAIT), &mut done).is_err() {
+        let (mut done, deadline) = (Vec::new(), Instant::now() + DRAIN_MAX);
+        while !self.ops.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.wait(Some(left), &mut done).is_err() {
                 break;
             }
         }

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
+use std::time::Duration;
 
 use super::mailbox::{Mailbox, Message};
 use super::{Shared, clock::Clock};
@@ -15,6 +16,10 @@ const REQUESTS_PER_TURN: u32 = 256;
 /// Requests for data that may wait for their answer at a time. Beyond it nothing is read from the kernel,
 /// which keeps what comes; opens and closes wait then too, so it is far above what readers reach.
 const PENDING_MAX: u64 = 65_536;
+
+/// Pause while there is no room for what comes next. Nobody says when there is; but a shard that is behind
+/// needs its core, and this one may share it.
+const FULL_PAUSE: Duration = Duration::from_millis(1);
 
 /// Which shard owns an object. The kernel counts ids up, so neighbours spread.
 pub(super) const fn owner(object: ObjectId, shards: usize) -> usize {
@@ -50,34 +55,44 @@ impl Router {
         self.more = true;
     }
 
-    /// Whether it wants to run again without waiting for anything.
-    pub(super) const fn is_busy(&self) -> bool {
-        self.more || self.held.is_some()
+    /// After which time it wants to run again, whatever happens; `None`: when the kernel has something.
+    pub(super) fn next_turn(&self) -> Option<Duration> {
+        match (&self.held, self.more) {
+            (None, false) => None,
+            (None, true) if self.has_room() => Some(Duration::ZERO),
+            _ => Some(FULL_PAUSE),
+        }
     }
 
-    /// Reads requests until there are none, a limit is reached, or a queue is full. `own` gets those for
-    /// shard 0, on which this runs.
+    /// Reads requests until there are none, a limit is reached, or a queue is full. Those for the shard on
+    /// which this runs go through its mailbox too: only so does a request find the object that an opener put
+    /// there just before it told the kernel that it is open.
     ///
     /// # Errors
     /// The front end is broken.
-    pub(super) fn drain(&mut self, front: &dyn FrontEnd, own: &mut dyn FnMut(Message)) -> Result<(), FrontError> {
+    pub(super) fn drain(&mut self, front: &dyn FrontEnd) -> Result<(), FrontError> {
         if let Some(held) = self.held.take() {
-            self.deliver(held, own);
+            self.deliver(held);
         }
-        let mut left = REQUESTS_PER_TURN;
-        while self.held.is_none() && self.more && left > 0 && self.has_room() {
+        // Once a turn: it looks at memory that every shard writes.
+        let mut left = if self.has_room() { REQUESTS_PER_TURN } else { 0 };
+        while self.held.is_none() && self.more && left > 0 {
             left -= 1;
             match front.next() {
                 Ok(None) => self.more = false,
-                Ok(Some(request)) => self.route(request, own),
+                Ok(Some(request)) => self.route(request),
                 Err(FrontError::Malformed(what)) => {
                     Shared::count(&self.shared.malformed);
-                    tracing::warn!("ignored a malformed message from the kernel: {what}");
+                    if self.shared.may_log_failure() {
+                        tracing::warn!("ignored a malformed message from the kernel: {what}");
+                    }
                 }
                 Err(error @ FrontError::OutOfDescriptors(_)) => {
                     Shared::count(&self.shared.opens);
                     Shared::count(&self.shared.opens_failed);
-                    tracing::error!("{error}");
+                    if self.shared.may_log_failure() {
+                        tracing::error!("{error}");
+                    }
                 }
                 Err(error) => return Err(error),
             }
@@ -100,7 +115,7 @@ impl Router {
         self.shared.shards.iter().map(super::stats::ShardStats::pending).sum::<u64>() < PENDING_MAX
     }
 
-    fn route(&mut self, request: Request, own: &mut dyn FnMut(Message)) {
+    fn route(&mut self, request: Request) {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
@@ -112,19 +127,15 @@ impl Router {
                 Held::Message(owner(object, self.shards.len()), Message::Close(object))
             }
         };
-        self.deliver(held, own);
+        self.deliver(held);
     }
 
-    fn deliver(&mut self, held: Held, own: &mut dyn FnMut(Message)) {
+    fn deliver(&mut self, held: Held) {
         self.held = match held {
             Held::Open(open) => match self.openers.try_send(open) {
                 Ok(()) => None,
                 Err(TrySendError::Full(open) | TrySendError::Disconnected(open)) => Some(Held::Open(open)),
             },
-            Held::Message(0, message) => {
-                own(message);
-                None
-            }
             Held::Message(shard, message) => self.shards[shard].try_send(message).err().map(|message| Held::Message(shard, message)),
         };
     }

@@ -1,7 +1,7 @@
 //! One shard: the event loop that ties the machine to I/O, memory and answers.
 //!
-//! A turn: take messages (and, on the receiving shard, requests from the kernel), let the machine decide,
-//! start what it wants, give the answers of this turn back to back, wait.
+//! A turn: on the receiving shard read the kernel's requests; take messages, let the machine decide, start
+//! what it wants, give the answers of this turn back to back, wait.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -48,13 +48,13 @@ pub(super) struct Shard<I> {
     /// On the shard that receives.
     receiver: Option<(Arc<dyn FrontEnd>, Router)>,
     machine: Machine<Ticket>,
-    /// Objects by the machine's handle.
-    attached: Vec<Option<Attached>>,
     tracer: Option<Tracer>,
     answers: Vec<Answered<Ticket>>,
     done: Vec<Done>,
-    // Dropped in this order: the operations' owner before the memory that they use.
+    // Dropped in this order: the operations' owner before the files and the memory that they use.
     io: I,
+    /// Objects by the machine's handle.
+    attached: Vec<Option<Attached>>,
     buffers: Buffers,
 }
 
@@ -76,18 +76,29 @@ impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
         let Parts { index, caps, shared, clock, inbox, receiver, machine, tracer, io, buffers } = parts;
         let (attached, answers, done) = (Vec::new(), Vec::new(), Vec::new());
-        Self { index, caps, shared, clock, inbox, receiver, machine, attached, tracer, answers, done, io, buffers }
+        Self { index, caps, shared, clock, inbox, receiver, machine, tracer, answers, done, io, attached, buffers }
     }
 
-    /// Serves until the engine stops.
+    /// Serves until the engine stops, or until it cannot go on. Either way no request is left without its answer.
     pub(super) fn run(mut self) -> Result<(), EngineError> {
-        while !self.has_ended() {
+        let result = self.serve();
+        if result.is_err() {
+            self.stop_receiving();
             self.take_messages();
+            self.fail_rest();
+        }
+        self.publish();
+        result
+    }
+
+    fn serve(&mut self) -> Result<(), EngineError> {
+        while !self.has_ended() {
             self.receive()?;
+            self.take_messages();
             self.machine.tick(self.clock.now_ns());
             self.act();
             self.answer();
-            self.stats().publish(self.machine.counters(), self.machine.pending(), self.machine.object_count());
+            self.publish();
             self.wait()?;
         }
         Ok(())
@@ -97,35 +108,38 @@ impl<I: Io> Shard<I> {
         &self.shared.shards[self.index]
     }
 
+    fn publish(&self) {
+        self.stats().publish(self.machine.counters(), self.machine.pending(), self.machine.object_count());
+    }
+
     fn take_messages(&mut self) {
         while let Some(message) = self.inbox.take() {
-            self.handle(message);
+            match message {
+                Message::Adopt(adopted) => self.adopt(adopted),
+                Message::Need(need, since_ns) => self.need(need, since_ns),
+                Message::Close(object) => self.machine.close(object),
+            }
         }
     }
 
     /// On the receiving shard: reads what the kernel wants.
     fn receive(&mut self) -> Result<(), EngineError> {
-        let Some((front, mut router)) = self.receiver.take() else { return Ok(()) };
-        let mut result = Ok(());
         if self.shared.stopping.load(Ordering::Acquire) {
+            self.stop_receiving();
+        }
+        let Some((front, router)) = &mut self.receiver else { return Ok(()) };
+        if self.shared.look_again.swap(false, Ordering::AcqRel) {
+            router.notice();
+        }
+        router.drain(&**front).map_err(EngineError::Front)
+    }
+
+    /// On the receiving shard: lets the others know that nothing more will come.
+    fn stop_receiving(&mut self) {
+        if let Some((_, mut router)) = self.receiver.take() {
             router.give_up();
             self.shared.received_all.store(true, Ordering::Release);
             self.shared.wake_all();
-        } else {
-            if self.shared.look_again.swap(false, Ordering::AcqRel) {
-                router.notice();
-            }
-            result = router.drain(&*front, &mut |message| self.handle(message)).map_err(EngineError::Front);
-            self.receiver = Some((front, router));
-        }
-        result
-    }
-
-    fn handle(&mut self, message: Message) {
-        match message {
-            Message::Adopt(adopted) => self.adopt(adopted),
-            Message::Need(need, since_ns) => self.need(need, since_ns),
-            Message::Close(object) => self.machine.close(object),
         }
     }
 
@@ -225,7 +239,9 @@ impl<I: Io> Shard<I> {
                 Ok(false) => self.stats().late(),
                 Err(error) => {
                     self.stats().refused();
-                    tracing::error!("the kernel did not take the answer to a read: {error}");
+                    if self.shared.may_log_failure() {
+                        tracing::error!("the kernel did not take the answer to a read: {error}");
+                    }
                 }
             }
             if outcome != Outcome::Done || self.tracer.is_some() {
@@ -251,8 +267,7 @@ impl<I: Io> Shard<I> {
     }
 
     fn wait(&mut self) -> Result<(), EngineError> {
-        let sleeps = !self.is_busy() && self.inbox.may_sleep();
-        let timeout = if sleeps { self.sleep_max() } else { Duration::ZERO };
+        let timeout = if self.inbox.may_sleep() { self.sleep_max() } else { Duration::ZERO };
         let ready = self.io.wait(Some(timeout), &mut self.done).map_err(EngineError::Io)?;
         self.inbox.awake();
         if ready.woken {
@@ -278,7 +293,9 @@ impl<I: Io> Shard<I> {
                 && result > 0
                 && !is_whole(file)
             {
-                tracing::error!("a mapped source was truncated while it was copied; unmount its image to drop what was cached of it");
+                if self.shared.may_log_failure() {
+                    tracing::error!("a mapped source was truncated while it was copied; unmount its image to drop what was cached of it");
+                }
                 result = -(Errno::EIO as i32);
             }
             self.machine.io_done(OpKey(op.key), result, now_ns);
@@ -286,14 +303,11 @@ impl<I: Io> Shard<I> {
         self.done = done;
     }
 
-    fn is_busy(&self) -> bool {
-        let look_again = self.receiver.is_some() && self.shared.look_again.load(Ordering::Acquire);
-        look_again || self.receiver.as_ref().is_some_and(|(_, router)| router.is_busy())
-    }
-
+    /// How long it may sleep: to the next deadline of a fill, and of the router if it is here.
     fn sleep_max(&self) -> Duration {
         let deadline = self.machine.next_deadline().map(|at| Duration::from_nanos(at.saturating_sub(self.clock.now_ns())));
-        deadline.map_or(SLEEP_MAX, |deadline| deadline.min(SLEEP_MAX))
+        let router = self.receiver.as_ref().and_then(|(_, router)| router.next_turn());
+        [deadline, router].into_iter().flatten().fold(SLEEP_MAX, Duration::min)
     }
 
     /// Whether there is nothing left to do for ever. When time is up, what is left is failed first.
@@ -303,11 +317,16 @@ impl<I: Io> Shard<I> {
         }
         self.take_messages();
         if self.shared.out_of_time.load(Ordering::Acquire) || self.machine.pending() == 0 {
-            self.machine.close_all();
-            self.act();
-            self.answer();
+            self.fail_rest();
         }
         self.machine.object_count() == 0 || self.shared.out_of_time.load(Ordering::Acquire)
+    }
+
+    /// Closes every object and answers what waited for it.
+    fn fail_rest(&mut self) {
+        self.machine.close_all();
+        self.act();
+        self.answer();
     }
 }
 

@@ -27,7 +27,8 @@ use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
 const STOP_POLL: Duration = Duration::from_millis(5);
-/// How long a shard that is out of time may take to give its last answers.
+/// How long a shard that is out of time may take to give its last answers; longer than [`super::io::DRAIN_MAX`],
+/// so that only one that hangs is left behind.
 const ABORT_WAIT: Duration = Duration::from_secs(2);
 
 /// A running engine.
@@ -92,7 +93,7 @@ impl Engine {
                 clock,
                 inbox,
             };
-            shards.push(plan.spawn(report.clone())?);
+            shards.push(plan.spawn(report.clone()).inspect_err(|_| shared.abandon())?);
         }
         drop(report);
         let started = await_shards(&reports, shards.len()).inspect_err(|_| shared.abandon())?;
@@ -136,11 +137,10 @@ impl Engine {
         self.shared.wake_all();
         self.wait(ABORT_WAIT, || false);
         let mut result = Ok(());
-        for shard in self.shards {
-            // A shard that hangs in the kernel is left behind; the process ends without it.
-            if shard.is_finished()
-                && let Ok(ended) = shard.join()
-            {
+        for (index, shard) in self.shards.into_iter().enumerate() {
+            if !shard.is_finished() {
+                tracing::error!(shard = index, "left a shard behind that hangs in the kernel; see /proc/PID/task/*/stack and the disks");
+            } else if let Ok(ended) = shard.join() {
                 result = result.and(ended);
             }
         }

@@ -39,13 +39,10 @@ pub fn raise() -> Result<Raised, LimitError> {
 fn raise_fds() -> u64 {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok()).unwrap_or(hard);
-    // With CAP_SYS_RESOURCE the hard limit can go up too; without, the soft one at least.
-    for (wanted_soft, wanted_hard) in [(most.max(hard), most.max(hard)), (hard, hard)] {
-        if setrlimit(Resource::RLIMIT_NOFILE, wanted_soft, wanted_hard).is_ok() {
-            return wanted_soft;
-        }
-    }
-    soft
+    // With CAP_SYS_RESOURCE the hard limit can go up too; without, the soft one at least. Nobody may go above
+    // `nr_open`, also if the hard limit dates from a time when that was higher.
+    let possible = |fds: &u64| setrlimit(Resource::RLIMIT_NOFILE, *fds, *fds).is_ok();
+    [most, hard.min(most)].into_iter().find(possible).unwrap_or(soft)
 }
 
 /// Uses a high number once: the table grows to it and stays.

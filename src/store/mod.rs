@@ -68,7 +68,8 @@ pub trait Blob: Send + Sync + fmt::Debug {
     }
 }
 
-/// A run of bytes of a blob that lie together.
+/// A run of bytes of a blob that lie together. It ends on a boundary of the machine's pages or at the end of the
+/// blob, because whole pages are written and each comes from one extent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Extent {
     /// How many bytes, at least 1; it may reach the end of the blob but not beyond.

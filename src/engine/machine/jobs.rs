@@ -12,7 +12,9 @@ impl<T> Machine<T> {
         let object = &mut self.objects[handle.0];
         let len = object.blob.len_bytes();
         let extent = object.blob.extent(piece.start);
-        let border = align_up(piece.start.saturating_add(extent.len_bytes), self.limits.page_bytes);
+        let extent_end = piece.start.saturating_add(extent.len_bytes);
+        let border = align_up(extent_end, self.limits.page_bytes);
+        debug_assert!(border == extent_end || extent_end >= len, "an extent of {:?} ends inside a page", object.blob);
         let range = piece.start..piece.end.min(border);
         let end = range.end;
         self.generation = self.generation.wrapping_add(1);
@@ -103,6 +105,8 @@ impl<T> Machine<T> {
     }
 
     pub(super) fn release_if_idle(&mut self, handle: Handle) {
+        // It leaves its place when the driver takes the action: until then the driver's things are still there,
+        // and must not be mistaken for those of an object that is opened meanwhile.
         if self.objects.get(handle.0).is_some_and(|object| object.closed && object.running == 0) {
             self.actions.push_back(Action::Release { object: handle });
         }

@@ -339,7 +339,9 @@ impl<T> Machine<T> {
 
     /// Closes every object.
     pub fn close_all(&mut self) {
-        let ids: Vec<_> = self.handles.keys().copied().collect();
+        let mut ids: Vec<_> = self.handles.keys().copied().collect();
+        // In an order that is the same in every run.
+        ids.sort_unstable();
         for id in ids {
             self.close(id);
         }
@@ -453,3 +455,7 @@ impl OpKey {
         (self.0 as u32 as usize, (self.0 >> 32) as u32)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
+mod tests;

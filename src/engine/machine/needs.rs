@@ -8,7 +8,7 @@ use crate::front::Outcome;
 use crate::range::{ByteRange, align_down, align_up, intersect};
 
 /// Fills that nobody waits for yet and that have not been started. Beyond it no more are made.
-const AHEAD_MAX: usize = 256;
+pub(super) const AHEAD_MAX: usize = 256;
 
 impl<T> Machine<T> {
     pub(super) fn answer(&mut self, answered: Answered<T>) {

@@ -52,7 +52,7 @@ pub enum CommandError {
 ///
 /// # Errors
 /// The kernel would refuse the value or, worse, use only a part of it.
-pub(super) fn setup(verb: &str, value: &[u8]) -> Result<Vec<u8>, CommandError> {
+pub fn setup(verb: &str, value: &[u8]) -> Result<Vec<u8>, CommandError> {
     let first = value.first().ok_or(CommandError::Empty)?;
     if value.iter().any(|byte| matches!(byte, 0 | b'\n')) {
         return Err(CommandError::Forbidden);

@@ -24,7 +24,8 @@ use super::layout::{MARK, NoPlace, OBJECT_ALIGN_BYTES, Place, VOLUME_MARK, fanou
 use crate::key::Key;
 use crate::ops::{reflink, xattr};
 
-/// Mode of the directories of a cache (`cachefiles_get_directory`). Objects have 0600.
+/// Mode of the directories of a cache (`cachefiles_get_directory`). Objects have 0600, as those of newer kernels
+/// (6.12); those of 6.1 have no permissions at all, which makes no difference to the kernel.
 const DIR_MODE: u32 = 0o700;
 
 /// Where in a cache directory the kernel keeps volumes.

@@ -1,0 +1,269 @@
+//! The whole engine, with its threads and real files, against a kernel made of a queue.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Condvar, Mutex};
+
+use super::*;
+use crate::front::{Answer, Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::key::Key;
+use crate::range::ByteRange;
+use crate::store::{Blob, FileBlob, SourceFile, SourceMode, Store, StoreError};
+
+/// Longest wait for anything that must happen.
+const PATIENCE: Duration = Duration::from_secs(20);
+const BLOB_BYTES: usize = 100_000;
+
+/// What the kernel does next.
+enum Step {
+    Ask(Request),
+    /// Nothing, before this request has its answer.
+    Await(u64),
+    /// Break.
+    Break,
+}
+
+#[derive(Default)]
+struct Answers {
+    given: Mutex<Vec<(u64, Outcome)>>,
+    news: Condvar,
+}
+
+impl Answer for Answers {
+    fn answer(&self, token: u64, outcome: Outcome) -> std::io::Result<bool> {
+        self.given.lock().unwrap().push((token, outcome));
+        self.news.notify_all();
+        Ok(true)
+    }
+}
+
+impl Answers {
+    /// The answer of a request; there must be one, and no second.
+    fn of(&self, token: u64) -> Outcome {
+        let given = self.given.lock().unwrap();
+        let has = |given: &[(u64, Outcome)]| given.iter().any(|answer| answer.0 == token);
+        let (given, _) = self.news.wait_timeout_while(given, PATIENCE, |given| !has(given)).unwrap();
+        let mine: Vec<_> = given.iter().filter(|answer| answer.0 == token).collect();
+        assert_eq!(mine.len(), 1, "answers of request {token}: {mine:?}");
+        mine[0].1
+    }
+}
+
+/// A kernel.
+struct Kernel {
+    steps: Mutex<VecDeque<Step>>,
+    readable: EventFd,
+    answers: Arc<Answers>,
+}
+
+impl FrontEnd for Kernel {
+    fn name(&self) -> &'static str {
+        "queue"
+    }
+
+    fn caps(&self) -> Caps {
+        Caps { align_bytes: 4096, holes_are_absent: false, reopens: true }
+    }
+
+    fn poll_fd(&self) -> BorrowedFd<'_> {
+        self.readable.as_fd()
+    }
+
+    fn next(&self) -> Result<Option<Request>, FrontError> {
+        loop {
+            let step = self.steps.lock().unwrap().pop_front();
+            match step {
+                Some(Step::Ask(request)) => return Ok(Some(request)),
+                Some(Step::Await(token)) => drop(self.answers.of(token)),
+                Some(Step::Break) => return Err(FrontError::Broken(std::io::ErrorKind::BrokenPipe.into())),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+impl Kernel {
+    fn new() -> Arc<Self> {
+        let readable = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        Arc::new(Self { steps: Mutex::default(), readable, answers: Arc::default() })
+    }
+
+    fn then(&self, steps: impl IntoIterator<Item = Step>) {
+        self.steps.lock().unwrap().extend(steps);
+        self.readable.write(1).unwrap();
+    }
+
+    fn open(&self, token: u64, object: u32, sink: &Arc<OwnedFd>) -> Step {
+        let ticket = Ticket::new(Arc::clone(&self.answers) as Arc<dyn Answer>, token);
+        let (key, sink) = (Key::new(b"dom", b"blob"), Arc::clone(sink));
+        Step::Ask(Request::Open(OpenRequest { object: ObjectId(object), key, ticket, sink }))
+    }
+
+    fn need(&self, token: u64, object: u32, range: ByteRange) -> Step {
+        let ticket = Ticket::new(Arc::clone(&self.answers) as Arc<dyn Answer>, token);
+        Step::Ask(Request::Need(NeedRequest { object: ObjectId(object), range, ticket }))
+    }
+}
+
+fn close(object: u32) -> Step {
+    Step::Ask(Request::Close(ObjectId(object)))
+}
+
+/// A store of one blob, which can be kept shut or be taken away.
+#[derive(Debug)]
+struct OneBlob {
+    data: Vec<u8>,
+    shut: AtomicBool,
+    gone: AtomicBool,
+}
+
+impl OneBlob {
+    fn new() -> Arc<Self> {
+        let data = (0..BLOB_BYTES).map(|i| (i % 251) as u8).collect();
+        Arc::new(Self { data, shut: AtomicBool::new(false), gone: AtomicBool::new(false) })
+    }
+}
+
+impl Store for OneBlob {
+    fn name(&self) -> &'static str {
+        "one"
+    }
+
+    fn open(&self, _: &Key) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        wait_until(|| !self.shut.load(Ordering::Relaxed));
+        if self.gone.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&self.data, 0).unwrap();
+        let source = SourceFile::new(file.into(), SourceMode::Buffered).unwrap();
+        Ok(Some(Arc::new(FileBlob::new(source))))
+    }
+}
+
+fn wait_until(is_so: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !is_so() {
+        assert!(started.elapsed() < PATIENCE, "it never happened");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn sink() -> (std::fs::File, Arc<OwnedFd>) {
+    let file = tempfile::tempfile().unwrap();
+    (file.try_clone().unwrap(), Arc::new(file.into()))
+}
+
+/// Runs a test with each kind of engine that this machine has.
+fn with_each_engine(shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
+    for kind in [EngineKind::Uring, EngineKind::Blocking] {
+        let (kernel, store) = (Kernel::new(), OneBlob::new());
+        let settings = Settings {
+            shards,
+            kind,
+            window_bytes: 65536,
+            slot_bytes: 65536,
+            slots: 4,
+            workers: 2,
+            open_timeout: Duration::from_secs(1),
+            tracer: None,
+        };
+        let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, Arc::clone(&store) as Arc<dyn Store>);
+        match Engine::start(&front, &blobs, &settings) {
+            Ok(engine) => test(engine, &kernel, &store),
+            Err(EngineError::NoRing(why)) => eprintln!("not run: {why}"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_request_that_follows_the_answer_to_its_open_at_once_finds_the_object() {
+    with_each_engine(1, |engine, kernel, store| {
+        let (file, fd) = sink();
+        kernel.then([kernel.open(1, 8, &fd), Step::Await(1), kernel.need(2, 8, 0..4096)]);
+        assert_eq!(kernel.answers.of(2), Outcome::Done);
+        assert_eq!(kernel.answers.of(1), Outcome::Opened { len_bytes: BLOB_BYTES as u64 });
+        let mut got = vec![0; 4096];
+        file.read_exact_at(&mut got, 0).unwrap();
+        assert!(got == store.data[..4096]);
+        kernel.then([kernel.open(3, 9, &fd), Step::Await(3), close(9), close(8)]);
+        wait_until(|| engine.snapshot().closes == 2 && Arc::strong_count(&fd) == 1);
+        assert_eq!(engine.snapshot().objects, 0);
+        engine.stop(PATIENCE, || false).unwrap();
+    });
+}
+
+/// Turns of all shards together during a time.
+fn turns(engine: &Engine, time: Duration) -> u64 {
+    let before = engine.snapshot().turns;
+    std::thread::sleep(time);
+    engine.snapshot().turns - before
+}
+
+#[test]
+fn an_idle_engine_sleeps() {
+    with_each_engine(2, |engine, kernel, _| {
+        let (_, fd) = sink();
+        kernel.then([kernel.open(1, 8, &fd), kernel.open(2, 9, &fd), Step::Await(1), Step::Await(2), kernel.need(3, 9, 0..4096)]);
+        assert_eq!(kernel.answers.of(3), Outcome::Done);
+        std::thread::sleep(Duration::from_millis(100));
+        let turns = turns(&engine, Duration::from_millis(1500));
+        assert!(turns <= 8, "{turns} turns of two idle shards in 1.5 s");
+        let stopping = Instant::now();
+        engine.stop(PATIENCE, || false).unwrap();
+        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+    });
+}
+
+#[test]
+fn a_full_queue_is_not_waited_for_by_spinning() {
+    with_each_engine(1, |engine, kernel, store| {
+        let (_, fd) = sink();
+        store.shut.store(true, Ordering::Relaxed);
+        let opens = (opener::OPENS_MAX + opener::OPENERS + 100) as u64;
+        kernel.then((0..opens).map(|token| kernel.open(token, 7, &fd)));
+        wait_until(|| engine.snapshot().opens > (opener::OPENS_MAX + opener::OPENERS) as u64);
+        let turns = turns(&engine, Duration::from_millis(300));
+        assert!(turns <= 600, "{turns} turns in 0.3 s with nothing to do");
+        store.gone.store(true, Ordering::Relaxed);
+        store.shut.store(false, Ordering::Relaxed);
+        for token in 0..opens {
+            assert_eq!(kernel.answers.of(token), Outcome::Failed(nix::errno::Errno::ENOENT));
+        }
+        engine.stop(PATIENCE, || false).unwrap();
+    });
+}
+
+#[test]
+fn when_the_kernel_interface_breaks_the_engine_ends_without_delay() {
+    with_each_engine(2, |engine, kernel, _| {
+        let (_, fd) = sink();
+        kernel.then([kernel.open(1, 9, &fd), Step::Await(1), kernel.need(2, 9, 0..4096), kernel.need(3, 8, 0..4096), Step::Break]);
+        wait_until(|| engine.has_failed());
+        let stopping = Instant::now();
+        assert!(matches!(engine.stop(PATIENCE, || false), Err(EngineError::Front(FrontError::Broken(_)))));
+        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+        assert_eq!(kernel.answers.of(2), Outcome::Done, "what had been read from the kernel is finished");
+        assert!(matches!(kernel.answers.of(3), Outcome::Failed(_)));
+    });
+}
+
+#[test]
+fn a_stop_answers_readers_whose_operation_hangs() {
+    with_each_engine(1, |engine, kernel, _| {
+        // Nobody empties this pipe, so a write of a whole window never ends. (The blocking engine fails it.)
+        let (_reader, writer) = nix::unistd::pipe().unwrap();
+        let fd = Arc::new(writer);
+        kernel.then([kernel.open(1, 8, &fd), Step::Await(1), kernel.need(2, 8, 65536..69632), kernel.need(3, 8, 0..4096)]);
+        wait_until(|| engine.snapshot().needs == 2);
+        let stopping = Instant::now();
+        let snapshot = engine.stop(PATIENCE, || stopping.elapsed() > Duration::from_millis(100)).unwrap();
+        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+        for token in [2, 3] {
+            assert!(matches!(kernel.answers.of(token), Outcome::Failed(_)) || token == 2);
+        }
+        assert_eq!(snapshot.pending, 0);
+    });
+}
