@@ -73,6 +73,17 @@ fn a_settings_file_is_checked_before_anything_is_started() {
 }
 
 #[test]
+fn prefetch_says_what_it_can_do_and_what_it_could_not() {
+    let args = ["prefetch", "--cache-dir", "/no/such/cache", "--store", "dir:/no/such/place", "a.img"];
+    refused(&args, 2, &["--seed", "not supported in this version"]);
+    refused(&[&args[..], &["--seed"]].concat(), 78, &["dir:/no/such/place", "does not exist"]);
+    let args = ["prefetch", "--seed", "--cache-dir", "/proc/cache", "--store", "dir:/", "a.img"];
+    let output = infill(&args);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(78) && text.contains("/proc/cache"), "{output:?}");
+}
+
+#[test]
 fn a_kernel_without_cachefiles_is_explained() {
     if Path::new("/dev/cachefiles").exists() {
         return println!("not run: this kernel has /dev/cachefiles");

@@ -15,6 +15,7 @@ mod host;
 mod lifecycle;
 mod readers;
 mod runner;
+mod seed;
 mod serve;
 
 use std::error::Error;
@@ -30,7 +31,7 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, failures::TESTS, lifecycle::TESTS].into_iter().flatten().copied()
+    [serve::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS].into_iter().flatten().copied()
 }
 
 fn main() -> ExitCode {
