@@ -38,7 +38,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Space that seeding two blobs and making their volume may take: 257 directories, and what the file system
 /// notes about shared blocks.
 const OVERHEAD_BYTES_MAX: u64 = 1 << 20;
-/// How long the kernel may take after an unmounting to give an object its name.
+/// How long the kernel may take for what it does after an unmounting or the daemon's end.
 const COMMIT_LIMIT: Duration = Duration::from_secs(20);
 /// The mode of a regular file without any permission.
 const S_IFREG: u32 = nix::libc::S_IFREG;
@@ -140,6 +140,7 @@ fn seeded_images_ask_for_nothing(guest: &mut Guest) -> Outcome {
         return Err(format!("{alone:?}, {reads_one} and {reads_alone} READs, {}", ended.json).into());
     }
     // Another daemon's check of the directory finds nothing wrong with it.
+    wait_until_unbound()?;
     guest.serve(&[])?;
     let reads = reads_of_all(guest, "fsid=plain.img", "tree.json")?;
     if reads != 0 || guest.log().contains("damaged") {
@@ -203,6 +204,7 @@ fn seeded_objects_are_the_kernels_own(guest: &mut Guest) -> Outcome {
     }
     guest.stop()?;
     let cache = guest.cache.join("cache");
+    wait_until_unbound()?;
     let mut of_kernel = BTreeMap::new();
     entries(&cache, &mut of_kernel)?;
     fs::remove_dir_all(&cache)?;
@@ -329,7 +331,12 @@ fn linked_under_a_mounted_one(guest: &mut Guest) -> Outcome {
     if reads == 0 { Ok(()) } else { Err(format!("{reads} READs").into()) }
 }
 
-/// Waits for what the kernel does some time after an unmounting.
+/// The daemon is gone, but the kernel may still be letting go of its ring, which holds the device, and of the cache.
+fn wait_until_unbound() -> Outcome {
+    wait_until("the kernel lets go of the device", || File::options().read(true).write(true).open("/dev/cachefiles").is_ok())
+}
+
+/// Waits for what the kernel does in its own time.
 fn wait_until(what: &str, done: impl Fn() -> bool) -> Outcome {
     let began = Instant::now();
     while !done() {

@@ -64,7 +64,7 @@ pub enum Refusal {
     #[error("blob and cache are on different file systems; put both on one XFS or btrfs")]
     OtherFileSystem,
     /// Blocks cannot be shared on this file system.
-    #[error("this file system cannot share blocks between files ({0}); put blobs and cache on one XFS (reflink=1) or btrfs")]
+    #[error("this file system cannot share blocks between files ({0:?}); put blobs and cache on one XFS (reflink=1) or btrfs")]
     CannotShare(Errno),
     /// The file has another length than the blob had a moment ago.
     #[error("the blob has changed while it was cloned; leave blobs alone once they are in a store")]
