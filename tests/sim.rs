@@ -4,15 +4,34 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use infill::front::sim::world::{self, Report, Rule, Sabotage, Seen};
 
 const SEEDS: u64 = 10_000;
+/// No world takes nearly as long.
+const STUCK: Duration = Duration::from_secs(60);
 /// Worlds in which a mistake made on purpose must show.
 const SABOTAGE_SEEDS: u64 = 400;
 
 fn from_env(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
+}
+
+/// Ends the process if a world does not end: a machine that runs in a circle can be stopped by nothing else.
+fn watch(next: &AtomicU64, seeds: u64) {
+    let mut last = (u64::MAX, Instant::now());
+    while next.load(Ordering::Relaxed) < seeds {
+        thread::sleep(Duration::from_millis(20));
+        let now = next.load(Ordering::Relaxed);
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+        if last.1.elapsed() > STUCK {
+            eprintln!("no world ended for {} s; one of the last seeds before {now} runs in a circle", STUCK.as_secs());
+            std::process::abort();
+        }
+    }
 }
 
 /// Runs seeds on all cores until one breaks a rule.
@@ -31,6 +50,7 @@ fn run_all(seeds: u64) -> Result<Seen, Box<Report>> {
     };
     let workers = thread::available_parallelism().map_or(1, usize::from);
     thread::scope(|scope| {
+        scope.spawn(|| watch(&next, seeds));
         let threads: Vec<_> = (0..workers).map(|_| scope.spawn(run_some)).collect();
         let mut total = Seen::default();
         for thread in threads {

@@ -17,6 +17,7 @@ use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, Device};
+use crate::front::sim::socket::SocketFront;
 use crate::ops::signals::{Event, Signals};
 use crate::ops::{erofs, exit, limits, log};
 use crate::store::{Store, Stores};
@@ -43,7 +44,7 @@ pub struct ServeArgs {
     /// Check the settings, print nothing if they are good, and end
     #[arg(long)]
     check_config: bool,
-    /// The socket of the model kernel, an inherited descriptor (for tests)
+    /// The socket of the model kernel: 0, standard input (for tests)
     #[arg(long, hide = true, value_name = "FD")]
     sim_socket: Option<i32>,
 }
@@ -87,8 +88,12 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
 
 fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Arc<dyn FrontEnd>, Failure> {
     match (config.front_end, sim_socket) {
-        (FrontEndKind::Sim, Some(_)) => Err(Failure::new(exit::USAGE, "the model kernel is not built in yet")),
-        (FrontEndKind::Sim, None) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket FD")),
+        (FrontEndKind::Sim, Some(0)) => {
+            let front =
+                SocketFront::from_stdin().map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
+            Ok(Arc::new(front))
+        }
+        (FrontEndKind::Sim, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
         (FrontEndKind::Auto | FrontEndKind::Cachefiles, _) => {
             let mut options = BindOptions::new(&config.cache_dir);
             options.tag.clone_from(&config.tag);

@@ -67,7 +67,8 @@ pub enum Look {
 impl Reader {
     /// A reader of `wanted` ranges that cuts them into pieces of at most `read_ahead` bytes.
     #[must_use]
-    pub const fn new(cookie: usize, wanted: VecDeque<ByteRange>, read_ahead: u64) -> Self {
+    pub fn new(cookie: usize, wanted: impl IntoIterator<Item = ByteRange>, read_ahead: u64) -> Self {
+        let wanted = wanted.into_iter().collect();
         Self { cookie, wanted, read_ahead, single: false, careless: false, doing: Doing::Looking { again: false } }
     }
 
@@ -146,7 +147,7 @@ mod tests {
         let blob = SimBlob::whole_file(0, 10 * PAGE_BYTES, SourceMode::Buffered);
         let mut file = CacheFile::new(PAGE_BYTES);
         fill(&mut file, &blob, &(3 * PAGE_BYTES..4 * PAGE_BYTES));
-        let mut reader = Reader::new(0, VecDeque::from([0..6 * PAGE_BYTES]), 8 * PAGE_BYTES);
+        let mut reader = Reader::new(0, Some(0..6 * PAGE_BYTES), 8 * PAGE_BYTES);
         assert_eq!(reader.look(&file), Look::Ask { offset: 0, len: 3 * PAGE_BYTES });
         fill(&mut file, &blob, &(0..3 * PAGE_BYTES));
         reader.wake();
@@ -162,7 +163,7 @@ mod tests {
     #[test]
     fn a_hole_after_a_completion_is_tried_once_more_and_then_an_error() {
         let file = CacheFile::new(PAGE_BYTES);
-        let mut reader = Reader::new(0, VecDeque::from([0..6 * PAGE_BYTES]), 8 * PAGE_BYTES);
+        let mut reader = Reader::new(0, Some(0..6 * PAGE_BYTES), 8 * PAGE_BYTES);
         assert_eq!(reader.look(&file), Look::Ask { offset: 0, len: 6 * PAGE_BYTES });
         reader.wake();
         assert_eq!(reader.look(&file), Look::Ask { offset: 0, len: PAGE_BYTES });

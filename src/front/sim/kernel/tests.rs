@@ -1,6 +1,5 @@
 //! The rules of the real kernel, one by one.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::*;
@@ -41,7 +40,7 @@ fn page(blob: &SimBlob) -> SinkWrite<'_> {
 }
 
 fn ask(opened: &mut Opened) -> (usize, u32) {
-    let reader = opened.kernel.add_reader(Reader::new(0, VecDeque::from([0..PAGE_BYTES]), LEN));
+    let reader = opened.kernel.add_reader(Reader::new(0, Some(0..PAGE_BYTES), LEN));
     opened.kernel.run_reader(reader);
     let Ok(Some(Message::Read { msg_id, .. })) = opened.kernel.read(ReadFault::None) else {
         panic!("no READ");
@@ -103,7 +102,7 @@ fn a_read_of_a_closed_object_opens_it_again_with_a_new_id() {
     let mut opened = live(2);
     let kernel = &mut opened.kernel;
     kernel.close_fd(opened.fd);
-    let reader = kernel.add_reader(Reader::new(0, VecDeque::from([0..PAGE_BYTES]), LEN));
+    let reader = kernel.add_reader(Reader::new(0, Some(0..PAGE_BYTES), LEN));
     kernel.run_reader(reader);
     assert_eq!(kernel.read(ReadFault::None), Ok(None), "it only starts the re-opening");
     assert!(!kernel.is_readable());

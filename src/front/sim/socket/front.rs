@@ -6,9 +6,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::complete;
+use super::Answered;
 use super::link::{Link, Packet};
-use crate::front::cachefiles::command;
 use crate::front::cachefiles::wire::{self, Body, Header, Message};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 
@@ -39,6 +38,14 @@ impl SocketFront {
         Ok(Self { opens: Arc::new(Opens(Arc::clone(&link))), reads: Arc::new(Reads(Arc::clone(&link))), link })
     }
 
+    /// Takes the daemon's end that this process was started with, as its standard input.
+    ///
+    /// # Errors
+    /// As [`SocketFront::from_fd`].
+    pub fn from_stdin() -> io::Result<Self> {
+        Self::from_fd(io::stdin().as_fd().try_clone_to_owned()?)
+    }
+
     fn open(&self, message: &Message, key: crate::key::Key, sink: Option<OwnedFd>) -> Result<Request, FrontError> {
         let ticket = Ticket::new(Arc::clone(&self.opens), message.msg_id.into());
         let Some(sink) = sink else {
@@ -53,14 +60,14 @@ impl SocketFront {
     fn refuse(&self, bytes: &[u8]) {
         let Some(header) = Header::parse(bytes) else { return };
         let answer = if header.is_open() {
-            command::refuse(header.msg_id, Errno::EINVAL)
+            Answered::Open { msg_id: header.msg_id, size: refusal(Errno::EINVAL) }
         } else if header.is_read() {
-            complete(header.object_id, header.msg_id)
+            Answered::Read { object: header.object_id, msg_id: header.msg_id }
         } else {
             return;
         };
         // As above.
-        let _ = self.link.send(answer.as_bytes(), None);
+        let _ = send(&self.link, answer);
     }
 }
 
@@ -109,13 +116,22 @@ struct Opens(Arc<Link>);
 impl Answer for Opens {
     fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool> {
         let msg_id = low(token);
-        let command = match outcome {
-            Outcome::Opened { len_bytes } => command::copen(msg_id, len_bytes).ok_or(Errno::EFBIG)?,
-            Outcome::Failed(errno) => command::refuse(msg_id, errno),
+        let size = match outcome {
+            Outcome::Opened { len_bytes } => i64::try_from(len_bytes).map_err(|_| Errno::EFBIG)?,
+            Outcome::Failed(errno) => refusal(errno),
             Outcome::Done => return Err(Errno::EINVAL.into()),
         };
-        self.0.send(command.as_bytes(), None).map(|()| true)
+        send(&self.0, Answered::Open { msg_id, size })
     }
+}
+
+/// How an OPEN is refused: a negative number, as the kernel takes it.
+const fn refusal(errno: Errno) -> i64 {
+    -(errno as i64)
+}
+
+fn send(link: &Link, answered: Answered) -> io::Result<bool> {
+    link.send(answered.to_string().as_bytes(), None).map(|()| true)
 }
 
 /// Takes answers to READs. The token is the object's id above the message's.
@@ -123,7 +139,7 @@ struct Reads(Arc<Link>);
 
 impl Answer for Reads {
     fn answer(&self, token: u64, _outcome: Outcome) -> io::Result<bool> {
-        self.0.send(complete(low(token >> 32), low(token)).as_bytes(), None).map(|()| true)
+        send(&self.0, Answered::Read { object: low(token >> 32), msg_id: low(token) })
     }
 }
 

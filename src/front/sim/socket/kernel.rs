@@ -13,8 +13,8 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 
-use super::Answered;
 use super::link::Link;
+use super::{ANSWER_MAX_BYTES, Answered};
 use crate::front::cachefiles::wire::{self, Body, Message};
 use crate::front::sim::blob::PAGE_BYTES;
 use crate::key::Key;
@@ -122,7 +122,7 @@ impl SocketKernel {
         let inner = Arc::clone(&self.inner);
         let link = Arc::clone(&inner.lock().link);
         let thread = std::thread::spawn(move || {
-            let mut buffer = [0; crate::front::cachefiles::command::COMMAND_MAX_BYTES];
+            let mut buffer = [0; ANSWER_MAX_BYTES];
             while let Ok(Some(packet)) = link.receive(&mut buffer, true)
                 && packet.len > 0
             {

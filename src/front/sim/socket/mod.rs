@@ -2,7 +2,7 @@
 //!
 //! A `SOCK_SEQPACKET` pair keeps the borders of messages like the device does. The kernel's end sends the
 //! messages of cachefiles byte for byte, an OPEN with its sink (a memfd) beside it. The daemon's end answers
-//! with text: `copen` as it would write to the device, and [`complete`] in place of the ioctl.
+//! with text: `copen` as it would write to the device, and `complete` in place of the ioctl `READ_COMPLETE`.
 //!
 //! Other than a real sink a memfd takes unaligned writes, and takes them without blocking.
 
@@ -10,32 +10,40 @@ mod front;
 mod kernel;
 mod link;
 
+use std::fmt;
+
 pub use front::SocketFront;
 pub use kernel::{ReadError, SocketKernel};
 
-/// The packet that stands for the ioctl `READ_COMPLETE` on a descriptor of `object`.
-#[must_use]
-pub fn complete(object: u32, msg_id: u32) -> String {
-    format!("complete {object},{msg_id}")
-}
+/// Size of the buffer for one answer.
+const ANSWER_MAX_BYTES: usize = 64;
 
-/// What the daemon's end sent.
+/// An answer, as the daemon's end sends it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Answered {
-    /// An OPEN has its answer: a size, or a negative errno.
+enum Answered {
+    /// `copen ID,SIZE`: an OPEN has its answer.
     Open {
         /// Which OPEN.
         msg_id: u32,
         /// Size in bytes, or a negative errno.
         size: i64,
     },
-    /// A READ is complete.
+    /// `complete OBJECT,ID`: a READ is complete.
     Read {
-        /// Whose descriptor was used.
+        /// Whose descriptor would have been used.
         object: u32,
         /// Which READ.
         msg_id: u32,
     },
+}
+
+impl fmt::Display for Answered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Open { msg_id, size } => write!(f, "copen {msg_id},{size}"),
+            Self::Read { object, msg_id } => write!(f, "complete {object},{msg_id}"),
+        }
+    }
 }
 
 impl Answered {
@@ -52,18 +60,16 @@ impl Answered {
 
 #[cfg(test)]
 mod tests {
-    use nix::errno::Errno;
-
     use super::*;
-    use crate::front::cachefiles::command;
 
     #[test]
     fn the_kernel_understands_what_the_daemon_sends() {
-        let opened = command::copen(7, 4096).unwrap();
-        assert_eq!(Answered::parse(opened.as_bytes()), Some(Answered::Open { msg_id: 7, size: 4096 }));
-        let refused = command::refuse(u32::MAX, Errno::ENOENT);
-        assert_eq!(Answered::parse(refused.as_bytes()), Some(Answered::Open { msg_id: u32::MAX, size: -2 }));
-        assert_eq!(Answered::parse(complete(3, 0).as_bytes()), Some(Answered::Read { object: 3, msg_id: 0 }));
+        let opened = Answered::Open { msg_id: u32::MAX, size: i64::MIN };
+        for answered in [opened, Answered::Open { msg_id: 0, size: 1 << 40 }, Answered::Read { object: 3, msg_id: 0 }] {
+            let text = answered.to_string();
+            assert!(text.len() <= ANSWER_MAX_BYTES);
+            assert_eq!(Answered::parse(text.as_bytes()), Some(answered));
+        }
         for noise in [&b""[..], b"copen 1", b"copen ,", b"complete 1,-1", b"\xff 1,1"] {
             assert_eq!(Answered::parse(noise), None);
         }

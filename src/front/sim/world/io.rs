@@ -48,6 +48,7 @@ impl World {
             Err(errno) => -(errno as i32),
         };
         self.shards[shard].machine.io_done(flight.op, number, self.now_ns);
+        self.shards[shard].ended = Some(flight.op);
         Ok(())
     }
 

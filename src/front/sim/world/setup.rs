@@ -48,6 +48,8 @@ pub(super) struct Faults {
     pub(super) crash: u64,
     /// `restore` without a reason: everything is delivered twice.
     pub(super) restore: u64,
+    /// An operation of a fill that is over is reported done once more.
+    pub(super) stale: u64,
     /// A READ that the kernel never sent, for an object that nobody opened.
     pub(super) forged: u64,
 }
@@ -80,6 +82,7 @@ impl Faults {
         draw(&mut faults.evict, 20);
         draw(&mut faults.crash, 5);
         draw(&mut faults.restore, 5);
+        draw(&mut faults.stale, 100);
         draw(&mut faults.forged, 10);
         faults
     }
@@ -173,7 +176,7 @@ pub(super) fn some_reader(kernel: &Kernel, rng: &mut Rng) -> Reader {
     let read_ahead = PAGE_BYTES << rng.below(6);
     let style = rng.below(10);
     let wanted: VecDeque<ByteRange> = match style {
-        0..4 => VecDeque::from([0..len]),
+        0..4 => std::iter::once(0..len).collect(),
         4..8 => (0..rng.between(1, 12)).map(|_| some_pages(len, rng)).collect(),
         _ => (0..rng.between(1, 6)).map(|_| nonsense(len, rng)).collect(),
     };

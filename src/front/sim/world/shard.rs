@@ -97,6 +97,8 @@ pub(super) struct Shard {
     pub(super) inbox: Vec<VecDeque<Message>>,
     /// How many times each fill was disturbed; the engine forgives a few.
     pub(super) disturbed: HashMap<OpKey, u32>,
+    /// The operation that ended last.
+    pub(super) ended: Option<OpKey>,
     limits: Limits,
 }
 
@@ -111,6 +113,7 @@ impl Shard {
             flights: Vec::new(),
             inbox: vec![VecDeque::new(); shards],
             disturbed: HashMap::new(),
+            ended: None,
             limits,
         }
     }
@@ -128,6 +131,21 @@ impl Shard {
     #[must_use]
     pub(super) fn open_sink(&self, object: u32) -> Option<&Sink> {
         self.sinks.values().find(|sink| sink.object == object && !sink.closed)
+    }
+
+    /// Reports an operation done once more if its fill is over: its name must mean nothing to the machine, even
+    /// if a new fill lies where the old one lay. All actions must have been taken.
+    ///
+    /// # Errors
+    /// The machine took it for another operation.
+    pub(super) fn report_again(&mut self, now_ns: u64) -> Checked {
+        let Some(op) = self.ended.take() else { return Ok(()) };
+        if self.flights.iter().any(|flight| flight.op == op) || self.machine.next_deadline().is_some() {
+            return Ok(());
+        }
+        let stale = self.machine.counters().stale;
+        self.machine.io_done(op, 1, now_ns);
+        ensure(self.machine.counters().stale > stale, Rule::SlotOwner, || format!("{op:?} ended long ago and was taken for another"))
     }
 
     /// Starts an operation, if the rules allow it.

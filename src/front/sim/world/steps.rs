@@ -12,7 +12,7 @@ use crate::store::Blob;
 /// Most readers in a world.
 const READERS_MAX: usize = 16;
 /// Steps that a world may take to come to rest.
-const REST_STEPS_MAX: u64 = 200_000;
+const REST_STEPS_MAX: u64 = 20_000;
 /// Longest time that passes in one step.
 const PAUSE_MAX_NS: u64 = 30_000_000;
 /// How often, in a thousand steps, a disk that is full gets room again.
@@ -174,6 +174,10 @@ impl World {
             let forged = Message::Read { msg_id: u32::MAX / 2, object, offset, len: self.rng.next() };
             let owner = object as usize % self.shards.len();
             self.shards[owner].inbox[shard].push_back(forged);
+        }
+        if self.rng.chance(faults.stale) {
+            self.drain(shard)?;
+            self.shards[shard].report_again(self.now_ns)?;
         }
         if self.rng.chance(faults.evict) {
             self.evict(shard)?;
