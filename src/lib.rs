@@ -7,6 +7,7 @@ pub mod config;
 pub mod engine;
 pub mod front;
 pub mod key;
+pub mod lab;
 pub mod ops;
 pub mod range;
 pub mod store;

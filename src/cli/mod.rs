@@ -1,5 +1,6 @@
 //! The command line: one file a verb.
 
+pub mod demo;
 pub mod doctor;
 pub mod serve;
 
@@ -18,9 +19,14 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Answer the kernel's requests until told to stop
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Find out whether this host can serve images, and what to do if not
     Doctor(doctor::DoctorArgs),
+    /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
+    Demo(demo::DemoArgs),
+    /// First process of a lab guest
+    #[command(hide = true)]
+    LabInit,
 }
 
 /// Why a verb failed: what to print, and the exit code.
@@ -43,8 +49,10 @@ impl Failure {
 #[must_use]
 pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
-        Verb::Serve(args) => serve::run(args),
+        Verb::Serve(args) => serve::run(*args),
         Verb::Doctor(args) => return doctor::run(&args),
+        Verb::Demo(args) => demo::run(&args),
+        Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(crate::ops::exit::FAILED, e)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

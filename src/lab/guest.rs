@@ -1,0 +1,93 @@
+//! The guest that both the demo and the tests boot: infill inside, a fresh cache disk on `/cache`, a
+//! disk with blobs on `/store`.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::disk::CacheFs;
+use super::init::{INIT_PROGRAM, JOB_FILE, Job, KERNEL_ARGUMENTS, Mount};
+use super::initramfs::Archive;
+use super::kernel::Kernel;
+use super::qemu::{Disk, Machine};
+use super::{Result, Trying};
+
+/// Guest memory: the initramfs, the page cache of a test tree, and the daemon's buffers.
+const MEMORY_MIB: u32 = 1024;
+/// Two processors: enough for races, and what small build machines have.
+const CPUS: u32 = 2;
+/// The cache disk's size; the image is sparse.
+const CACHE_BYTES: u64 = 768 << 20;
+/// A guest that has work prints something more often than this, also when it is emulated.
+const IDLE_LIMIT: Duration = Duration::from_secs(180);
+
+/// What goes into a guest.
+#[derive(Debug)]
+pub struct GuestPlan<'a> {
+    /// What boots.
+    pub kernel: &'a Kernel,
+    /// The infill program to put inside.
+    pub infill: &'a Path,
+    /// More programs: where in the guest, and where on this machine.
+    pub programs: &'a [(&'a str, &'a Path)],
+    /// More files: where in the guest, and their content.
+    pub files: &'a [(&'a str, &'a [u8])],
+    /// File system under the cache.
+    pub cache_fs: CacheFs,
+    /// An ext4 image with the blobs; the guest may write to it, but the image stays as it is.
+    pub store_disk: &'a Path,
+    /// What to run.
+    pub argv: Vec<String>,
+    /// How long the whole boot may take.
+    pub total_limit: Duration,
+}
+
+impl GuestPlan<'_> {
+    /// Writes initramfs and cache disk into `scratch`; gives the machine that boots with them.
+    ///
+    /// # Errors
+    /// A file cannot be read or written, or a disk not be made.
+    pub fn build(&self, scratch: &Path) -> Result<Machine> {
+        let cache = scratch.join("cache.img");
+        self.cache_fs.make(&cache, CACHE_BYTES)?;
+        let disks = [(cache, false), (self.store_disk.to_owned(), true)];
+        let disks = disks.map(|(path, throw_away)| Disk { path, throw_away });
+        Ok(Machine {
+            kernel: self.kernel.image.clone(),
+            initrd: Some(self.initramfs(scratch)?),
+            disks: disks.into(),
+            memory_mib: MEMORY_MIB,
+            cpus: CPUS,
+            append: KERNEL_ARGUMENTS.to_owned(),
+            idle_limit: IDLE_LIMIT,
+            total_limit: self.total_limit,
+        })
+    }
+
+    fn job(&self) -> Job {
+        let disk = |device: &str, on: &str, fs: &str| Mount { device: device.into(), on: on.into(), fs: fs.into(), read_only: false };
+        let env = [("PATH", "/bin:/sbin"), ("HOME", "/tmp"), ("RUST_BACKTRACE", "1")];
+        Job {
+            argv: self.argv.clone(),
+            env: env.map(|(name, value)| (name.into(), value.into())).into(),
+            mounts: vec![disk("/dev/vda", "/cache", self.cache_fs.name()), disk("/dev/vdb", "/store", "ext4")],
+        }
+    }
+
+    fn initramfs(&self, scratch: &Path) -> Result<PathBuf> {
+        let path = scratch.join("initramfs");
+        let file = File::create(&path).trying(|| format!("cannot write {}", path.display()))?;
+        let mut archive = Archive::new(BufWriter::new(file))?;
+        archive.program(INIT_PROGRAM, self.infill)?;
+        for (guest_path, program) in self.programs {
+            archive.program(guest_path, program)?;
+        }
+        for (guest_path, data) in self.files {
+            archive.file(guest_path, 0o644, data)?;
+        }
+        archive.file(JOB_FILE, 0o644, &self.job().to_json()?)?;
+        archive.finish()?;
+        Ok(path)
+    }
+}

@@ -1,0 +1,205 @@
+//! The host's side: boots guests and turns what they print into test results.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use infill::lab::disk::CacheFs;
+use infill::lab::guest::GuestPlan;
+use infill::lab::{kernel, packages, qemu};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use crate::fixtures::Fixtures;
+use crate::runner::{FAILED, INSIDE, OK, START};
+use crate::tests;
+
+/// Where the guest has this program.
+const GUEST_PROGRAM: &str = "/bin/guest-tests";
+/// How long one boot with all tests may take, emulated on a busy machine.
+const TOTAL_LIMIT: Duration = Duration::from_secs(1800);
+/// How many console lines of a failed test are shown.
+const TAIL_LINES: usize = 60;
+
+/// A kernel with a file system under the cache, and what its guests have said so far.
+struct Cell {
+    series: &'static str,
+    fs: CacheFs,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    selected: Vec<&'static str>,
+    started: bool,
+    results: HashMap<String, Result<(), String>>,
+}
+
+/// Runs the selected tests.
+pub(crate) fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let skip = std::env::var("INFILL_GUEST").is_ok_and(|value| value == "skip");
+    let mut trials = Vec::new();
+    for series in kernel::SERIES {
+        for fs in [CacheFs::Ext4, CacheFs::Xfs] {
+            let cell = Arc::new(Cell { series, fs, state: Mutex::default(), changed: Condvar::new() });
+            for (test, _) in tests() {
+                let name = format!("k{}::{}::{test}", series.replace('.', "_"), fs.name());
+                let its_cell = Arc::clone(&cell);
+                let trial = Trial::ignorable_test(name, move || {
+                    if skip {
+                        return Ok(Completion::ignored_with("INFILL_GUEST=skip is set"));
+                    }
+                    its_cell.result_of(test).map(|()| Completion::Completed)
+                });
+                if !arguments.is_filtered_out(&trial) {
+                    cell.lock().selected.push(test);
+                    trials.push(trial);
+                }
+            }
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+impl Cell {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a test's result. The first one to ask starts the guest, which runs all selected ones.
+    fn result_of(self: &Arc<Self>, test: &str) -> Result<(), Failed> {
+        let mut state = self.lock();
+        if !state.started {
+            state.started = true;
+            let cell = Arc::clone(self);
+            std::thread::spawn(move || cell.run());
+        }
+        loop {
+            if let Some(result) = state.results.get(test) {
+                return result.clone().map_err(Failed::from);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn record(&self, test: &str, result: Result<(), String>) {
+        self.lock().results.insert(test.to_owned(), result);
+        self.changed.notify_all();
+    }
+
+    fn remaining(&self) -> Vec<&'static str> {
+        let state = self.lock();
+        let selected = state.selected.iter().copied();
+        selected.filter(|t| !state.results.contains_key(*t)).collect()
+    }
+
+    /// Boots guests until every selected test has a result. A guest that dies costs the test it was at;
+    /// one that dies before any test costs them all.
+    fn run(&self) {
+        // One guest at a time: it has two busy processors.
+        static ONE_GUEST: Mutex<()> = Mutex::new(());
+        let _turn = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let remaining = self.remaining();
+            if remaining.is_empty() {
+                return;
+            }
+            let problem = self.boot(&remaining).err();
+            if self.remaining().len() == remaining.len() {
+                let problem = problem.unwrap_or_else(|| "the guest ran none of its tests".into());
+                for test in remaining {
+                    self.record(test, Err(problem.clone()));
+                }
+            }
+        }
+    }
+
+    fn boot(&self, names: &[&str]) -> Result<(), String> {
+        let text = |e: infill::lab::LabError| e.to_string();
+        let fixtures = fixtures()?;
+        let kernel = kernel::ensure(self.series).map_err(text)?;
+        let accelerator = qemu::accelerator(&kernel.image).map_err(text)?;
+        let this_program = std::env::current_exe().map_err(|e| e.to_string())?;
+        let mke2fs = packages::find("mke2fs").ok_or("mke2fs is not installed")?;
+        let mut argv = vec![GUEST_PROGRAM.to_owned(), INSIDE.to_owned()];
+        argv.extend(names.iter().map(|&name| name.to_owned()));
+        let plan = GuestPlan {
+            kernel: &kernel,
+            programs: &[(GUEST_PROGRAM, &this_program), ("/sbin/mke2fs", &mke2fs)],
+            infill: Path::new(env!("CARGO_BIN_EXE_infill")),
+            files: &[],
+            cache_fs: self.fs,
+            store_disk: &fixtures.disk,
+            argv,
+            total_limit: TOTAL_LIMIT,
+        };
+        let scratch = tempfile::tempdir().map_err(|e| format!("no scratch directory: {e}"))?;
+        let machine = plan.build(scratch.path()).map_err(text)?;
+        eprintln!(
+            "infill: booting Linux {} ({}) with the cache on {} for {} tests",
+            kernel.version,
+            accelerator.name(),
+            self.fs.name(),
+            names.len()
+        );
+        let mut transcript = Transcript::default();
+        let ending = machine.run(accelerator, &mut |line| transcript.line(line, self));
+        let ending = ending.map_err(text)?;
+        transcript.end(&ending.to_string(), self)
+    }
+}
+
+/// What the tests read, made once for all guests.
+fn fixtures() -> Result<&'static Fixtures, String> {
+    static MADE: OnceLock<Result<Fixtures, String>> = OnceLock::new();
+    MADE.get_or_init(|| Fixtures::make().map_err(|e| format!("cannot make the test data: {e}"))).as_ref().map_err(Clone::clone)
+}
+
+/// Reads a guest's console.
+#[derive(Default)]
+struct Transcript {
+    current: Option<String>,
+    lines: Vec<String>,
+    reached_tests: bool,
+}
+
+impl Transcript {
+    /// Takes one line; says whether the guest has reached its tests.
+    fn line(&mut self, line: &str, cell: &Cell) -> bool {
+        if std::env::var_os("INFILL_CONSOLE").is_some() {
+            eprintln!("{line}");
+        }
+        if let Some(name) = line.strip_prefix(START) {
+            self.current = Some(name.to_owned());
+            self.lines.clear();
+            self.reached_tests = true;
+        } else if let Some(name) = line.strip_prefix(OK) {
+            self.current = None;
+            cell.record(name, Ok(()));
+        } else if let Some((name, reason)) = line.strip_prefix(FAILED).and_then(|rest| rest.split_once(": ")) {
+            self.current = None;
+            cell.record(name, Err(self.with_tail(&reason.replace(" | ", "\n"))));
+        } else {
+            self.lines.push(line.to_owned());
+        }
+        self.reached_tests
+    }
+
+    fn end(mut self, ending: &str, cell: &Cell) -> Result<(), String> {
+        let message = self.with_tail(&format!("guest died: {ending}"));
+        match self.current.take() {
+            Some(test) => cell.record(&test, Err(message)),
+            None if !self.reached_tests => return Err(message),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn with_tail(&self, reason: &str) -> String {
+        let tail = &self.lines[self.lines.len().saturating_sub(TAIL_LINES)..];
+        format!("{reason}\n--- the guest's console:\n{}\n---", tail.join("\n"))
+    }
+}

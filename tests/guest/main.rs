@@ -1,0 +1,45 @@
+//! infill against real kernels: every promise that only a kernel can confirm, on Linux 6.12 and 6.1 with
+//! the cache on ext4 and on XFS, in QEMU.
+//!
+//! One program, three roles. Started by `cargo test` it is the host: it boots a guest for each kernel and
+//! file system and turns what the guest prints into test results. Inside the guest it runs the tests, each
+//! in a process of its own. And it is the reader processes of those tests.
+//!
+//! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored): building the kernels takes some
+//! minutes the first time, and needs Debian's source packages.
+
+mod failures;
+mod fixtures;
+mod guest;
+mod host;
+mod lifecycle;
+mod readers;
+mod runner;
+mod serve;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use guest::Guest;
+
+/// What a test gives; `?` takes any error.
+type Outcome = Result<(), Box<dyn Error>>;
+
+/// A test: its name and what it does in the guest.
+type Test = (&'static str, fn(&mut Guest) -> Outcome);
+
+/// All tests, in the order they run.
+fn tests() -> impl Iterator<Item = Test> {
+    [serve::TESTS, failures::TESTS, lifecycle::TESTS].into_iter().flatten().copied()
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.split_first() {
+        Some((role, names)) if role == runner::INSIDE => runner::run_all(names),
+        Some((role, rest)) if role == runner::ONE => runner::run_one(&rest[0]),
+        Some((role, rest)) if role == readers::READER => readers::reader_main(rest),
+        Some((role, _)) if role == readers::HOLDER => readers::holder_main(),
+        _ => host::main(),
+    }
+}
