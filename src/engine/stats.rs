@@ -82,8 +82,10 @@ fn percentile(buckets: &[u64], share: f64) -> u64 {
 
 macro_rules! published {
     ($($name:ident),+ $(,)?) => {
-        /// One shard's counters, readable from anywhere.
+        /// One shard's counters, readable from anywhere. Aligned so that no two shards write to one cache line
+        /// (or to a pair that the processor fetches together).
         #[derive(Debug, Default)]
+        #[repr(align(128))]
         pub struct ShardStats {
             $($name: AtomicU64,)+
             pending: AtomicU64,
