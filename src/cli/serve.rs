@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
 
 use super::Failure;
 use crate::config::{Config, FrontEndKind, Options};
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
-use crate::engine::{Engine, EngineError, Settings};
+use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, Device};
 use crate::front::sim::socket::SocketFront;
@@ -76,11 +77,12 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let (tracer, printer) = start_tracer(trace_requests)?;
     let engine = start_engine(&config, &front, &store, tracer)?;
     announce(&config, &*front, &engine);
+    let started = engine.started().clone();
     let result = serve(&config, engine, &signals);
     finish(printer);
     // The kernel fails what still waits, and unbinds, when the device is closed.
     drop(front);
-    report(result, json)
+    report(&started, result, json)
 }
 
 fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
@@ -185,7 +187,7 @@ fn serve(config: &Config, engine: Engine, signals: &Signals) -> Result<Snapshot,
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
                 break;
             }
-            Some(Event::Report) => tracing::info!("{}", json_text(&engine.snapshot())),
+            Some(Event::Report) => tracing::info!("{}", json_text(engine.started(), &engine.snapshot())),
             Some(Event::Reload) => tracing::warn!("settings are read at start only; restart infill to change them"),
             None => {}
         }
@@ -215,15 +217,25 @@ fn finish(printer: Option<JoinHandle<()>>) {
     }
 }
 
-fn report(result: Result<Snapshot, EngineError>, json: bool) -> Result<(), Failure> {
+fn report(started: &Started, result: Result<Snapshot, EngineError>, json: bool) -> Result<(), Failure> {
     let snapshot = result.map_err(|error| Failure::new(exit::FAILED, error))?;
     tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
     if json {
-        let _ = writeln!(std::io::stdout(), "{}", json_text(&snapshot));
+        let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot));
     }
     Ok(())
 }
 
-fn json_text(snapshot: &Snapshot) -> String {
-    serde_json::to_string(snapshot).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+/// What `--json` and `SIGUSR1` show.
+#[derive(Serialize)]
+struct Statistics<'a> {
+    engine: &'a str,
+    shards: usize,
+    #[serde(flatten)]
+    counts: &'a Snapshot,
+}
+
+fn json_text(started: &Started, counts: &Snapshot) -> String {
+    let statistics = Statistics { engine: started.kind, shards: started.shards, counts };
+    serde_json::to_string(&statistics).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
 }

@@ -92,7 +92,10 @@ impl Opener {
             let error = match self.store.open(key) {
                 Ok(Some(blob)) if blob.len_bytes() > BLOB_BYTES_MAX => {
                     if self.shared.may_log_failure() {
-                        tracing::error!("the blob {key} has {} bytes, and {BLOB_BYTES_MAX} is the most; its mount fails", blob.len_bytes());
+                        tracing::error!(
+                            "the blob {key} has {} bytes, and {BLOB_BYTES_MAX} is the most; its mount or its reads fail",
+                            blob.len_bytes()
+                        );
                     }
                     return Err(Errno::EFBIG);
                 }
@@ -102,7 +105,7 @@ impl Opener {
                 }
                 Ok(None) => {
                     if self.shared.may_log_failure() {
-                        tracing::warn!("no store has the blob {key}: its mount fails; looked in {}", self.store.name());
+                        tracing::warn!("no store has the blob {key}: its mount or its reads fail; looked in {}", self.store.name());
                     }
                     return Err(Errno::ENOENT);
                 }
@@ -110,7 +113,7 @@ impl Opener {
             };
             if !self.worth_waiting(&error, started) {
                 if self.shared.may_log_failure() {
-                    tracing::error!("{error}; its mount fails");
+                    tracing::error!("{error}; its mount or its reads fail");
                 }
                 return Err(error.errno());
             }

@@ -146,7 +146,9 @@ impl<I: Io> Shard<I> {
     fn adopt(&mut self, adopted: Adopted) {
         let Adopted { object, key, blob, sink } = adopted;
         let handle = self.machine.open(object, Arc::clone(&blob));
-        let sink_file = self.io.add_file(sink.as_fd());
+        // Not in the ring's table: a place there may keep a descriptor open long after it was cleared (up to a
+        // second in Linux 6.1, and behind any operation that hangs), and an object whose sink is open is not gone.
+        let sink_file = FileRef::plain(sink.as_fd());
         let source_files = blob.files().iter().map(|file| self.io.add_file(file.fd.as_fd())).collect();
         if self.attached.len() <= handle.0 {
             self.attached.resize_with(handle.0 + 1, || None);
@@ -216,7 +218,6 @@ impl<I: Io> Shard<I> {
     /// Drops what belongs to a closed object, so that the kernel can let go of it too.
     fn release(&mut self, object: Handle) {
         if let Some(attached) = self.attached.get_mut(object.0).and_then(Option::take) {
-            self.io.remove_file(attached.sink_file);
             for file in &attached.source_files {
                 self.io.remove_file(*file);
             }

@@ -81,9 +81,11 @@ fn percentile(buckets: &[u64], share: f64) -> u64 {
 }
 
 macro_rules! published {
-    ($($name:ident),+ $(,)?) => {
-        /// One shard's counters, readable from anywhere.
+    ($($(#[$attribute:meta])? $name:ident),+ $(,)?) => {
+        /// One shard's counters, readable from anywhere. Aligned so that no two shards write to one cache line
+        /// (or to a pair that the processor fetches together).
         #[derive(Debug, Default)]
+        #[repr(align(128))]
         pub struct ShardStats {
             $($name: AtomicU64,)+
             pending: AtomicU64,
@@ -108,7 +110,7 @@ macro_rules! published {
         #[derive(Clone, Debug, Default, Serialize)]
         #[allow(missing_docs, reason = "named after the fields of Counters, which are described there")]
         pub struct Snapshot {
-            $(pub $name: u64,)+
+            $($(#[$attribute])? pub $name: u64,)+
             /// Requests that wait for their answer.
             pub pending: u64,
             /// Objects that are open.
@@ -160,7 +162,21 @@ macro_rules! published {
     };
 }
 
-published!(needs, needs_failed, unknown_object, beyond_end, already_there, joined, fills, fills_failed, bytes_filled, operations, stale);
+published!(
+    #[serde(rename = "requests")]
+    needs,
+    #[serde(rename = "failed")]
+    needs_failed,
+    unknown_object,
+    beyond_end,
+    already_there,
+    joined,
+    fills,
+    fills_failed,
+    bytes_filled,
+    operations,
+    stale
+);
 
 impl ShardStats {
     /// Requests that wait for their answer.

@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Condvar, Mutex};
 
+use nix::poll::{PollFd, PollFlags, poll};
+
 use super::*;
 use crate::front::{Answer, Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
@@ -265,5 +267,59 @@ fn a_stop_answers_readers_whose_operation_hangs() {
             assert!(matches!(kernel.answers.of(token), Outcome::Failed(_)) || token == 2);
         }
         assert_eq!(snapshot.pending, 0);
+    });
+}
+
+#[test]
+fn objects_that_come_and_go_quickly_get_their_bytes_and_leave_nothing_open() {
+    const ROUNDS: u64 = 60;
+    with_each_engine(2, |engine, kernel, store| {
+        let (mut sinks, mut ended) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS {
+            // The kernel does not wait between the rounds: an object is opened while the one before it is closed.
+            let (file, fd) = sink();
+            let (id, token) = (round as u32 % 3, round * 10);
+            let mut steps = vec![kernel.open(token, id, &fd), Step::Await(token)];
+            steps.extend((1..4).map(|n| kernel.need(token + n, id, n * 24_576..n * 24_576 + 4096)));
+            steps.extend((round % 4 != 0).then(|| close(id)));
+            kernel.then(steps);
+            ended.push(Arc::downgrade(&fd));
+            sinks.push(file);
+        }
+        for (file, token) in sinks.iter().zip((0..).step_by(10)) {
+            for n in 1..4 {
+                let mut got = vec![0; 4096];
+                match kernel.answers.of(token + n) {
+                    Outcome::Done => {
+                        let from = n * 24_576;
+                        file.read_exact_at(&mut got, from).unwrap();
+                        assert!(got == store.data[from as usize..][..4096], "wrong bytes");
+                    }
+                    // Closed while it waited.
+                    outcome => assert_eq!(outcome, Outcome::Failed(nix::errno::Errno::ECANCELED)),
+                }
+            }
+        }
+        kernel.then((0..3).map(close));
+        wait_until(|| engine.snapshot().objects == 0 && ended.iter().all(|sink| sink.strong_count() == 0));
+        assert_eq!(engine.stop(PATIENCE, || false).unwrap().pending, 0);
+    });
+}
+
+#[test]
+fn the_descriptor_of_a_closed_object_is_closed_everywhere() {
+    with_each_engine(1, |engine, kernel, _| {
+        // Its other end hangs up when nobody has it any more, not even a ring's table of files.
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let has_hung_up = || {
+            let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, 0u8).unwrap() == 1 && fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+        };
+        kernel.then([kernel.open(1, 8, &Arc::new(writer)), Step::Await(1)]);
+        assert_eq!(kernel.answers.of(1), Outcome::Opened { len_bytes: BLOB_BYTES as u64 });
+        assert!(!has_hung_up());
+        kernel.then([close(8)]);
+        wait_until(has_hung_up);
+        engine.stop(PATIENCE, || false).unwrap();
     });
 }

@@ -11,7 +11,7 @@ use super::init::{INIT_PROGRAM, JOB_FILE, Job, KERNEL_ARGUMENTS, Mount};
 use super::initramfs::Archive;
 use super::kernel::Kernel;
 use super::qemu::{Disk, Machine};
-use super::{Result, Trying};
+use super::{LabError, Result, Trying};
 
 /// Guest memory: the initramfs, the page cache of a test tree, and the daemon's buffers.
 const MEMORY_MIB: u32 = 1024;
@@ -47,8 +47,11 @@ impl GuestPlan<'_> {
     /// Writes initramfs and cache disk into `scratch`; gives the machine that boots with them.
     ///
     /// # Errors
-    /// A file cannot be read or written, or a disk not be made.
+    /// A file cannot be read or written, a disk not be made, or this is not an x86-64 machine.
     pub fn build(&self, scratch: &Path) -> Result<Machine> {
+        if !cfg!(target_arch = "x86_64") {
+            return Err(LabError::Failed("guests run this machine's programs on x86-64 kernels: the lab needs an x86-64 machine".into()));
+        }
         let cache = scratch.join("cache.img");
         self.cache_fs.make(&cache, CACHE_BYTES)?;
         let disks = [(cache, false), (self.store_disk.to_owned(), true)];

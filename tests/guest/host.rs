@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use infill::lab::disk::CacheFs;
@@ -26,14 +27,25 @@ const TAIL_LINES: usize = 60;
 struct Cell {
     series: &'static str,
     fs: CacheFs,
+    bench: Arc<Bench>,
     state: Mutex<State>,
     changed: Condvar,
+}
+
+/// What all cells share.
+#[derive(Default)]
+struct Bench {
+    /// Made by the first guest, removed with the last reference.
+    fixtures: OnceLock<Result<Fixtures, String>>,
+    /// One guest at a time: it has two busy processors.
+    turn: Mutex<()>,
 }
 
 #[derive(Default)]
 struct State {
     selected: Vec<&'static str>,
-    started: bool,
+    /// The thread that boots the guests, once a test has asked for its result.
+    thread: Option<JoinHandle<()>>,
     results: HashMap<String, Result<(), String>>,
 }
 
@@ -41,10 +53,11 @@ struct State {
 pub(crate) fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let skip = std::env::var("INFILL_GUEST").is_ok_and(|value| value == "skip");
-    let mut trials = Vec::new();
+    let (mut trials, mut cells) = (Vec::new(), Vec::new());
+    let bench = Arc::new(Bench::default());
     for series in kernel::SERIES {
         for fs in [CacheFs::Ext4, CacheFs::Xfs] {
-            let cell = Arc::new(Cell { series, fs, state: Mutex::default(), changed: Condvar::new() });
+            let cell = Arc::new(Cell { series, fs, bench: Arc::clone(&bench), state: Mutex::default(), changed: Condvar::new() });
             for (test, _) in tests() {
                 let name = format!("k{}::{}::{test}", series.replace('.', "_"), fs.name());
                 let its_cell = Arc::clone(&cell);
@@ -59,9 +72,16 @@ pub(crate) fn main() -> ExitCode {
                     trials.push(trial);
                 }
             }
+            cells.push(cell);
         }
     }
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // The last result comes before its guest is off and its files are removed.
+    for cell in cells {
+        let thread = cell.lock().thread.take();
+        drop(thread.map(JoinHandle::join));
+    }
+    conclusion.exit_code()
 }
 
 impl Cell {
@@ -72,10 +92,9 @@ impl Cell {
     /// Waits for a test's result. The first one to ask starts the guest, which runs all selected ones.
     fn result_of(self: &Arc<Self>, test: &str) -> Result<(), Failed> {
         let mut state = self.lock();
-        if !state.started {
-            state.started = true;
+        if state.thread.is_none() {
             let cell = Arc::clone(self);
-            std::thread::spawn(move || cell.run());
+            state.thread = Some(std::thread::spawn(move || cell.run()));
         }
         loop {
             if let Some(result) = state.results.get(test) {
@@ -99,9 +118,7 @@ impl Cell {
     /// Boots guests until every selected test has a result. A guest that dies costs the test it was at;
     /// one that dies before any test costs them all.
     fn run(&self) {
-        // One guest at a time: it has two busy processors.
-        static ONE_GUEST: Mutex<()> = Mutex::new(());
-        let _turn = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.bench.turn.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let remaining = self.remaining();
             if remaining.is_empty() {
@@ -119,7 +136,7 @@ impl Cell {
 
     fn boot(&self, names: &[&str]) -> Result<(), String> {
         let text = |e: infill::lab::LabError| e.to_string();
-        let fixtures = fixtures()?;
+        let fixtures = self.bench.fixtures()?;
         let kernel = kernel::ensure(self.series).map_err(text)?;
         let accelerator = qemu::accelerator(&kernel.image).map_err(text)?;
         let this_program = std::env::current_exe().map_err(|e| e.to_string())?;
@@ -152,10 +169,12 @@ impl Cell {
     }
 }
 
-/// What the tests read, made once for all guests.
-fn fixtures() -> Result<&'static Fixtures, String> {
-    static MADE: OnceLock<Result<Fixtures, String>> = OnceLock::new();
-    MADE.get_or_init(|| Fixtures::make().map_err(|e| format!("cannot make the test data: {e}"))).as_ref().map_err(Clone::clone)
+impl Bench {
+    /// What the tests read, made once for all guests.
+    fn fixtures(&self) -> Result<&Fixtures, String> {
+        let made = self.fixtures.get_or_init(|| Fixtures::make().map_err(|e| format!("cannot make the test data: {e}")));
+        made.as_ref().map_err(Clone::clone)
+    }
 }
 
 /// Reads a guest's console.

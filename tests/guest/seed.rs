@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use infill::front::cachefiles::layout::{MARK, OBJECT_MARK_BYTES, VOLUME_MARK};
@@ -27,6 +27,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("seeding_leaves_present_objects_alone", present_objects_stay),
     ("seeding_of_mounted_blobs_is_refused", mounted_blobs_are_refused),
     ("seeded_object_linked_under_a_mounted_one_is_harmless", linked_under_a_mounted_one),
+    ("seeding_beside_mounting_goes_well_either_way", beside_mounting),
     ("seeded_blobs_holes_are_read_on_demand", holes_are_read_on_demand),
     ("seeded_blobs_may_have_any_length", any_length),
     ("seeding_from_another_disk_is_refused", blobs_on_another_disk),
@@ -38,6 +39,8 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Space that seeding two blobs and making their volume may take: 257 directories, and what the file system
 /// notes about shared blocks.
 const OVERHEAD_BYTES_MAX: u64 = 1 << 20;
+/// How often seeding and mounting race for a new domain.
+const RACES: u32 = 16;
 /// How long the kernel may take for what it does after an unmounting or the daemon's end.
 const COMMIT_LIMIT: Duration = Duration::from_secs(20);
 /// The mode of a regular file without any permission.
@@ -60,11 +63,19 @@ fn stock_beside_cache(guest: &mut Guest, names: &[&str]) -> Result<bool> {
 
 /// Runs `infill prefetch --seed`; gives what became of each blob.
 fn prefetch(guest: &Guest, domain: Option<&str>, names: &[&str]) -> Result<Vec<(String, String)>> {
+    fates(&prefetch_command(guest, domain, names).output()?)
+}
+
+fn prefetch_command(guest: &Guest, domain: Option<&str>, names: &[&str]) -> Command {
     let mut command = Command::new(INFILL);
     command.args(["prefetch", "--seed", "--json"]);
     command.arg(format!("--cache-dir={}", guest.cache.display())).arg(format!("--store=dir:{}", guest.store.display()));
     command.args(domain.map(|domain| format!("--domain={domain}"))).args(names);
-    let output = command.output()?;
+    command
+}
+
+/// Outcome and reason for each blob.
+fn fates(output: &Output) -> Result<Vec<(String, String)>> {
     let text = String::from_utf8_lossy(&output.stdout);
     let report: Value = serde_json::from_str(text.trim_end()).map_err(|e| format!("{e}: {output:?}"))?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -345,6 +356,36 @@ fn wait_until(what: &str, done: impl Fn() -> bool) -> Outcome {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+    Ok(())
+}
+
+/// Both make the domain's directories, and the object; whoever comes first.
+fn beside_mounting(guest: &mut Guest) -> Outcome {
+    if !stock_beside_cache(guest, &["one.img", "one.blob", "tiny.img"])? {
+        return refused_and_read_on_demand(guest);
+    }
+    guest.serve(&[])?;
+    let mut counts = BTreeMap::<String, u32>::new();
+    for race in 0..RACES {
+        let domain = format!("race{race}");
+        let options = format!("fsid=tiny.img,domain_id={domain}");
+        let prefetch = prefetch_command(guest, Some(&domain), &["tiny.img"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        // The process needs a while until it is where the race is.
+        std::thread::sleep(Duration::from_millis(u64::from(race) * 8));
+        let at = guest.mount(&options)?;
+        let fates = fates(&prefetch.wait_with_output()?)?;
+        expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
+        guest.umount(&at)?;
+        if fates[0].0 == "failed" {
+            return Err(format!("race {race}: {fates:?}").into());
+        }
+        *counts.entry(format!("{fates:?}")).or_default() += 1;
+        if reads_of_all(guest, &options, "tiny.json")? != 0 {
+            return Err(format!("race {race}: data was not kept").into());
+        }
+    }
+    println!("{counts:?}");
+    guest.stop()?;
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::stat::{major, minor};
@@ -27,6 +28,12 @@ const MISC_DEVICES: &str = "/proc/misc";
 
 /// `MISC_MAJOR` (include/uapi/linux/major.h).
 const MISC_MAJOR: u64 = 10;
+
+/// How long a device that no process holds may stay busy: an io_uring, and whatever was in flight, is closed
+/// some time after its process has ended.
+const RELEASE_WAIT: Duration = Duration::from_secs(5);
+/// Pause between two tries.
+const RELEASE_POLL: Duration = Duration::from_millis(50);
 
 /// What to bind.
 #[derive(Clone, Debug)]
@@ -264,15 +271,21 @@ fn open(devnode: &Path) -> Result<OwnedFd, BindError> {
     if !found.file_type().is_char_device() || !is_cachefiles(found.rdev()) {
         return Err(BindError::NotTheDevice(devnode.to_owned()));
     }
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        // O_CLOEXEC is std's default. O_NONBLOCK makes no difference to read(2), but an io_uring would wait for
-        // space in a device without it.
-        .custom_flags(libc::O_NONBLOCK)
-        .open(devnode)
-        .map_err(failed)?;
-    Ok(file.into())
+    let mut options = OpenOptions::new();
+    // O_CLOEXEC is std's default. O_NONBLOCK makes no difference to read(2), but an io_uring would wait for
+    // space in a device without it.
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    let started = Instant::now();
+    loop {
+        match options.open(devnode).map_err(failed) {
+            Ok(file) => return Ok(file.into()),
+            // Nobody has it: the kernel is still closing what a daemon that has just ended left behind.
+            Err(BindError::Busy { holders, .. }) if holders.is_empty() && started.elapsed() < RELEASE_WAIT => {
+                std::thread::sleep(RELEASE_POLL);
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Whether this is the kernel's device of that name. Also `true` if the kernel's list cannot be read: its
