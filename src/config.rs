@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::engine::plan::Window;
 use crate::engine::{EngineKind, usable_cpus};
 use crate::front::cachefiles::{BadLimits, CullLimits, command};
 use crate::key::Key;
@@ -24,9 +25,8 @@ pub const DEFAULT_CACHE_DIR: &str = "/var/cache/infill";
 const DEFAULT_TAG: &str = "infill";
 /// Event loops at most; more do not help on any machine we know.
 const SHARDS_MAX: usize = 1024;
-/// Aligned window brought around a demand. A fill costs much before its first byte, so fewer and larger ones
-/// win; see docs/performance.md.
-const DEFAULT_WINDOW_BYTES: u64 = 1 << 20;
+/// Share of a blob, in percent, that may be brought on mere bets by the adaptive window (at least 4 MiB).
+const DEFAULT_AHEAD_PERCENT: u8 = 6;
 /// Size of a buffer slot and longest single fill.
 const DEFAULT_SLOT_BYTES: u64 = 1 << 20;
 /// Buffer slots a shard.
@@ -85,6 +85,36 @@ impl FromStr for Bytes {
         };
         let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size; write for example 1M, 128K or 4096"))?;
         number.checked_shl(shift).filter(|bytes| bytes >> shift == number).map(Self).ok_or_else(|| format!("{text:?} is too large"))
+    }
+}
+
+/// The window of `--window`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(try_from = "BytesText")]
+pub enum WindowText {
+    /// Adapts to how each blob is read.
+    #[default]
+    Auto,
+    /// Always the aligned window of so many bytes.
+    Fixed(Bytes),
+}
+
+impl TryFrom<BytesText> for WindowText {
+    type Error = String;
+
+    fn try_from(text: BytesText) -> Result<Self, String> {
+        match text {
+            BytesText::Number(n) => Ok(Self::Fixed(Bytes(n))),
+            BytesText::Text(text) => text.parse(),
+        }
+    }
+}
+
+impl FromStr for WindowText {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Fixed) }
     }
 }
 
@@ -178,9 +208,14 @@ pub struct Options {
     /// How blobs are read [default: direct]
     #[arg(long, value_enum, env = "INFILL_SOURCE")]
     source: Option<SourceMode>,
-    /// Aligned window brought around each demand; 4K: only what was asked [default: 1M]
-    #[arg(long, value_name = "SIZE", env = "INFILL_WINDOW")]
-    window: Option<Bytes>,
+    /// How much is brought for each demand: auto (as the blob is read), or the aligned window of so many bytes;
+    /// 4K: only what was asked [default: auto]
+    #[arg(long, value_name = "auto|SIZE", env = "INFILL_WINDOW")]
+    window: Option<WindowText>,
+    /// Share of a blob that --window auto may bring before readers have shown that they want it; at least 4 MiB,
+    /// 0: no bets on far jumps [default: 6]
+    #[arg(long, value_name = "PERCENT", env = "INFILL_AHEAD_PERCENT")]
+    ahead_percent: Option<u8>,
     /// Size of a buffer slot and longest single write; a power of two [default: 1M]
     #[arg(long, value_name = "SIZE", env = "INFILL_SLOT_SIZE")]
     slot_size: Option<Bytes>,
@@ -236,8 +271,8 @@ pub struct Config {
     pub engine: EngineKind,
     /// How blobs are read.
     pub source: SourceMode,
-    /// Aligned window brought around a demand.
-    pub window_bytes: u64,
+    /// How much is brought for a demand.
+    pub window: Window,
     /// Size of a buffer slot.
     pub slot_bytes: u64,
     /// Buffer slots a shard.
@@ -341,6 +376,7 @@ impl Options {
             engine,
             source,
             window,
+            ahead_percent,
             slot_size,
             slots,
             workers,
@@ -376,7 +412,10 @@ impl Options {
             shards,
             engine: self.engine.unwrap_or_default(),
             source: self.source.unwrap_or_default(),
-            window_bytes: self.window.map_or(DEFAULT_WINDOW_BYTES, |bytes| bytes.0),
+            window: match self.window.unwrap_or_default() {
+                WindowText::Auto => Window::Adaptive { budget_percent: self.ahead_percent.unwrap_or(DEFAULT_AHEAD_PERCENT) },
+                WindowText::Fixed(bytes) => Window::Fixed(bytes.0),
+            },
             slot_bytes: self.slot_size.map_or(DEFAULT_SLOT_BYTES, |bytes| bytes.0),
             slots: self.slots.unwrap_or(DEFAULT_SLOTS),
             workers: self.workers.unwrap_or(DEFAULT_WORKERS),
@@ -399,7 +438,10 @@ impl Config {
         }
         self.cull.commands()?;
         bounds("shards", self.shards as u64, 1, SHARDS_MAX as u64)?;
-        power_of_two("window", self.window_bytes, BLOCK_BYTES_MIN, WINDOW_BYTES_MAX)?;
+        match self.window {
+            Window::Fixed(bytes) => power_of_two("window", bytes, BLOCK_BYTES_MIN, WINDOW_BYTES_MAX)?,
+            Window::Adaptive { budget_percent } => bounds("ahead_percent", u64::from(budget_percent), 0, 100)?,
+        }
         // A slot holds at least a page, which is the least that is written.
         power_of_two("slot_size", self.slot_bytes, BLOCK_BYTES_MIN.max(page_bytes()), SHARD_BUFFER_BYTES_MAX / 2)?;
         let slots_max = (SHARD_BUFFER_BYTES_MAX / self.slot_bytes) - 1;
@@ -449,9 +491,9 @@ mod tests {
     #[test]
     fn a_flag_wins_over_the_file() {
         let file = parse_file("version = 1\n[serve]\nwindow = \"64K\"\nslots = 3\nstore = [\"dir:/a\", \"dir:/b\"]\n").unwrap();
-        let flags = Options { window: Some(Bytes(4096)), ..Options::default() };
+        let flags = Options { window: Some(WindowText::Fixed(Bytes(4096))), ..Options::default() };
         let config = flags.or(file).check().unwrap();
-        assert_eq!((config.window_bytes, config.slots, config.stores.len()), (4096, 3, 2));
+        assert_eq!((config.window, config.slots, config.stores.len()), (Window::Fixed(4096), 3, 2));
         assert_eq!(config.slot_bytes, DEFAULT_SLOT_BYTES);
     }
 
@@ -475,7 +517,7 @@ mod tests {
     #[test]
     fn values_out_of_bounds_are_named_with_what_is_allowed() {
         let cases: [(Options, &str); 5] = [
-            (Options { window: Some(Bytes(5000)), ..with_store() }, "window = 5000: must be a power of two"),
+            (Options { window: Some(WindowText::Fixed(Bytes(5000))), ..with_store() }, "window = 5000: must be a power of two"),
             (Options { slots: Some(0), ..with_store() }, "slots = 0: must be 1 to"),
             (Options { slots: Some(5000), ..with_store() }, "slots = 5000: must be 1 to 1023"),
             (Options { workers: Some(0), ..with_store() }, "workers = 0"),

@@ -87,7 +87,9 @@ fn every_mistake_is_found() {
             Sabotage::DropAnswer | Sabotage::AnswerTwice => &[Rule::OneAnswer],
             Sabotage::FailForNothing => &[Rule::FailureHasReason],
             Sabotage::MisalignedWrite => &[Rule::Aligned],
-            Sabotage::WrongPlace | Sabotage::NoPadding | Sabotage::WrongSource => &[Rule::RightBytes, Rule::NoOverlap],
+            Sabotage::WrongPlace | Sabotage::NoPadding => &[Rule::RightBytes, Rule::NoOverlap],
+            // The wrong place in a source may also lie behind its end.
+            Sabotage::WrongSource => &[Rule::RightBytes, Rule::NoOverlap, Rule::FailureHasReason],
             Sabotage::OneSlotForAll => &[Rule::SlotOwner],
             Sabotage::ShortIsWhole => &[Rule::DoneMeansThere],
             Sabotage::EarlyRelease => &[Rule::Release],

@@ -138,7 +138,7 @@ fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Stor
     let settings = Settings {
         shards: config.shards,
         kind: config.engine,
-        window_bytes: config.window_bytes,
+        window: config.window,
         slot_bytes: config.slot_bytes,
         slots: config.slots,
         workers: config.workers,

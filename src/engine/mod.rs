@@ -63,8 +63,8 @@ pub struct Settings {
     pub shards: usize,
     /// How reads and writes are done.
     pub kind: EngineKind,
-    /// Aligned window brought around a demand.
-    pub window_bytes: u64,
+    /// How much is brought for a demand.
+    pub window: plan::Window,
     /// Size of a buffer slot and longest single fill.
     pub slot_bytes: u64,
     /// Buffer slots of a shard, and operations that it has in flight.

@@ -70,6 +70,21 @@ impl PageSet {
         Some(start * self.page_bytes..end * self.page_bytes)
     }
 
+    /// How many bytes of `range` (whole pages) are in the set.
+    #[must_use]
+    pub fn count_bytes(&self, range: &ByteRange) -> u64 {
+        let limit = range.end.div_ceil(self.page_bytes).min(self.pages);
+        let mut page = range.start / self.page_bytes;
+        let mut count = 0;
+        while page < limit {
+            let (leaf, word, bit) = split(page);
+            let n = (64 - bit).min(limit - page);
+            count += self.leaves[leaf].as_ref().map_or(0, |words| u64::from((words[word] & mask(bit, n)).count_ones()));
+            page += n;
+        }
+        count * self.page_bytes
+    }
+
     /// Whether every page that `range` touches is in the set.
     #[must_use]
     pub fn contains(&self, range: &ByteRange) -> bool {
@@ -189,6 +204,8 @@ mod tests {
                     first * PAGE..end * PAGE
                 });
                 prop_assert_eq!(set.first_absent(&(start * PAGE..(start + n) * PAGE)), expected);
+                let count = (start..limit).filter(|page| model.contains(page)).count() as u64;
+                prop_assert_eq!(set.count_bytes(&(start * PAGE..(start + n) * PAGE)), count * PAGE);
             }
         }
     }

@@ -106,7 +106,14 @@ mod tests {
 
     #[test]
     fn only_what_is_near_is_taken_note_of() {
-        let limits = Limits { page_bytes: 4096, fill_max_bytes: 4096, window_bytes: 4096, slots: 1, fills_per_need: 1, probe: true };
+        let limits = Limits {
+            page_bytes: 4096,
+            fill_max_bytes: 4096,
+            window: crate::engine::plan::Window::Fixed(4096),
+            slots: 1,
+            fills_per_need: 1,
+            probe: true,
+        };
         let (mut machine, id) = (Machine::<()>::new(limits), ObjectId(1));
         machine.open(id, Arc::new(Long(1 << 40)));
         let sink = tempfile::tempfile().unwrap();

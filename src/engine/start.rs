@@ -269,7 +269,7 @@ impl Plan {
         let limits = Limits {
             page_bytes: caps.align_bytes,
             fill_max_bytes: self.settings.slot_bytes,
-            window_bytes: self.settings.window_bytes,
+            window: self.settings.window,
             slots: self.settings.slots,
             fills_per_need: FILLS_PER_NEED,
             probe: caps.holes_are_absent,

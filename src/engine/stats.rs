@@ -173,6 +173,7 @@ published!(
     joined,
     fills,
     fills_failed,
+    bytes_asked,
     bytes_filled,
     operations,
     stale

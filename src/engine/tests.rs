@@ -7,6 +7,7 @@ use std::sync::{Condvar, Mutex};
 
 use nix::poll::{PollFd, PollFlags, poll};
 
+use super::plan::Window;
 use super::*;
 use crate::front::{Answer, Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
@@ -164,7 +165,7 @@ fn with_each_engine(shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
         let settings = Settings {
             shards,
             kind,
-            window_bytes: 65536,
+            window: Window::Fixed(65536),
             slot_bytes: 65536,
             slots: 4,
             workers: 2,

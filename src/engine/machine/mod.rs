@@ -17,10 +17,11 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::fill::{self, Fill, Next};
-use super::plan;
+use super::plan::adaptive::Planner;
+use super::plan::{self, Window};
 use super::presence::PageSet;
 use crate::front::{ObjectId, Outcome};
-use crate::range::{ByteRange, align_up, intersect};
+use crate::range::{self, ByteRange, align_up, intersect};
 use crate::store::Blob;
 
 /// How many fills of its own a need may see fail before it is answered with failure. The first may have
@@ -36,8 +37,8 @@ pub struct Limits {
     pub page_bytes: u64,
     /// Size of a slot and longest fill; a power of two, at least a page.
     pub fill_max_bytes: u64,
-    /// Aligned window brought around a demand; a power of two. A page or less: exactly what was asked.
-    pub window_bytes: u64,
+    /// How much is brought for a demand.
+    pub window: Window,
     /// Buffer slots, and operations in flight.
     pub slots: u32,
     /// Fills that one need may wait for at a time.
@@ -132,6 +133,8 @@ pub struct Counters {
     pub fills: u64,
     /// Fills that failed.
     pub fills_failed: u64,
+    /// Bytes that were asked for, as whole pages; what several readers asked for counts for each.
+    pub bytes_asked: u64,
     /// Bytes put into sinks.
     pub bytes_filled: u64,
     /// Operations given to the driver.
@@ -152,6 +155,8 @@ struct Object {
     running: u32,
     closed: bool,
     id: ObjectId,
+    /// Says how much to bring, if the window adapts.
+    planner: Option<Planner>,
 }
 
 #[derive(Debug)]
@@ -160,6 +165,8 @@ struct Need<T> {
     asked: ByteRange,
     /// The same as whole pages inside the object.
     range: ByteRange,
+    /// What is brought for it: at least the range.
+    region: ByteRange,
     ticket: T,
     since_ns: u64,
     /// Links to jobs.
@@ -247,7 +254,12 @@ impl<T> Machine<T> {
         if !self.limits.probe {
             probed.insert(&(0..align_up(len, page)));
         }
-        let object = Object { blob, present: PageSet::new(len, page), probed, jobs: Vec::new(), running: 0, closed: false, id };
+        let planner = match self.limits.window {
+            Window::Fixed(_) => None,
+            Window::Adaptive { budget_percent } => Some(Planner::new(len, budget_percent)),
+        };
+        let present = PageSet::new(len, page);
+        let object = Object { blob, present, probed, jobs: Vec::new(), running: 0, closed: false, id, planner };
         let handle = Handle(self.objects.insert(object));
         self.handles.insert(id, handle);
         handle
@@ -266,7 +278,10 @@ impl<T> Machine<T> {
         let object = &self.objects[self.handle(id)?.0];
         let len = object.blob.len_bytes();
         let range = plan::clamp(demand, len, self.limits.page_bytes)?;
-        let region = plan::window(&range, self.limits.window_bytes, len, self.limits.page_bytes);
+        let region = match self.limits.window {
+            Window::Fixed(bytes) => plan::window(&range, bytes, len, self.limits.page_bytes),
+            Window::Adaptive { .. } => intersect(&Planner::reach(&range), &(0..align_up(len, self.limits.page_bytes)))?,
+        };
         intersect(&object.probed.first_absent(&region)?, &region)
     }
 
@@ -312,7 +327,20 @@ impl<T> Machine<T> {
             self.counters.beyond_end += 1;
             return self.answer(Answered { ticket, outcome: Outcome::Failed(Errno::ENXIO), object, range: asked, since_ns: now_ns });
         };
-        let need = Need { object: handle, asked, range, ticket, since_ns: now_ns, outstanding: 0, failed: None, failures: 0, exact: false };
+        self.counters.bytes_asked += range::len(&range);
+        let region = self.region(handle, &range);
+        let need = Need {
+            object: handle,
+            asked,
+            range,
+            region,
+            ticket,
+            since_ns: now_ns,
+            outstanding: 0,
+            failed: None,
+            failures: 0,
+            exact: false,
+        };
         if self.objects[handle.0].present.contains(&need.range) {
             self.counters.already_there += 1;
         }

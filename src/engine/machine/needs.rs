@@ -2,13 +2,19 @@
 
 use nix::errno::Errno;
 
-use super::{Action, Answered, FAILURES_MAX, Handle, Limits, Link, Machine, NONE, State};
-use crate::engine::plan;
+use super::{Action, Answered, FAILURES_MAX, Handle, Limits, Link, Machine, NONE, Object, State};
+use crate::engine::plan::{self, Window};
 use crate::front::Outcome;
 use crate::range::{ByteRange, align_down, align_up, intersect};
 
 /// Fills that nobody waits for yet and that have not been started. Beyond it no more are made.
 pub(super) const AHEAD_MAX: usize = 256;
+
+/// Most bytes between two holes that are written again, so that one fill closes both.
+const GAP_MAX_BYTES: u64 = 32 << 10;
+/// What is asked is filled alone, before the rest of its region, if the rest is at least this much: less is
+/// cheaper to bring in one write than to write twice.
+const AHEAD_MIN_BYTES: u64 = 256 << 10;
 
 impl<T> Machine<T> {
     pub(super) fn answer(&mut self, answered: Answered<T>) {
@@ -48,12 +54,16 @@ impl<T> Machine<T> {
     /// Links a need to the fills that bring its bytes, and makes those that are missing.
     fn schedule(&mut self, key: usize) {
         let need = &self.needs[key];
-        let (handle, range, exact) = (need.object, need.range.clone(), need.exact);
-        let Limits { page_bytes, fill_max_bytes, window_bytes, fills_per_need, .. } = self.limits;
-        let len = self.objects[handle.0].blob.len_bytes();
-        let region = if exact { range.clone() } else { plan::window(&range, window_bytes, len, page_bytes) };
-        let mut at = align_down(range.start, fill_max_bytes).max(region.start);
-        let end = align_up(range.end, fill_max_bytes).min(region.end);
+        let (handle, range) = (need.object, need.range.clone());
+        let region = if need.exact { range.clone() } else { need.region.clone() };
+        let Limits { fill_max_bytes, fills_per_need, .. } = self.limits;
+        // What is asked comes alone and first, if much more is brought behind it.
+        let alone = region.end - range.end >= AHEAD_MIN_BYTES && range.start - region.start < AHEAD_MIN_BYTES;
+        let (mut at, end) = if alone {
+            (range.start, range.end)
+        } else {
+            (align_down(range.start, fill_max_bytes).max(region.start), align_up(range.end, fill_max_bytes).min(region.end))
+        };
         while self.needs[key].outstanding < fills_per_need
             && let Some((piece, job)) = self.next_piece(handle, &(at..end))
         {
@@ -76,7 +86,34 @@ impl<T> Machine<T> {
                 self.ahead.push_back((job, self.jobs[job].generation));
             }
         }
-        self.fill_ahead(handle, &region);
+        self.fill_ahead(handle, &(range.end..region.end));
+        self.fill_ahead(handle, &(region.start..range.start));
+    }
+
+    /// The region to bring for a demand that has just come.
+    pub(super) fn region(&mut self, handle: Handle, range: &ByteRange) -> ByteRange {
+        let (page_bytes, window) = (self.limits.page_bytes, self.limits.window);
+        let misses = self.misses(handle, range);
+        let object = &mut self.objects[handle.0];
+        let len = object.blob.len_bytes();
+        match (window, &mut object.planner) {
+            (Window::Fixed(bytes), _) => plan::window(range, bytes, len, page_bytes),
+            (Window::Adaptive { .. }, Some(planner)) if misses => planner.region(range, &object.present, align_up(len, page_bytes)),
+            // All of it is there or on its way: it says nothing new of the reader.
+            _ => range.clone(),
+        }
+    }
+
+    /// Whether something of a range is neither there nor on its way.
+    fn misses(&self, handle: Handle, range: &ByteRange) -> bool {
+        let mut at = range.start;
+        while let Some((piece, job)) = self.next_piece(handle, &(at..range.end)) {
+            if job.is_none() {
+                return true;
+            }
+            at = piece.end;
+        }
+        false
     }
 
     /// Makes fills for the rest of a region, as far as the queue for them allows.
@@ -107,8 +144,20 @@ impl<T> Machine<T> {
         {
             return Some((self.jobs[key].fill.range().clone(), Some(key)));
         }
-        let border = object.jobs.get(after).map_or(absent.end, |&(start, _)| start.min(absent.end));
-        Some((plan::piece(&(absent.start..border), self.limits.fill_max_bytes), None))
+        let free = absent.start..object.jobs.get(after).map_or(range.end, |&(start, _)| start.min(range.end));
+        let piece = plan::piece(&free, self.limits.fill_max_bytes);
+        Some((piece.start..self.worth_one_fill(object, absent.end.min(piece.end), piece.end), None))
+    }
+
+    /// How far a fill that reaches to `end` goes on, `limit` at most: over what is there already, if that is
+    /// little and something is missing behind it. To write the same bytes once more is cheaper than another fill.
+    fn worth_one_fill(&self, object: &Object, mut end: u64, limit: u64) -> u64 {
+        while let Some(next) = object.present.first_absent(&(end..limit))
+            && next.start - end <= GAP_MAX_BYTES
+        {
+            end = next.end.min(limit);
+        }
+        end
     }
 
     fn link(&mut self, job: usize, need: usize) {

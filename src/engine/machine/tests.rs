@@ -1,13 +1,14 @@
 //! The machine driven by hand: what it asks of the driver, in which order, and what becomes of the requests.
 
 use super::*;
+use crate::engine::plan::Window;
 use crate::range;
 use crate::store::{Data, Extent, SourceFile};
 
 const PAGE: u64 = 4096;
 const EIO: i32 = -(Errno::EIO as i32);
 const LIMITS: Limits =
-    Limits { page_bytes: PAGE, fill_max_bytes: 16 * PAGE, window_bytes: 16 * PAGE, slots: 4, fills_per_need: 4, probe: false };
+    Limits { page_bytes: PAGE, fill_max_bytes: 16 * PAGE, window: Window::Fixed(16 * PAGE), slots: 4, fills_per_need: 4, probe: false };
 
 /// A blob that is one file.
 #[derive(Debug)]
@@ -162,7 +163,7 @@ fn a_handle_is_not_given_away_before_its_release_was_seen() {
 
 #[test]
 fn a_huge_demand_has_few_fills_at_a_time_and_is_done_in_the_end() {
-    let mut driver = Driver::new(Limits { window_bytes: PAGE, ..LIMITS });
+    let mut driver = Driver::new(Limits { window: Window::Fixed(PAGE), ..LIMITS });
     driver.open(1, 1 << 12);
     driver.need(1, 0..u64::MAX, 1);
     let mut most = 0;
@@ -177,7 +178,7 @@ fn a_huge_demand_has_few_fills_at_a_time_and_is_done_in_the_end() {
 
 #[test]
 fn a_demand_inside_a_page_brings_the_page() {
-    let mut driver = Driver::new(Limits { window_bytes: PAGE, ..LIMITS });
+    let mut driver = Driver::new(Limits { window: Window::Fixed(PAGE), ..LIMITS });
     driver.machine.open(ObjectId(1), Arc::new(Plain(PAGE + 1)));
     driver.need(1, PAGE + 512..PAGE + 1024, 1);
     assert_eq!(driver.end(Some(1)).range, PAGE..2 * PAGE);
@@ -190,7 +191,7 @@ fn a_demand_inside_a_page_brings_the_page() {
 
 #[test]
 fn a_fill_that_somebody_waits_for_overtakes_those_nobody_waits_for() {
-    let mut driver = Driver::new(Limits { window_bytes: 64 * PAGE, slots: 1, ..LIMITS });
+    let mut driver = Driver::new(Limits { window: Window::Fixed(64 * PAGE), slots: 1, ..LIMITS });
     driver.open(1, 64);
     driver.need(1, 0..PAGE, 1);
     driver.need(1, 63 * PAGE..64 * PAGE, 2);
@@ -201,7 +202,7 @@ fn a_fill_that_somebody_waits_for_overtakes_those_nobody_waits_for() {
 
 #[test]
 fn what_the_sink_lost_is_brought_again() {
-    let mut driver = Driver::new(Limits { window_bytes: PAGE, probe: true, ..LIMITS });
+    let mut driver = Driver::new(Limits { window: Window::Fixed(PAGE), probe: true, ..LIMITS });
     driver.open(1, 8);
     let id = ObjectId(1);
     assert_eq!(driver.machine.unprobed(id, &(0..2 * PAGE)), Some(0..2 * PAGE));

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::engine::machine::Limits;
+use crate::engine::plan::Window;
 use crate::front::sim::blob::{PAGE_BYTES, SimBlob};
 use crate::front::sim::kernel::Kernel;
 use crate::front::sim::objects::Cookie;
@@ -161,7 +162,7 @@ fn limits(rng: &mut Rng) -> Limits {
     Limits {
         page_bytes: PAGE_BYTES,
         fill_max_bytes,
-        window_bytes: PAGE_BYTES << rng.below(9),
+        window: if rng.below(3) == 0 { Window::Adaptive { budget_percent: 6 } } else { Window::Fixed(PAGE_BYTES << rng.below(9)) },
         slots: rng.pick(&[1, 2, 3, 8]),
         fills_per_need: rng.pick(&[1, 2, 4, 16]),
         probe: rng.chance(800),

@@ -1,5 +1,7 @@
 //! Which range to bring for a demand. Pure.
 
+pub mod adaptive;
+
 use crate::range::{ByteRange, align_down, align_up, intersect};
 
 /// The demand as far as it lies inside the object, in whole pages. `None` if nothing of it does: the
@@ -12,6 +14,18 @@ pub fn clamp(demand: &ByteRange, len_bytes: u64, page_bytes: u64) -> Option<Byte
     let end = align_up(len_bytes, page_bytes);
     let pages = align_down(demand.start, page_bytes)..align_up(demand.end, page_bytes);
     intersect(&pages, &(0..end))
+}
+
+/// How much is brought for a demand.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Window {
+    /// Every aligned window of so many bytes (a power of two) that it touches; a page or less: exactly it.
+    Fixed(u64),
+    /// As the object's [`adaptive::Planner`] says; so much of an object, in percent, may be brought on mere bets.
+    Adaptive {
+        /// See above.
+        budget_percent: u8,
+    },
 }
 
 /// The region around a clamped demand that is worth having: every aligned window that it touches.
