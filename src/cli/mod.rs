@@ -1,5 +1,6 @@
 //! The command line: one file a verb.
 
+pub mod bench;
 pub mod demo;
 pub mod doctor;
 pub mod prefetch;
@@ -26,6 +27,9 @@ enum Verb {
     Doctor(doctor::DoctorArgs),
     /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
     Demo(demo::DemoArgs),
+    /// Measure: one command for each published table
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// First process of a lab guest
     #[command(hide = true)]
     LabInit,
@@ -55,6 +59,7 @@ pub fn main() -> ExitCode {
         Verb::Prefetch(args) => prefetch::run(&args),
         Verb::Doctor(args) => return doctor::run(&args),
         Verb::Demo(args) => demo::run(&args),
+        Verb::Bench(what) => bench::run(&what),
         Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(crate::ops::exit::FAILED, e)),
     };
     match result {

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -16,7 +15,7 @@ use nix::sys::time::TimeValLike;
 use nix::unistd::Pid;
 
 use super::disk::{self, ErofsLayout};
-use super::tree::{Comparison, Manifest, compare, walk};
+use super::tree::{Comparison, Manifest, Selection, compare};
 use super::{LabError, Result, Trying, last_lines};
 
 /// The image, its blob and its manifest in the data directory.
@@ -27,15 +26,13 @@ const MANIFEST: &str = "demo.json";
 const CHUNK_BYTES: u32 = 64 << 10;
 /// How many processes' worth of readers.
 const READERS: usize = 8;
-/// Files that the image is made of come from here, as far as these exist.
-const SOURCES: [&str; 5] = ["/usr/bin", "/usr/include", "/usr/share/perl", "/usr/lib/python3", "/usr/lib/python3.11"];
-/// Limits of the image, and of what one source may give to it.
-const MAX_BYTES: u64 = 64 << 20;
-const MAX_FILES: usize = 4000;
-const MAX_SOURCE_BYTES: u64 = MAX_BYTES / 2;
-const MAX_SOURCE_FILES: usize = MAX_FILES / 2;
-/// One file may be this large.
-const MAX_FILE_BYTES: u64 = 8 << 20;
+/// What the image is made of.
+const FILES: Selection<'_> = Selection {
+    sources: &["/usr/bin", "/usr/include", "/usr/share/perl", "/usr/lib/python3", "/usr/lib/python3.11"],
+    files_max: 4000,
+    bytes_max: 64 << 20,
+    file_bytes_max: 8 << 20,
+};
 /// Requests shown one by one before the summary takes over.
 const SHOWN_REQUESTS: u64 = 20;
 /// How often the summary is printed.
@@ -82,49 +79,14 @@ pub struct Report {
 /// A file cannot be copied, or mkfs.erofs failed.
 pub fn prepare(data: &Path, scratch: &Path) -> Result<Manifest> {
     let tree = scratch.join("tree");
-    collect(&tree)?;
-    for dir in [data, &tree] {
-        fs::create_dir_all(dir).trying(|| format!("cannot make {}", dir.display()))?;
-    }
+    FILES.copy_to(&tree)?;
+    fs::create_dir_all(data).trying(|| format!("cannot make {}", data.display()))?;
     let manifest = Manifest::of(&tree)?;
     manifest.save(&data.join(MANIFEST))?;
     let blob = data.join(BLOB);
     let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob) };
     disk::erofs(&data.join(IMAGE), &tree, layout)?;
     Ok(manifest)
-}
-
-/// Copies readable regular files until a limit is reached.
-fn collect(tree: &Path) -> Result<()> {
-    let (mut files, mut bytes) = (0, 0);
-    for source in SOURCES.map(Path::new).into_iter().filter(|s| s.is_dir()) {
-        let (mut source_files, mut source_bytes) = (0, 0);
-        for path in walk(source)? {
-            let from = source.join(&path);
-            let usable = |m: &fs::Metadata| m.is_file() && m.len() <= MAX_FILE_BYTES && m.permissions().mode() & 0o4 != 0;
-            let Some(meta) = from.symlink_metadata().ok().filter(usable) else {
-                continue;
-            };
-            if bytes + meta.len() > MAX_BYTES || source_bytes + meta.len() > MAX_SOURCE_BYTES {
-                continue;
-            }
-            if files >= MAX_FILES || source_files >= MAX_SOURCE_FILES {
-                break;
-            }
-            copy(&from, &tree.join(from.strip_prefix("/").unwrap_or(&from)))?;
-            files += 1;
-            bytes += meta.len();
-            source_files += 1;
-            source_bytes += meta.len();
-        }
-    }
-    Ok(())
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    let dir = to.parent().unwrap_or(to);
-    let copied = fs::create_dir_all(dir).and_then(|()| fs::copy(from, to));
-    copied.map(drop).trying(|| format!("cannot copy {} to {}", from.display(), to.display()))
 }
 
 /// Serves what [`prepare`] made, mounts it with this kernel, and reads it all. Prints what it does.

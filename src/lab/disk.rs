@@ -1,13 +1,15 @@
 //! Disks and images for guests, as sparse files.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 
 use super::{LabError, Result, Trying, packages, run};
 
 /// The file systems a guest's cache may be on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum CacheFs {
     /// One writer a file when holes are filled.
     Ext4,
@@ -82,13 +84,13 @@ pub fn ext4(path: &Path, size_bytes: u64, content: Option<&Path>) -> Result<()> 
     run(command.arg(path)).map(drop)
 }
 
-/// Makes an empty XFS disk (at least 300 MiB, says mkfs.xfs).
+/// Makes an empty XFS disk (at least 300 MiB, says mkfs.xfs), also for devices with blocks of 4 KiB.
 ///
 /// # Errors
 /// What the operating system or mkfs.xfs said.
 pub fn xfs(path: &Path, size_bytes: u64) -> Result<()> {
     sparse(path, size_bytes)?;
-    run(Command::new(program("mkfs.xfs")?).args(["-q", "-f"]).arg(path)).map(drop)
+    run(Command::new(program("mkfs.xfs")?).args(["-q", "-f", "-s", "size=4096"]).arg(path)).map(drop)
 }
 
 /// Makes a file of this length that takes no space yet.
@@ -97,6 +99,36 @@ pub fn xfs(path: &Path, size_bytes: u64) -> Result<()> {
 /// What the operating system said.
 pub fn sparse(path: &Path, size_bytes: u64) -> Result<()> {
     File::create(path).and_then(|file| file.set_len(size_bytes)).trying(|| format!("cannot make the disk {}", path.display()))
+}
+
+/// Unit in which [`extents`] looks for zeros.
+const EXTENT_BLOCK_BYTES: usize = 64 << 10;
+
+/// Writes the parts of a disk image that are not zero, each as its offset, its length (both 64 bits, little endian)
+/// and its bytes. For disks that are restored in a guest's memory.
+///
+/// # Errors
+/// What the operating system said.
+pub fn extents(image: &Path, mut out: impl Write) -> Result<()> {
+    let what = || format!("cannot copy the data of {}", image.display());
+    let mut file = File::open(image).trying(what)?;
+    let mut block = vec![0; EXTENT_BLOCK_BYTES];
+    let (mut offset, mut len) = (0_u64, 1);
+    while len > 0 {
+        len = 0;
+        while len < block.len()
+            && let n @ 1.. = file.read(&mut block[len..]).trying(what)?
+        {
+            len += n;
+        }
+        if block[..len].iter().any(|byte| *byte != 0) {
+            for part in [&offset.to_le_bytes(), &(len as u64).to_le_bytes(), &block[..len]] {
+                out.write_all(part).trying(what)?;
+            }
+        }
+        offset += len as u64;
+    }
+    Ok(())
 }
 
 fn program(name: &str) -> Result<std::path::PathBuf> {

@@ -1,6 +1,7 @@
 //! The guest that both the demo and the tests boot: infill inside, a fresh cache disk on `/cache`, a
 //! disk with blobs on `/store`.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
@@ -58,7 +59,7 @@ impl GuestPlan<'_> {
         let disks = disks.map(|(path, throw_away)| Disk { path, throw_away });
         Ok(Machine {
             kernel: self.kernel.image.clone(),
-            initrd: Some(self.initramfs(scratch)?),
+            initrd: Some(initramfs(scratch, self.infill, self.programs, self.files, &self.job())?),
             disks: disks.into(),
             memory_mib: MEMORY_MIB,
             cpus: CPUS,
@@ -70,27 +71,36 @@ impl GuestPlan<'_> {
 
     fn job(&self) -> Job {
         let disk = |device: &str, on: &str, fs: &str| Mount { device: device.into(), on: on.into(), fs: fs.into(), read_only: false };
-        let env = [("PATH", "/bin:/sbin"), ("HOME", "/tmp"), ("RUST_BACKTRACE", "1")];
         Job {
             argv: self.argv.clone(),
-            env: env.map(|(name, value)| (name.into(), value.into())).into(),
+            env: environment(),
             mounts: vec![disk("/dev/vda", "/cache", self.cache_fs.name()), disk("/dev/vdb", "/store", "ext4")],
         }
     }
+}
 
-    fn initramfs(&self, scratch: &Path) -> Result<PathBuf> {
-        let path = scratch.join("initramfs");
-        let file = File::create(&path).trying(|| format!("cannot write {}", path.display()))?;
-        let mut archive = Archive::new(BufWriter::new(file))?;
-        archive.program(INIT_PROGRAM, self.infill)?;
-        for (guest_path, program) in self.programs {
-            archive.program(guest_path, program)?;
-        }
-        for (guest_path, data) in self.files {
-            archive.file(guest_path, 0o644, data)?;
-        }
-        archive.file(JOB_FILE, 0o644, &self.job().to_json()?)?;
-        archive.finish()?;
-        Ok(path)
+/// Writes an initial RAM file system into `scratch`: infill as init, programs, files, and the job.
+///
+/// # Errors
+/// A file cannot be read or written.
+pub(super) fn initramfs(scratch: &Path, infill: &Path, programs: &[(&str, &Path)], files: &[(&str, &[u8])], job: &Job) -> Result<PathBuf> {
+    let path = scratch.join("initramfs");
+    let file = File::create(&path).trying(|| format!("cannot write {}", path.display()))?;
+    let mut archive = Archive::new(BufWriter::new(file))?;
+    archive.program(INIT_PROGRAM, infill)?;
+    for (guest_path, program) in programs {
+        archive.program(guest_path, program)?;
     }
+    for (guest_path, data) in files {
+        archive.file(guest_path, 0o644, data)?;
+    }
+    archive.file(JOB_FILE, 0o644, &job.to_json()?)?;
+    archive.finish()?;
+    Ok(path)
+}
+
+/// What the guest's programs find in their environment.
+pub(super) fn environment() -> BTreeMap<String, String> {
+    let env = [("PATH", "/bin:/sbin"), ("HOME", "/tmp"), ("RUST_BACKTRACE", "1")];
+    env.map(|(name, value)| (name.into(), value.into())).into()
 }

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{LabError, Result, Trying, run};
 
@@ -126,7 +127,9 @@ impl<W: Write> Archive<W> {
 
 /// The program's bytes without debug information, which can be nine tenths of it.
 fn stripped(program: &Path) -> Result<Vec<u8>> {
-    let copy = std::env::temp_dir().join(format!("infill-strip-{}", std::process::id()));
+    static COPIES: AtomicU32 = AtomicU32::new(0);
+    let number = COPIES.fetch_add(1, Ordering::Relaxed);
+    let copy = std::env::temp_dir().join(format!("infill-strip-{}-{number}", std::process::id()));
     let mut strip = Command::new("strip");
     strip.arg("--strip-debug").arg("-o").arg(&copy).arg(program);
     // What strip cannot handle (a script, say) is taken as it is.

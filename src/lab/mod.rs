@@ -9,10 +9,12 @@
 //!  guest      the guest both users want: infill inside, a cache disk, a store disk
 //!  qemu       kernel + initramfs + disks -> a boot, its console line by line, and how it ended
 //!  demo       the job of `infill demo`, here or in a guest, and the tree it serves
+//!  bench      the job of `infill bench guest`, and its figures
 //!  init       PID 1 inside the guest (`infill lab-init`): mounts, the job, the power switch
 //! ```
 //! Nothing here is used by `infill serve`.
 
+pub mod bench;
 pub mod demo;
 pub mod disk;
 pub mod guest;

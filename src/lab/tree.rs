@@ -1,6 +1,7 @@
 //! Directory trees, and manifests that say what they must read as.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -129,6 +130,58 @@ fn content_of(path: &Path) -> Result<Content> {
     }
     let bytes = fs::read(path).trying(what)?;
     Ok(Content::File { len_bytes: bytes.len() as u64, sum: checksum(&bytes) })
+}
+
+/// Which files of this machine make a tree, and how many of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Selection<'a> {
+    /// Directories, as far as these exist.
+    pub sources: &'a [&'a str],
+    /// Limits of the whole tree; one source gives at most half of each.
+    pub files_max: usize,
+    /// See `files_max`.
+    pub bytes_max: u64,
+    /// Longer files are left out.
+    pub file_bytes_max: u64,
+}
+
+impl Selection<'_> {
+    /// Copies readable regular files to `tree` until a limit is reached.
+    ///
+    /// # Errors
+    /// A file cannot be copied.
+    pub fn copy_to(&self, tree: &Path) -> Result<()> {
+        fs::create_dir_all(tree).trying(|| format!("cannot make {}", tree.display()))?;
+        let (mut files, mut bytes) = (0, 0);
+        for source in self.sources.iter().map(Path::new).filter(|s| s.is_dir()) {
+            let (mut source_files, mut source_bytes) = (0, 0);
+            for path in walk(source)? {
+                let from = source.join(&path);
+                let usable = |m: &fs::Metadata| m.is_file() && m.len() <= self.file_bytes_max && m.permissions().mode() & 0o4 != 0;
+                let Some(meta) = from.symlink_metadata().ok().filter(usable) else {
+                    continue;
+                };
+                if bytes + meta.len() > self.bytes_max || source_bytes + meta.len() > self.bytes_max / 2 {
+                    continue;
+                }
+                if files >= self.files_max || source_files >= self.files_max / 2 {
+                    break;
+                }
+                copy(&from, &tree.join(from.strip_prefix("/").unwrap_or(&from)))?;
+                files += 1;
+                bytes += meta.len();
+                source_files += 1;
+                source_bytes += meta.len();
+            }
+        }
+        Ok(())
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let dir = to.parent().unwrap_or(to);
+    let copied = fs::create_dir_all(dir).and_then(|()| fs::copy(from, to));
+    copied.map(drop).trying(|| format!("cannot copy {} to {}", from.display(), to.display()))
 }
 
 /// What reading a tree against its manifest gave.

@@ -1,0 +1,186 @@
+//! The guest's side: one cell from its disks to its result.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::sync;
+
+use super::data::Listing;
+use super::meter::{self, Snapshot};
+use super::readers::{Plan, nanoseconds};
+use super::{
+    BLOB, CACHE_DIR, CACHE_EXTENTS, CELL_FILE, Cell, CellResult, DOMAIN, Held, IMAGE, LISTING_FILE, Phase, RESULT_MARK, Reading, STORE_DIR,
+    STORE_EXTENTS, memdisk,
+};
+use crate::lab::{LabError, Result, Trying, last_lines};
+
+/// Names and sizes of the disks.
+const CACHE_DISK: &str = "ncache";
+const STORE_DISK: &str = "nstore";
+const DISK_MIB: u64 = 512;
+/// Where the image is mounted.
+const MOUNT: &str = "/mnt";
+/// What the daemon says.
+const DAEMON_LOG: &str = "/tmp/daemon.log";
+/// How long the daemon may take to bind its cache; the guest's clock knows no slow host.
+const BIND_LIMIT: Duration = Duration::from_secs(20);
+/// After that it may still be busy with its start for this long.
+const SETTLE: Duration = Duration::from_millis(300);
+/// How long the kernel may measure the processor's clock after the boot.
+const CLOCK_LIMIT: Duration = Duration::from_secs(10);
+/// Time for what `sync` and dropping the caches set off.
+const QUIET: Duration = Duration::from_millis(200);
+
+/// Does the cell of [`CELL_FILE`] and prints its result for the host.
+///
+/// # Errors
+/// Something could not be done. Wrong data is no error, but in the result.
+pub fn run() -> Result<()> {
+    let text = fs::read(CELL_FILE).trying(|| format!("cannot read {CELL_FILE}"))?;
+    let cell: Cell = serde_json::from_slice(&text).map_err(|e| LabError::Failed(format!("{CELL_FILE} makes no sense: {e}")))?;
+    await_clock()?;
+    let copy_cost = memdisk::copy_cost()?;
+    make_disks(&cell)?;
+    let listing = Listing::load(Path::new(LISTING_FILE))?;
+    let plan = Plan::new(cell.scenario, listing, Path::new(MOUNT));
+    meter::count_reads()?;
+    let daemon = Daemon::start(&cell.argv)?;
+    drop_caches()?;
+    let measured = Measured { daemon: daemon.as_ref().map(|d| d.0.id().cast_signed()) };
+    let result = measured.phases(&plan);
+    if result.is_err() {
+        println!("{}", last_lines(&fs::read_to_string(DAEMON_LOG).unwrap_or_default(), 20));
+    }
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let result = CellResult { kernel: kernel.trim().into(), copy_cost, ..result? };
+    let text = serde_json::to_string(&result).map_err(|e| LabError::Failed(format!("cannot write the result: {e}")))?;
+    println!("{RESULT_MARK}{text}");
+    Ok(())
+}
+
+/// Waits until the kernel trusts the processor's clock: before, every look at the time is slow.
+fn await_clock() -> Result<()> {
+    let path = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let began = Instant::now();
+    while fs::read_to_string(path).trying(|| format!("cannot read {path}"))?.trim() != "tsc" {
+        if began.elapsed() > CLOCK_LIMIT {
+            return Err(LabError::Failed(format!("the kernel does not use the processor's clock; see {path}")));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn make_disks(cell: &Cell) -> Result<()> {
+    for (disk, extents, on, fs, flags) in [
+        (CACHE_DISK, CACHE_EXTENTS, "/cache", cell.cache_fs.name(), MsFlags::MS_NOATIME),
+        (STORE_DISK, STORE_EXTENTS, STORE_DIR, "ext4", MsFlags::MS_RDONLY),
+    ] {
+        memdisk::make(disk, DISK_MIB, cell.disk_latency_ns)?;
+        let device = Path::new("/dev").join(disk);
+        memdisk::restore(Path::new(extents), &device)?;
+        fs::create_dir_all(on).trying(|| format!("cannot make {on}"))?;
+        mount(Some(&device), on, Some(fs), flags, None::<&str>).trying(|| format!("cannot mount {} on {on}", device.display()))?;
+    }
+    for dir in [CACHE_DIR, MOUNT] {
+        fs::create_dir_all(dir).trying(|| format!("cannot make {dir}"))?;
+    }
+    Ok(())
+}
+
+fn drop_caches() -> Result<()> {
+    sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").trying(|| "cannot drop the caches")?;
+    std::thread::sleep(QUIET);
+    Ok(())
+}
+
+struct Measured {
+    daemon: Option<i32>,
+}
+
+impl Measured {
+    fn phases(&self, plan: &Plan) -> Result<CellResult> {
+        let mount_cold = self.mount()?;
+        let cold = self.read(plan)?;
+        let held = self.daemon.map_or(Ok(Held::default()), meter::held)?;
+        umount2(MOUNT, MntFlags::empty()).trying(|| "cannot unmount the image")?;
+        drop_caches()?;
+        let mount_present = self.mount()?;
+        let present = self.read(plan)?;
+        umount2(MOUNT, MntFlags::empty()).trying(|| "cannot unmount the image")?;
+        Ok(CellResult { mount_cold, cold, mount_present, present, held, ..CellResult::default() })
+    }
+
+    fn mount(&self) -> Result<Phase> {
+        let (source, options) = match self.daemon {
+            Some(_) => ("none".to_owned(), format!("fsid={IMAGE},domain_id={DOMAIN},device={BLOB}")),
+            None => (format!("{STORE_DIR}/{IMAGE}"), format!("device={STORE_DIR}/{BLOB}")),
+        };
+        let (phase, ()) = self.measure(|_| {
+            mount(Some(&*source), MOUNT, Some("erofs"), MsFlags::MS_RDONLY, Some(&*options))
+                .trying(|| format!("cannot mount {source} ({options})"))
+        })?;
+        Ok(phase)
+    }
+
+    fn read(&self, plan: &Plan) -> Result<Reading> {
+        let (phase, reading) = self.measure(|began| Ok(plan.read(began)))?;
+        Ok(Reading { phase, ..reading })
+    }
+
+    fn measure<T>(&self, work: impl FnOnce(Instant) -> Result<T>) -> Result<(Phase, T)> {
+        let before = Snapshot::before(CACHE_DISK, STORE_DISK)?;
+        let began = Instant::now();
+        let result = work(began)?;
+        let wall_ns = nanoseconds(began.elapsed());
+        let after = Snapshot::after(CACHE_DISK, STORE_DISK)?;
+        Ok((after.since(&before, wall_ns, self.daemon), result))
+    }
+}
+
+/// The daemon, killed when dropped.
+struct Daemon(Child);
+
+impl Daemon {
+    fn start(argv: &[String]) -> Result<Option<Self>> {
+        let Some((program, arguments)) = argv.split_first() else { return Ok(None) };
+        let log = File::create(DAEMON_LOG).trying(|| format!("cannot write {DAEMON_LOG}"))?;
+        let errors = log.try_clone().trying(|| format!("cannot write {DAEMON_LOG}"))?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(log).stderr(errors).process_group(0);
+        let mut daemon = Self(command.spawn().trying(|| format!("cannot start {program}"))?);
+        daemon.await_cache()?;
+        std::thread::sleep(SETTLE);
+        Ok(Some(daemon))
+    }
+
+    /// Waits until the kernel lists an active cache: two lines of headings, then one a cache with its state in the
+    /// sixth column (fscache_caches_seq_show, fs/fscache/cache.c).
+    fn await_cache(&mut self) -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let caches = fs::read_to_string("/proc/fs/fscache/caches").unwrap_or_default();
+            if caches.lines().skip(2).any(|line| line.split_whitespace().nth(5) == Some("A")) {
+                return Ok(());
+            }
+            let ended = self.0.try_wait().trying(|| "cannot wait for the daemon")?;
+            if ended.is_some() || began.elapsed() > BIND_LIMIT {
+                let log = fs::read_to_string(DAEMON_LOG).unwrap_or_default();
+                return Err(LabError::Failed(format!("the daemon did not bind its cache; it said:\n{}", last_lines(&log, 20))));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

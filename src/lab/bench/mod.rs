@@ -1,0 +1,196 @@
+//! The bench of `infill bench guest`: what a daemon costs its readers, measured on a real kernel whose clock counts
+//! instructions.
+//!
+//! ```text
+//!  host    data      tree -> images, disks, and the list that says what every file must read as
+//!          grid      cells -> boots, some at a time -> results
+//!          report    results -> figures and tables
+//!  guest   cell      one cell: disks, daemon, mount, cold read, umount, mount, present read
+//!          memdisk   disks in memory that answer after a time on the guest's clock
+//!          readers   who reads what in which order, and whether it was right
+//!          meter     CPU time of every task, disks, READs, the daemon
+//!          naive     the daemon to compare with
+//! ```
+//! A *cell* is one daemon, one scenario, one file system under the cache: one boot. "Present" is the read after a
+//! second mount, everything in the cache and nothing in memory: what the kernel alone costs, and the limit.
+
+pub mod cell;
+pub mod data;
+pub mod grid;
+mod memdisk;
+mod meter;
+pub mod naive;
+mod readers;
+pub mod report;
+
+use serde::{Deserialize, Serialize};
+
+use super::disk::CacheFs;
+
+/// Names in the store, and the domain they are mounted in.
+pub const IMAGE: &str = "bench.img";
+/// See [`IMAGE`].
+pub const BLOB: &str = "bench.blob";
+/// See [`IMAGE`].
+pub const DOMAIN: &str = "bench";
+/// Where the guest finds its cell, the list of files, and the disks' data.
+const CELL_FILE: &str = "/cell.json";
+const LISTING_FILE: &str = "/listing.json";
+const CACHE_EXTENTS: &str = "/disk/cache";
+const STORE_EXTENTS: &str = "/disk/store";
+/// Where the guest mounts the disks, and the cache directory for a daemon.
+pub const STORE_DIR: &str = "/store";
+/// See [`STORE_DIR`].
+pub const CACHE_DIR: &str = "/cache/root";
+/// The line with this beginning ends with the cell's result.
+const RESULT_MARK: &str = "lab: result ";
+
+/// What is read, and by how many.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scenario {
+    /// Every file once in the order of paths, one reader.
+    Seq1,
+    /// The same, eight readers that share one queue.
+    Par8,
+    /// Every file once in random order, one reader.
+    Shuf1,
+    /// One file in ten in random order, one reader.
+    Part1,
+    /// 2,000 random blocks of 4 KiB of the largest file, one reader.
+    Rand1,
+    /// The same, eight readers that share one queue.
+    Rand8,
+}
+
+impl Scenario {
+    /// All of them, in the order of tables.
+    pub const ALL: [Self; 6] = [Self::Seq1, Self::Par8, Self::Shuf1, Self::Part1, Self::Rand1, Self::Rand8];
+
+    /// The name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Seq1 => "seq1",
+            Self::Par8 => "par8",
+            Self::Shuf1 => "shuf1",
+            Self::Part1 => "part1",
+            Self::Rand1 => "rand1",
+            Self::Rand8 => "rand8",
+        }
+    }
+
+    const fn readers(self) -> usize {
+        match self {
+            Self::Par8 | Self::Rand8 => 8,
+            Self::Seq1 | Self::Shuf1 | Self::Part1 | Self::Rand1 => 1,
+        }
+    }
+
+    const fn reads_blocks(self) -> bool {
+        matches!(self, Self::Rand1 | Self::Rand8)
+    }
+}
+
+/// One cell, as the guest gets it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Cell {
+    /// The daemon's name in tables.
+    pub daemon: String,
+    /// Program and arguments in the guest; empty: no daemon, the image is mounted as a file.
+    pub argv: Vec<String>,
+    /// What is read.
+    pub scenario: Scenario,
+    /// File system under the cache.
+    pub cache_fs: CacheFs,
+    /// Time from a request to its completion, of both disks.
+    pub disk_latency_ns: u64,
+}
+
+/// What happened in one phase.
+#[derive(Clone, Default, Debug, Serialize, Deserialize)]
+pub struct Phase {
+    /// From its first instruction to its last.
+    pub wall_ns: u64,
+    /// CPU time of all tasks together.
+    pub cpu_ns: u64,
+    /// Of them, the daemon's with all its threads.
+    pub daemon_cpu_ns: u64,
+    /// READs that the kernel sent.
+    pub reads: u64,
+    /// What was read from and written to the cache's disk.
+    pub cache: Traffic,
+    /// The same of the store's disk.
+    pub store: Traffic,
+}
+
+/// Traffic of a disk.
+#[derive(Clone, Copy, Default, Debug, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Write requests.
+    pub writes: u64,
+}
+
+/// A phase in which readers read.
+#[derive(Clone, Default, Debug, Serialize, Deserialize)]
+pub struct Reading {
+    /// What it cost.
+    pub phase: Phase,
+    /// Files or blocks that were read.
+    pub items: usize,
+    /// Their length together.
+    pub bytes: u64,
+    /// Items that could not be read or read as something else, with the reason.
+    pub wrong: Vec<String>,
+    /// When the first item was complete, from the phase's start.
+    pub first_ns: u64,
+    /// Half of the items took no longer than this, from open to close.
+    pub p50_ns: u64,
+    /// 99 of 100.
+    pub p99_ns: u64,
+    /// All.
+    pub max_ns: u64,
+}
+
+/// What the daemon holds at the end of the cold read.
+#[derive(Clone, Copy, Default, Debug, Serialize, Deserialize)]
+pub struct Held {
+    /// Descriptors.
+    pub fds: usize,
+    /// Threads, those of its rings included.
+    pub threads: u64,
+    /// Most memory so far.
+    pub rss_kib: u64,
+}
+
+/// What the modelled disks' own copying costs, in CPU time a byte; a real disk costs nothing here.
+#[derive(Clone, Copy, Default, Debug, Serialize, Deserialize)]
+pub struct CopyCost {
+    /// Reading.
+    pub read_ns: f64,
+    /// Writing for the first time.
+    pub write_ns: f64,
+}
+
+/// All that a cell measured.
+#[derive(Clone, Default, Debug, Serialize, Deserialize)]
+pub struct CellResult {
+    /// The guest's kernel release.
+    pub kernel: String,
+    /// The first mount, nothing in the cache.
+    pub mount_cold: Phase,
+    /// The read after it.
+    pub cold: Reading,
+    /// The second mount.
+    pub mount_present: Phase,
+    /// The read after that.
+    pub present: Reading,
+    /// The daemon, if there is one.
+    pub held: Held,
+    /// See [`CopyCost`].
+    pub copy_cost: CopyCost,
+}
