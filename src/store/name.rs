@@ -10,7 +10,7 @@ pub const NAME_MAX_BYTES: usize = 252;
 
 /// Bytes that are safe as one component of a path: it names an entry of a directory, never the directory
 /// itself, its parent, or anything further away. (What the entry is, a symbolic link perhaps, is for
-/// [`super::beneath`] to judge.)
+/// `beneath` to judge.)
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct FileName<'a>(&'a [u8]);
 
