@@ -167,7 +167,8 @@ pub struct Held {
     pub rss_kib: u64,
 }
 
-/// What the modelled disks' own copying costs, in CPU time a byte; a real disk costs nothing here.
+/// What plain direct requests of 1 MiB to the modelled disks cost, in CPU time a byte: the disks' own copying, which a
+/// real disk does without a processor, and some pinning of memory.
 #[derive(Clone, Copy, Default, Debug, Serialize, Deserialize)]
 pub struct CopyCost {
     /// Reading.
