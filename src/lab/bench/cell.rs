@@ -43,7 +43,7 @@ pub fn run() -> Result<()> {
     let text = fs::read(CELL_FILE).trying(|| format!("cannot read {CELL_FILE}"))?;
     let cell: Cell = serde_json::from_slice(&text).map_err(|e| LabError::Failed(format!("{CELL_FILE} makes no sense: {e}")))?;
     await_clock()?;
-    let copy_cost = memdisk::copy_cost(cell.disk_latency_ns)?;
+    let copy_cost = memdisk::copy_cost()?;
     make_disks(&cell)?;
     let listing = Listing::load(Path::new(LISTING_FILE))?;
     let plan = Plan::new(cell.scenario, listing, Path::new(MOUNT));

@@ -173,8 +173,8 @@ pub struct Held {
     pub rss_kib: u64,
 }
 
-/// What plain direct requests of 1 MiB to the modelled disks cost, in CPU time a byte: the disks' own copying, which a
-/// real disk does without a processor, and some pinning of memory.
+/// What plain direct requests of 1 MiB to the modelled disks cost, in CPU time a byte: mostly the disks' own copying,
+/// for which a real disk needs no processor.
 #[derive(Clone, Copy, Default, Debug, Serialize, Deserialize)]
 pub struct CopyCost {
     /// Reading.

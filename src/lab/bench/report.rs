@@ -36,8 +36,9 @@ pub struct Figures {
     /// The same, as a multiple of what the readers read.
     pub written_per_wanted: f64,
     /// CPU time of everything in the cold read beyond that of the present read, for each MiB written to the cache,
-    /// without what the same traffic costs as plain direct requests to the bare disks. A fill that needs less
-    /// than those (memory that is pinned once, for instance) is below 0.
+    /// without what the same bytes cost as plain direct requests to the bare disks. Below 0: cheaper than those, for
+    /// instance because memory is pinned once. Says nothing where the present read is slow because small fills left
+    /// the cache in pieces.
     pub cpu_us_per_mib: f64,
     /// The same with the disks.
     pub cpu_gross_us_per_mib: f64,
