@@ -10,7 +10,7 @@ use super::Failure;
 use crate::lab::bench::data::Data;
 use crate::lab::bench::grid::{Grid, PEER_PROGRAM};
 use crate::lab::bench::report::{Failed, Figures, tables};
-use crate::lab::bench::{CACHE_DIR, Cell, CellResult, STORE_DIR, Scenario, cell, naive};
+use crate::lab::bench::{CACHE_DIR, Cell, CellResult, STORE_DIR, Scenario, cell, engine, naive};
 use crate::lab::disk::CacheFs;
 use crate::lab::init::INIT_PROGRAM;
 use crate::lab::progress::Progress;
@@ -22,6 +22,15 @@ use crate::ops::exit;
 pub enum Bench {
     /// What infill costs readers, beside other daemons, on a real kernel whose clock counts instructions
     Guest(Box<GuestArgs>),
+    /// What the engine costs without a kernel that asks: requests a second, system calls a request
+    Engine {
+        /// End with the figures as one JSON object
+        #[arg(long)]
+        json: bool,
+        /// Only one run with so many requests
+        #[arg(long, hide = true)]
+        pass: Option<u64>,
+    },
     /// One cell, inside a guest
     #[command(hide = true)]
     Cell,
@@ -90,6 +99,16 @@ pub fn run(bench: &Bench) -> std::result::Result<(), Failure> {
     let failed = |error| Failure::new(exit::FAILED, error);
     match bench {
         Bench::Guest(args) => guest(args),
+        Bench::Engine { pass: Some(requests), .. } => engine::pass(*requests).map_err(failed),
+        Bench::Engine { json, pass: None } => {
+            let report = engine::measure(None, &["bench", "engine", "--pass"]).map_err(failed)?;
+            print!("{}", report.table());
+            if *json {
+                let text = serde_json::to_string(&report).map_err(|error| Failure::new(exit::FAILED, error))?;
+                println!("{text}");
+            }
+            Ok(())
+        }
         Bench::Cell => cell::run().map_err(failed),
         Bench::Naive { cache_dir, store } => match naive::serve(cache_dir, store) {
             Ok(never) => match never {},

@@ -1,7 +1,10 @@
-//! The bench of `infill bench guest`: what a daemon costs its readers, measured on a real kernel whose clock counts
-//! instructions.
+//! The benches. `infill bench guest`: what a daemon costs its readers, measured on a real kernel whose clock counts
+//! instructions. `infill bench engine`: what the engine costs without a kernel that asks.
 //!
 //! ```text
+//!  engine  engine    figures of the two below, and system calls counted by strace
+//!          machine   the machine alone, with a driver whose operations end at once
+//!          pump      the whole engine with files in memory
 //!  host    data      tree -> images, disks, and the list that says what every file must read as
 //!          grid      cells -> boots, some at a time -> results
 //!          report    results -> figures and tables
@@ -16,10 +19,13 @@
 
 pub mod cell;
 pub mod data;
+pub mod engine;
 pub mod grid;
+pub mod machine;
 mod memdisk;
 mod meter;
 pub mod naive;
+mod pump;
 mod readers;
 pub mod report;
 
@@ -167,7 +173,8 @@ pub struct Held {
     pub rss_kib: u64,
 }
 
-/// What the modelled disks' own copying costs, in CPU time a byte; a real disk costs nothing here.
+/// What plain direct requests of 1 MiB to the modelled disks cost, in CPU time a byte: mostly the disks' own copying,
+/// for which a real disk needs no processor.
 #[derive(Clone, Copy, Default, Debug, Serialize, Deserialize)]
 pub struct CopyCost {
     /// Reading.

@@ -22,12 +22,16 @@ const ORDER_SEED: u64 = 42;
 /// Wrong items that are described.
 const WRONG_SHOWN: usize = 10;
 
-/// A running checksum that costs less than a third of an instruction a byte: two sums in each of four lanes, the
-/// second of which weighs each word by its place. It tells different contents apart by accident, not by attack.
+/// Lanes of a [`Sum`], and their bytes in a row.
+const LANES: usize = 8;
+const ROW_BYTES: usize = LANES * 8;
+
+/// A running checksum that costs a quarter of an instruction a byte: two sums in each lane, the second of which
+/// weighs each word by its place. It tells different contents apart by accident, not by attack.
 #[derive(Clone, Copy, Default, Debug)]
 pub(super) struct Sum {
-    first: [u64; 4],
-    second: [u64; 4],
+    first: [u64; LANES],
+    second: [u64; LANES],
 }
 
 impl Sum {
@@ -38,25 +42,25 @@ impl Sum {
         sum.value(bytes.len() as u64)
     }
 
-    /// Goes on with the next bytes; all parts but the last are a multiple of 32 bytes long.
+    /// Goes on with the next bytes; all parts but the last are a multiple of [`ROW_BYTES`] long.
     fn add(&mut self, bytes: &[u8]) {
-        let (rows, rest) = bytes.as_chunks::<32>();
+        let (rows, rest) = bytes.as_chunks::<ROW_BYTES>();
         // In registers as long as it takes.
         let mut sum = *self;
         for row in rows {
             sum.row(row);
         }
         if !rest.is_empty() {
-            let mut row = [0; 32];
+            let mut row = [0; ROW_BYTES];
             row[..rest.len()].copy_from_slice(rest);
             sum.row(&row);
         }
         *self = sum;
     }
 
-    fn row(&mut self, row: &[u8; 32]) {
+    fn row(&mut self, row: &[u8; ROW_BYTES]) {
         let (words, _) = row.as_chunks::<8>();
-        for lane in 0..4 {
+        for lane in 0..LANES {
             self.first[lane] = self.first[lane].wrapping_add(u64::from_le_bytes(words[lane]));
             self.second[lane] = self.second[lane].wrapping_add(self.first[lane]);
         }
@@ -231,10 +235,10 @@ mod tests {
             assert_ne!(Sum::of(&other), sum, "byte {at}");
         }
         let mut swapped = base.clone();
-        swapped[..64].rotate_left(32);
+        swapped[..2 * ROW_BYTES].rotate_left(ROW_BYTES);
         assert_ne!(Sum::of(&swapped), sum);
         assert_ne!(Sum::of(&base[..1002]), sum);
-        assert_ne!(Sum::of(&[0; 32]), Sum::of(&[0; 64]));
+        assert_ne!(Sum::of(&[0; ROW_BYTES]), Sum::of(&[0; 2 * ROW_BYTES]));
     }
 
     #[test]
