@@ -8,6 +8,7 @@ use super::engine::MachineFigures;
 use super::memdisk::clock_ns;
 use crate::engine::FILLS_PER_NEED;
 use crate::engine::machine::{Action, Limits, Machine, OpKey};
+use crate::engine::plan::Window;
 use crate::front::{ObjectId, Outcome};
 use crate::lab::{LabError, Result};
 use crate::store::{Blob, Data, Extent, SourceFile};
@@ -56,7 +57,7 @@ impl Default for Bare {
         let mut machine = Machine::new(Limits {
             page_bytes: PAGE_BYTES,
             fill_max_bytes: 1 << 20,
-            window_bytes: PAGE_BYTES,
+            window: Window::Fixed(PAGE_BYTES),
             slots,
             fills_per_need: FILLS_PER_NEED,
             probe: false,
