@@ -195,9 +195,12 @@ fn watch(cell: &Cell, result: &Result<CellResult>, took: Duration) {
     eprintln!("infill: {} {} {}: {said} ({:.0} s)", cell.daemon, cell.scenario.name(), cell.cache_fs.name(), took.as_secs_f32());
 }
 
-/// Names and command lines of those who serve, and the peer's program.
-fn daemons(args: &GuestArgs) -> Result<(Vec<(String, Vec<String>)>, Option<PathBuf>)> {
-    let mut daemons: Vec<(String, Vec<String>)> = Vec::new();
+/// A daemon's name in the tables, and its command line.
+type Daemon = (String, Vec<String>);
+
+/// Those who serve, and the peer's program.
+fn daemons(args: &GuestArgs) -> Result<(Vec<Daemon>, Option<PathBuf>)> {
+    let mut daemons: Vec<Daemon> = Vec::new();
     let own = |words: &[&str]| -> Vec<String> { [INIT_PROGRAM].iter().chain(words).map(|&word| word.to_owned()).collect() };
     for kind in &args.daemon {
         match kind {
