@@ -195,10 +195,13 @@ fn watch(cell: &Cell, result: &Result<CellResult>, took: Duration) {
     eprintln!("infill: {} {} {}: {said} ({:.0} s)", cell.daemon, cell.scenario.name(), cell.cache_fs.name(), took.as_secs_f32());
 }
 
-/// Names and command lines of those who serve, and the peer's program.
-fn daemons(args: &GuestArgs) -> Result<(Vec<(String, Vec<String>)>, Option<PathBuf>)> {
-    let mut daemons: Vec<(String, Vec<String>)> = Vec::new();
+/// Who serves: a name for tables, and the command line in the guest.
+type Daemon = (String, Vec<String>);
+
+/// All who serve, and the program to be put into the guest for the peer.
+fn daemons(args: &GuestArgs) -> Result<(Vec<Daemon>, Option<PathBuf>)> {
     let own = |words: &[&str]| -> Vec<String> { [INIT_PROGRAM].iter().chain(words).map(|&word| word.to_owned()).collect() };
+    let mut daemons = Vec::new();
     for kind in &args.daemon {
         match kind {
             DaemonKind::Infill => {
@@ -215,6 +218,13 @@ fn daemons(args: &GuestArgs) -> Result<(Vec<(String, Vec<String>)>, Option<PathB
         }
     }
     let Some(command) = &args.peer else { return Ok((daemons, None)) };
+    let (daemon, path) = peer(command)?;
+    daemons.push(daemon);
+    Ok((daemons, Some(path)))
+}
+
+/// What an operator's command becomes in the guest, and where its program is here.
+fn peer(command: &str) -> Result<(Daemon, PathBuf)> {
     let mut words = command.split_whitespace();
     let name = words.next().ok_or_else(|| LabError::Failed("--peer: the command is empty".into()))?;
     let path = if name.contains('/') { Some(PathBuf::from(name)) } else { packages::find(name) };
@@ -222,6 +232,5 @@ fn daemons(args: &GuestArgs) -> Result<(Vec<(String, Vec<String>)>, Option<PathB
     let replaced = words.map(|word| word.replace("{store}", STORE_DIR).replace("{cache}", CACHE_DIR));
     let argv = [PEER_PROGRAM.to_owned()].into_iter().chain(replaced).collect();
     let name = Path::new(name).file_name().map_or_else(|| "peer".to_owned(), |name| name.to_string_lossy().into_owned());
-    daemons.push((name, argv));
-    Ok((daemons, Some(path)))
+    Ok(((name, argv), path))
 }

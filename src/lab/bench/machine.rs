@@ -73,11 +73,12 @@ impl Bare {
         self.machine.forget(OBJECT, &(0..PAGES * PAGE_BYTES));
         let (mut asked, mut good) = (0, 0);
         while asked < requests {
-            for ticket in asked..(asked + DEPTH).min(requests) {
+            let last = (asked + DEPTH).min(requests);
+            for ticket in asked..last {
                 let start = page(ticket) * PAGE_BYTES;
                 self.machine.need(OBJECT, start..start + PAGE_BYTES, ticket, self.now_ns);
-                asked += 1;
             }
+            asked = last;
             good += self.turns();
         }
         good

@@ -60,9 +60,9 @@ impl Sum {
 
     fn row(&mut self, row: &[u8; ROW_BYTES]) {
         let (words, _) = row.as_chunks::<8>();
-        for lane in 0..LANES {
-            self.first[lane] = self.first[lane].wrapping_add(u64::from_le_bytes(words[lane]));
-            self.second[lane] = self.second[lane].wrapping_add(self.first[lane]);
+        for ((first, second), word) in self.first.iter_mut().zip(&mut self.second).zip(words) {
+            *first = first.wrapping_add(u64::from_le_bytes(*word));
+            *second = second.wrapping_add(*first);
         }
     }
 
