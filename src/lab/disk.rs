@@ -49,6 +49,8 @@ pub struct ErofsLayout<'a> {
     pub blob: Option<&'a Path>,
 }
 
+/// A fixed identity for disks: ext4 places directories by it, and what is timed shall repeat.
+const DISK_UUID: &str = "00000000-0000-4000-8000-000000000002";
 /// A fixed time for image files, so that equal trees give equal images.
 const IMAGE_TIME: &str = "1700000000";
 
@@ -76,8 +78,8 @@ pub fn erofs(image: &Path, tree: &Path, layout: ErofsLayout<'_>) -> Result<()> {
 pub fn ext4(path: &Path, size_bytes: u64, content: Option<&Path>) -> Result<()> {
     sparse(path, size_bytes)?;
     let mut command = Command::new(program("mke2fs")?);
-    command.args(["-q", "-F", "-t", "ext4", "-b", "4096", "-E"]);
-    command.arg("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0");
+    command.args(["-q", "-F", "-t", "ext4", "-b", "4096", "-U", DISK_UUID, "-E"]);
+    command.arg(format!("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={DISK_UUID}"));
     if let Some(dir) = content {
         command.arg("-d").arg(dir);
     }
@@ -90,7 +92,7 @@ pub fn ext4(path: &Path, size_bytes: u64, content: Option<&Path>) -> Result<()> 
 /// What the operating system or mkfs.xfs said.
 pub fn xfs(path: &Path, size_bytes: u64) -> Result<()> {
     sparse(path, size_bytes)?;
-    run(Command::new(program("mkfs.xfs")?).args(["-q", "-f", "-s", "size=4096"]).arg(path)).map(drop)
+    run(Command::new(program("mkfs.xfs")?).args(["-q", "-f", "-s", "size=4096", "-m"]).arg(format!("uuid={DISK_UUID}")).arg(path)).map(drop)
 }
 
 /// Makes a file of this length that takes no space yet.
