@@ -3,6 +3,7 @@
 pub mod doctor;
 pub mod erofs;
 pub mod exit;
+pub mod extsize;
 pub mod holder;
 pub mod limits;
 pub mod log;

@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{self, FsType};
 use nix::unistd::{Whence, lseek};
 
-use crate::ops::{erofs, exit, xattr};
+use crate::ops::{erofs, exit, extsize, xattr};
 use crate::range::page_bytes;
 
 /// Mode of a cache directory that is created: cached data is nobody else's business.
@@ -30,6 +30,11 @@ const PROBE_BLOCK_BYTES: usize = 4096;
 
 /// Length of the probe's file in bytes: larger than any block, so that it ends in a hole.
 const PROBE_FILE_BYTES: u64 = 1 << 20;
+
+/// `XFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
+const XFS_MAGIC: u32 = 0x5846_5342;
+/// Size of the pieces in which a cache file takes its space on XFS.
+const EXTENT_BYTES: u32 = 1 << 20;
 
 /// File systems that do not do, whatever they claim: no `sync_fs` (memory), no real direct I/O or holes (stacked
 /// ones), a server behind them that may need us to answer first. Numbers are `f_type` of statfs(2), names those
@@ -129,6 +134,7 @@ pub fn prepare(dir: &Path) -> Result<PathBuf, CacheDirError> {
     DirBuilder::new().recursive(true).mode(CACHE_DIR_MODE).create(dir).map_err(CacheDirError::io(dir, "create the cache directory"))?;
     let dir = fs::canonicalize(dir).map_err(CacheDirError::io(dir, "resolve its path"))?;
     check_kind(&dir)?;
+    keep_unfragmented(&dir);
     check_way(&dir)?;
     check_behaviour(&dir)?;
     Ok(dir)
@@ -145,6 +151,27 @@ fn check_kind(dir: &Path) -> Result<(), CacheDirError> {
         return Err(lacks(dir, "blocks as small as a page"));
     }
     Ok(())
+}
+
+/// On XFS, sees to it that cache files made from now on have few extents. Only an improvement, so failing at it
+/// is no reason not to serve.
+fn keep_unfragmented(dir: &Path) {
+    if !statfs::statfs(dir).is_ok_and(|stat| magic(stat.filesystem_type()) == XFS_MAGIC) {
+        return;
+    }
+    for dir in [dir.to_owned(), dir.join("cache")] {
+        let hinted = File::open(&dir)
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
+            .and_then(|dir| extsize::hint(dir, EXTENT_BYTES));
+        if let Err(errno) = hinted
+            && errno != Errno::ENOENT
+        {
+            tracing::warn!(
+                "{}: cannot set an extent size hint: {errno}; cached reads may become slow, see docs/performance.md",
+                dir.display()
+            );
+        }
+    }
 }
 
 /// The number in `f_type`: 32 bits, in a field that is signed and wider on most targets.
