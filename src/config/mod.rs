@@ -1,0 +1,181 @@
+//! Settings of `infill serve`: a flag wins over its environment variable, that over the file, that over the
+//! default. Everything is checked before anything is started.
+//!
+//! | file | its subject |
+//! |---|---|
+//! | `options` | flags, environment, file: settings as they are written |
+//! | `text` | the values in them |
+//! | `mod` | defaults, and the checks |
+
+mod error;
+mod options;
+mod text;
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::engine::plan::Window;
+use crate::engine::{EngineKind, usable_cpus};
+use crate::front::cachefiles::{CullLimits, command};
+use crate::key::Key;
+use crate::range::page_bytes;
+use crate::store::{SourceMode, StoreSpec};
+
+pub use self::error::ConfigError;
+pub use self::options::{DEFAULT_FILE, Options};
+pub use self::text::{Bytes, FrontEndKind, LogFormat, LogLevel, WindowText};
+
+/// Where cachefiles keeps its objects.
+pub const DEFAULT_CACHE_DIR: &str = "/var/cache/infill";
+/// The kernel's name for the cache.
+const DEFAULT_TAG: &str = "infill";
+/// Event loops at most; more do not help on any machine we know.
+const SHARDS_MAX: usize = 1024;
+/// Share of a blob, in percent, that may be brought on mere bets by the adaptive window (at least 4 MiB).
+const DEFAULT_AHEAD_PERCENT: u8 = 6;
+/// Size of a buffer slot and longest single fill.
+const DEFAULT_SLOT_BYTES: u64 = 1 << 20;
+/// Buffer slots a shard.
+const DEFAULT_SLOTS: u32 = 16;
+/// Threads of a shard that may block in a read or write at a time.
+const DEFAULT_WORKERS: u32 = 8;
+/// Longest window.
+const WINDOW_BYTES_MAX: u64 = 64 << 20;
+/// Smallest window and slot: the smallest page, and what cachefiles writes at least (`CACHEFILES_DIO_BLOCK_SIZE`).
+const BLOCK_BYTES_MIN: u64 = 4096;
+/// A registered buffer is at most 1 GiB long (`io_buffer_validate`, io_uring/rsrc.c); one shard's slots are one.
+const SHARD_BUFFER_BYTES_MAX: u64 = 1 << 30;
+/// Threads a shard at most.
+const WORKERS_MAX: u32 = 512;
+/// How long the lookup of a blob that may be found later is tried. The kernel complains after 20 s.
+const DEFAULT_OPEN_TIMEOUT_MS: u64 = 10_000;
+/// How long a stop waits for what has begun.
+const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 10_000;
+/// Longest either.
+const TIMEOUT_MS_MAX: u64 = 600_000;
+
+/// Checked settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Kernel interface to serve.
+    pub front_end: FrontEndKind,
+    /// Directory for the kernel's cache files.
+    pub cache_dir: PathBuf,
+    /// Where blobs come from, in order.
+    pub stores: Vec<StoreSpec>,
+    /// Blobs to seed before serving.
+    pub seed: Vec<Key>,
+    /// Name of the cache in the kernel.
+    pub tag: String,
+    /// Security context for the kernel's accesses.
+    pub secctx: Option<String>,
+    /// How full the cache's file system may become.
+    pub cull: CullLimits,
+    /// Event loops.
+    pub shards: usize,
+    /// How reads and writes are done.
+    pub engine: EngineKind,
+    /// How blobs are read.
+    pub source: SourceMode,
+    /// How much is brought for a demand.
+    pub window: Window,
+    /// Size of a buffer slot.
+    pub slot_bytes: u64,
+    /// Buffer slots a shard.
+    pub slots: u32,
+    /// Blocking threads a shard.
+    pub workers: u32,
+    /// How long an open is tried.
+    pub open_timeout: Duration,
+    /// How long a stop waits.
+    pub drain_timeout: Duration,
+    /// What is logged.
+    pub log_level: LogLevel,
+    /// How it looks.
+    pub log_format: LogFormat,
+}
+
+impl Options {
+    pub(super) fn check(self) -> Result<Config, ConfigError> {
+        if self.store.is_empty() {
+            return Err(ConfigError::NoStore);
+        }
+        let stores = self.store.iter().map(|spec| spec.parse().map_err(|error| value("store", spec, &error)));
+        let seed = self.seed.iter().map(|blob| blob.parse().map_err(|error| value("seed", blob, &error)));
+        let shards = self.shards.map_or_else(|| usable_cpus().len().max(1), NonZeroUsize::get);
+        let config = Config {
+            front_end: self.front_end.unwrap_or_default(),
+            cache_dir: self.cache_dir.unwrap_or_else(|| DEFAULT_CACHE_DIR.into()),
+            stores: stores.collect::<Result<_, _>>()?,
+            seed: seed.collect::<Result<_, _>>()?,
+            tag: self.tag.unwrap_or_else(|| DEFAULT_TAG.into()),
+            secctx: self.secctx,
+            cull: CullLimits {
+                brun_percent: self.brun,
+                bcull_percent: self.bcull,
+                bstop_percent: self.bstop,
+                frun_percent: self.frun,
+                fcull_percent: self.fcull,
+                fstop_percent: self.fstop,
+            },
+            shards,
+            engine: self.engine.unwrap_or_default(),
+            source: self.source.unwrap_or_default(),
+            window: match self.window.unwrap_or_default() {
+                WindowText::Auto => Window::Adaptive { budget_percent: self.ahead_percent.unwrap_or(DEFAULT_AHEAD_PERCENT) },
+                WindowText::Fixed(bytes) => Window::Fixed(bytes.0),
+            },
+            slot_bytes: self.slot_size.map_or(DEFAULT_SLOT_BYTES, |bytes| bytes.0),
+            slots: self.slots.unwrap_or(DEFAULT_SLOTS),
+            workers: self.workers.unwrap_or(DEFAULT_WORKERS),
+            open_timeout: Duration::from_millis(self.open_timeout_ms.unwrap_or(DEFAULT_OPEN_TIMEOUT_MS)),
+            drain_timeout: Duration::from_millis(self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
+            log_level: self.log_level.unwrap_or_default(),
+            log_format: self.log_format.unwrap_or_default(),
+        };
+        config.check_bounds()?;
+        Ok(config)
+    }
+}
+
+impl Config {
+    fn check_bounds(&self) -> Result<(), ConfigError> {
+        for (setting, text) in [("tag", Some(&self.tag)), ("secctx", self.secctx.as_ref())] {
+            if let Some(text) = text {
+                command::setup(setting, text.as_bytes()).map_err(|why| value(setting, format!("{text:?}"), &why))?;
+            }
+        }
+        self.cull.commands()?;
+        bounds("shards", self.shards as u64, 1, SHARDS_MAX as u64)?;
+        match self.window {
+            Window::Fixed(bytes) => power_of_two("window", bytes, BLOCK_BYTES_MIN, WINDOW_BYTES_MAX)?,
+            Window::Adaptive { budget_percent } => bounds("ahead_percent", u64::from(budget_percent), 0, 100)?,
+        }
+        // A slot holds at least a page, which is the least that is written.
+        power_of_two("slot_size", self.slot_bytes, BLOCK_BYTES_MIN.max(page_bytes()), SHARD_BUFFER_BYTES_MAX / 2)?;
+        let slots_max = (SHARD_BUFFER_BYTES_MAX / self.slot_bytes) - 1;
+        bounds("slots", u64::from(self.slots), 1, slots_max)?;
+        bounds("workers", u64::from(self.workers), 1, u64::from(WORKERS_MAX))?;
+        for (setting, timeout) in [("open_timeout_ms", self.open_timeout), ("drain_timeout_ms", self.drain_timeout)] {
+            bounds(setting, u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX), 0, TIMEOUT_MS_MAX)?;
+        }
+        Ok(())
+    }
+}
+
+fn value(setting: &'static str, value: impl ToString, problem: &impl ToString) -> ConfigError {
+    ConfigError::Value { setting, value: value.to_string(), problem: problem.to_string() }
+}
+
+fn bounds(setting: &'static str, number: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    if (min..=max).contains(&number) { Ok(()) } else { Err(value(setting, number, &format!("must be {min} to {max}"))) }
+}
+
+fn power_of_two(setting: &'static str, bytes: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    bounds(setting, bytes, min, max)?;
+    if bytes.is_power_of_two() { Ok(()) } else { Err(value(setting, bytes, &"must be a power of two".to_owned())) }
+}
+
+#[cfg(test)]
+mod tests;

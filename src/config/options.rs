@@ -1,0 +1,178 @@
+//! Settings as they are written, and the order in which they win.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, WindowText};
+use super::{Config, ConfigError};
+use crate::engine::EngineKind;
+use crate::store::SourceMode;
+
+/// Version of the file format.
+const FILE_VERSION: u32 = 1;
+/// Read if it exists and no other file is named.
+pub const DEFAULT_FILE: &str = "/etc/infill/config.toml";
+
+/// Settings as they are written, in a file, as flags or as environment variables.
+#[derive(Clone, Debug, Default, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// Kernel interface to serve
+    #[arg(long, value_enum, env = "INFILL_FRONT_END")]
+    pub(super) front_end: Option<FrontEndKind>,
+    /// Directory for the kernel's cache files, on ext4 or XFS [default: /var/cache/infill]
+    #[arg(long, value_name = "DIR", env = "INFILL_CACHE_DIR")]
+    pub(super) cache_dir: Option<PathBuf>,
+    /// Where blobs come from: dir:PATH or oci:PATH; several are asked in order
+    #[arg(long, value_name = "SPEC", env = "INFILL_STORE", value_delimiter = ',')]
+    pub(super) store: Vec<String>,
+    /// Blobs to share with the cache before serving, as DOMAIN/NAME, or NAME for images without a domain
+    #[arg(long, value_name = "BLOB", env = "INFILL_SEED", value_delimiter = ',')]
+    pub(super) seed: Vec<String>,
+    /// Name of the cache in the kernel [default: infill]
+    #[arg(long, env = "INFILL_TAG")]
+    pub(super) tag: Option<String>,
+    /// Security context for the kernel's accesses to the cache
+    #[arg(long, env = "INFILL_SECCTX")]
+    pub(super) secctx: Option<String>,
+    /// Free blocks, in percent, above which culling stops
+    #[arg(long, value_name = "PERCENT")]
+    pub(super) brun: Option<u8>,
+    /// Free blocks, in percent, below which culling starts
+    #[arg(long, value_name = "PERCENT")]
+    pub(super) bcull: Option<u8>,
+    /// Free blocks, in percent, below which nothing is cached
+    #[arg(long, value_name = "PERCENT")]
+    pub(super) bstop: Option<u8>,
+    /// As --brun, for free files
+    #[arg(long, value_name = "PERCENT")]
+    pub(super) frun: Option<u8>,
+    /// As --bcull, for free files
+    #[arg(long, value_name = "PERCENT")]
+    pub(super) fcull: Option<u8>,
+    /// As --bstop, for free files
+    #[arg(long, value_name = "PERCENT")]
+    pub(super) fstop: Option<u8>,
+    /// Event loops, each on a core of its own [default: the usable cores]
+    #[arg(long, env = "INFILL_SHARDS")]
+    pub(super) shards: Option<NonZeroUsize>,
+    /// How reads and writes are done [default: auto]
+    #[arg(long, value_enum, env = "INFILL_ENGINE")]
+    pub(super) engine: Option<EngineKind>,
+    /// How blobs are read [default: direct]
+    #[arg(long, value_enum, env = "INFILL_SOURCE")]
+    pub(super) source: Option<SourceMode>,
+    /// How much is brought for each demand: auto (as the blob is read), or the aligned window of so many bytes;
+    /// 4K: only what was asked [default: auto]
+    #[arg(long, value_name = "auto|SIZE", env = "INFILL_WINDOW")]
+    pub(super) window: Option<WindowText>,
+    /// Share of a blob that --window auto may bring before readers have shown that they want it; at least 4 MiB,
+    /// 0: no bets on far jumps [default: 6]
+    #[arg(long, value_name = "PERCENT", env = "INFILL_AHEAD_PERCENT")]
+    pub(super) ahead_percent: Option<u8>,
+    /// Size of a buffer slot and longest single write; a power of two [default: 1M]
+    #[arg(long, value_name = "SIZE", env = "INFILL_SLOT_SIZE")]
+    pub(super) slot_size: Option<Bytes>,
+    /// Buffer slots of each shard; memory is shards x slots x slot size [default: 16]
+    #[arg(long, env = "INFILL_SLOTS")]
+    pub(super) slots: Option<u32>,
+    /// Threads of each shard that may block in a read or write at a time [default: 8]
+    #[arg(long, env = "INFILL_WORKERS")]
+    pub(super) workers: Option<u32>,
+    /// How long a blob that cannot be opened for a passing reason is tried before its mount fails [default: 10000]
+    #[arg(long, value_name = "MS", env = "INFILL_OPEN_TIMEOUT_MS")]
+    pub(super) open_timeout_ms: Option<u64>,
+    /// How long a stop waits for reads that have begun [default: 10000]
+    #[arg(long, value_name = "MS", env = "INFILL_DRAIN_TIMEOUT_MS")]
+    pub(super) drain_timeout_ms: Option<u64>,
+    /// Least important messages to log [default: info]
+    #[arg(long, value_enum, env = "INFILL_LOG_LEVEL")]
+    pub(super) log_level: Option<LogLevel>,
+    /// How log lines look [default: text]
+    #[arg(long, value_enum, env = "INFILL_LOG_FORMAT")]
+    pub(super) log_format: Option<LogFormat>,
+}
+
+/// A settings file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    version: u32,
+    #[serde(default)]
+    serve: Options,
+}
+
+/// Takes the first of two lists of options, field by field.
+macro_rules! first_of {
+    ($first:ident, $second:ident, $($field:ident),+) => {
+        Options {
+            $($field: $first.$field.or($second.$field),)+
+            store: first_list($first.store, $second.store),
+            seed: first_list($first.seed, $second.seed),
+        }
+    };
+}
+
+fn first_list(first: Vec<String>, second: Vec<String>) -> Vec<String> {
+    if first.is_empty() { second } else { first }
+}
+
+impl Options {
+    /// Adds what a settings file says and checks the result. Without `file` the default one is read, if it exists.
+    ///
+    /// # Errors
+    /// A file that cannot be read or understood, or a value that cannot be used; the message names it.
+    pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        let from_file = match file {
+            Some(path) => read_file(path)?,
+            None if Path::new(DEFAULT_FILE).exists() => read_file(Path::new(DEFAULT_FILE))?,
+            None => Self::default(),
+        };
+        self.or(from_file).check()
+    }
+
+    pub(super) fn or(self, second: Self) -> Self {
+        let first = self;
+        first_of!(
+            first,
+            second,
+            front_end,
+            cache_dir,
+            tag,
+            secctx,
+            brun,
+            bcull,
+            bstop,
+            frun,
+            fcull,
+            fstop,
+            shards,
+            engine,
+            source,
+            window,
+            ahead_percent,
+            slot_size,
+            slots,
+            workers,
+            open_timeout_ms,
+            drain_timeout_ms,
+            log_level,
+            log_format
+        )
+    }
+}
+
+fn read_file(path: &Path) -> Result<Options, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.into(), source })?;
+    parse_file(&text).map_err(|message| ConfigError::Syntax { path: path.into(), message })
+}
+
+pub(super) fn parse_file(text: &str) -> Result<Options, String> {
+    let file: File = toml::from_str(text).map_err(|error| error.to_string().trim_end().replace('\n', "\n  "))?;
+    if file.version != FILE_VERSION {
+        return Err(format!("version = {} is not known; this infill reads version {FILE_VERSION}", file.version));
+    }
+    Ok(file.serve)
+}
