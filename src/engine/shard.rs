@@ -1,7 +1,7 @@
 //! One shard: the event loop that ties the machine to I/O, memory and answers.
 //!
-//! A turn: on the receiving shard read the kernel's requests; take messages, let the machine decide, start
-//! what it wants, give the answers of this turn back to back, wait.
+//! A turn: take messages, let the machine decide, start what it wants, give the answers of this turn back to back,
+//! wait. On the receiving shard the wait also reads the kernel's requests.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -17,16 +17,18 @@ use super::fill::From;
 use super::io::{Done, FileRef, Io, Kind, Op};
 use super::machine::{Action, Answered, Handle, Machine, OpKey};
 use super::mailbox::{Adopted, Inbox, Message};
-use super::router::Router;
+use super::router::{BATCH_MAX, Router};
 use super::stats::ShardStats;
 use super::trace::{Record, Tracer};
 use super::{EngineError, Shared, probe};
-use crate::front::{Caps, FrontEnd, NeedRequest, Outcome, Ticket};
+use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, Outcome, Ticket};
 use crate::key::Key;
 use crate::store::{Blob, SourceFile};
 
 /// Longest sleep: a wake-up that the kernel lost costs no more than this.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// How often a shard that cannot go on looks for the messages it has asked for: reading them never waits.
+const READ_TRIES: u32 = 3;
 
 /// What a shard knows of an object besides what the machine knows.
 #[derive(Debug)]
@@ -46,7 +48,7 @@ pub(super) struct Shard<I> {
     clock: Clock,
     inbox: Inbox,
     /// On the shard that receives.
-    receiver: Option<(Arc<dyn FrontEnd>, Router)>,
+    intake: Option<Intake>,
     machine: Machine<Ticket>,
     tracer: Option<Tracer>,
     answers: Vec<Answered<Ticket>>,
@@ -58,6 +60,14 @@ pub(super) struct Shard<I> {
     buffers: Buffers,
 }
 
+/// What the receiving shard has besides.
+pub(super) struct Intake {
+    pub(super) front: Arc<dyn FrontEnd>,
+    pub(super) router: Router,
+    /// Where messages are read into; those of a batch lie one behind the other.
+    pub(super) messages: Buffers,
+}
+
 /// What a shard is made of.
 pub(super) struct Parts<I> {
     pub(super) index: usize,
@@ -65,7 +75,7 @@ pub(super) struct Parts<I> {
     pub(super) shared: Arc<Shared>,
     pub(super) clock: Clock,
     pub(super) inbox: Inbox,
-    pub(super) receiver: Option<(Arc<dyn FrontEnd>, Router)>,
+    pub(super) intake: Option<Intake>,
     pub(super) machine: Machine<Ticket>,
     pub(super) tracer: Option<Tracer>,
     pub(super) io: I,
@@ -74,15 +84,16 @@ pub(super) struct Parts<I> {
 
 impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
-        let Parts { index, caps, shared, clock, inbox, receiver, machine, tracer, io, buffers } = parts;
+        let Parts { index, caps, shared, clock, inbox, intake, machine, tracer, io, buffers } = parts;
         let (attached, answers, done) = (Vec::new(), Vec::new(), Vec::new());
-        Self { index, caps, shared, clock, inbox, receiver, machine, tracer, answers, done, io, attached, buffers }
+        Self { index, caps, shared, clock, inbox, intake, machine, tracer, answers, done, io, attached, buffers }
     }
 
     /// Serves until the engine stops, or until it cannot go on. Either way no request is left without its answer.
     pub(super) fn run(mut self) -> Result<(), EngineError> {
         let result = self.serve();
         if result.is_err() {
+            self.finish_reading();
             self.stop_receiving();
             self.take_messages();
             self.fail_rest();
@@ -93,12 +104,12 @@ impl<I: Io> Shard<I> {
 
     fn serve(&mut self) -> Result<(), EngineError> {
         while !self.has_ended() {
-            self.receive()?;
             self.take_messages();
             self.machine.tick(self.clock.now_ns());
             self.act();
             self.answer();
             self.publish();
+            self.receive();
             self.wait()?;
         }
         Ok(())
@@ -122,21 +133,41 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    /// On the receiving shard: reads what the kernel wants.
-    fn receive(&mut self) -> Result<(), EngineError> {
-        if self.shared.stopping.load(Ordering::Acquire) {
+    /// On the receiving shard: has what the kernel wants read with the next wait.
+    fn receive(&mut self) {
+        if self.shared.stopping.load(Ordering::Acquire) && !self.is_reading() {
             self.stop_receiving();
         }
-        let Some((front, router)) = &mut self.receiver else { return Ok(()) };
+        let Some(Intake { front, router, messages }) = &mut self.intake else { return };
         if self.shared.look_again.swap(false, Ordering::AcqRel) {
             router.notice();
         }
-        router.drain(&**front).map_err(EngineError::Front)
+        for n in 0..router.wanted(BATCH_MAX) {
+            let memory = messages.slot(n, 0, MESSAGE_MAX_BYTES);
+            let file = FileRef::plain(front.requests());
+            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory });
+        }
+    }
+
+    fn is_reading(&self) -> bool {
+        self.intake.as_ref().is_some_and(|intake| intake.router.is_reading())
+    }
+
+    /// On the receiving shard, when it cannot go on: a message that was delivered must not be lost.
+    fn finish_reading(&mut self) {
+        for _ in 0..READ_TRIES {
+            if !self.is_reading() {
+                return;
+            }
+            let _ = self.io.wait(Some(Duration::ZERO), &mut self.done);
+            // What the front end is broken by was said already.
+            let _ = self.complete();
+        }
     }
 
     /// On the receiving shard: lets the others know that nothing more will come.
     fn stop_receiving(&mut self) {
-        if let Some((_, mut router)) = self.receiver.take() {
+        if let Some(Intake { mut router, .. }) = self.intake.take() {
             router.give_up();
             self.shared.received_all.store(true, Ordering::Release);
             self.shared.wake_all();
@@ -230,6 +261,7 @@ impl<I: Io> Shard<I> {
     /// Gives this turn's answers, back to back.
     fn answer(&mut self) {
         let mut answers = std::mem::take(&mut self.answers);
+        let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
         for answered in answers.drain(..) {
             let Answered { ticket, outcome, object, range, since_ns } = answered;
             let result = ticket.answer(outcome);
@@ -250,6 +282,9 @@ impl<I: Io> Shard<I> {
             }
         }
         self.answers = answers;
+        if let Some(intake) = &mut self.intake {
+            intake.router.answered(given);
+        }
     }
 
     /// Tells of an answer: a failure in the log, any in the trace.
@@ -269,27 +304,36 @@ impl<I: Io> Shard<I> {
 
     fn wait(&mut self) -> Result<(), EngineError> {
         let timeout = if self.inbox.may_sleep() { self.sleep_max() } else { Duration::ZERO };
-        let ready = self.io.wait(Some(timeout), &mut self.done).map_err(EngineError::Io)?;
+        let waited = self.io.wait(Some(timeout), &mut self.done).map_err(EngineError::Io);
         self.inbox.awake();
+        let in_vain = self.done.is_empty();
+        self.complete()?;
+        let ready = waited?;
         if ready.woken {
             self.inbox.silence();
         }
-        let in_vain = self.done.is_empty() && !ready.woken;
-        if let Some((_, router)) = &mut self.receiver
-            && (ready.requests || in_vain)
+        if let Some(Intake { router, .. }) = &mut self.intake
+            && (ready.requests || (in_vain && !ready.woken))
         {
             // Also when nothing happened at all: should the kernel lose a wake-up, the next turn finds it.
             router.notice();
         }
-        self.complete();
         Ok(())
     }
 
-    /// Reports ended operations to the machine.
-    fn complete(&mut self) {
+    /// Reports ended operations to the machine, and messages to the router.
+    ///
+    /// # Errors
+    /// The front end is broken. Everything has been reported all the same.
+    fn complete(&mut self) -> Result<(), EngineError> {
+        let mut received = Ok(());
         let mut done = std::mem::take(&mut self.done);
         let now_ns = self.clock.now_ns();
         for Done { op, mut result } in done.drain(..) {
+            if op.kind == Kind::Receive {
+                received = received.and(self.received(&op.memory, result));
+                continue;
+            }
             if let Some(file) = op.memory.file()
                 && result > 0
                 && !is_whole(file)
@@ -302,12 +346,20 @@ impl<I: Io> Shard<I> {
             self.machine.io_done(OpKey(op.key), result, now_ns);
         }
         self.done = done;
+        received
+    }
+
+    fn received(&mut self, memory: &Memory, result: i32) -> Result<(), EngineError> {
+        // Nobody but a receiver reads, and it is there as long as it reads.
+        let Some(Intake { front, router, .. }) = &mut self.intake else { return Ok(()) };
+        let read = usize::try_from(result).map(|len| memory.bytes(len)).map_err(|_| Errno::from_raw(-result));
+        router.take(&**front, read).map_err(EngineError::Front)
     }
 
     /// How long it may sleep: to the next deadline of a fill, and of the router if it is here.
     fn sleep_max(&self) -> Duration {
         let deadline = self.machine.next_deadline().map(|at| Duration::from_nanos(at.saturating_sub(self.clock.now_ns())));
-        let router = self.receiver.as_ref().and_then(|(_, router)| router.next_turn());
+        let router = self.intake.as_ref().and_then(|intake| intake.router.next_turn());
         [deadline, router].into_iter().flatten().fold(SLEEP_MAX, Duration::min)
     }
 

@@ -19,11 +19,11 @@ use super::mailbox::{Inbox, Mailbox};
 use super::opener::Opener;
 use super::opens::Opens;
 use super::ring::{self, Ring};
-use super::router::Router;
-use super::shard::{Parts, Shard};
+use super::router::{BATCH_MAX, Router};
+use super::shard::{Intake, Parts, Shard};
 use super::stats::Snapshot;
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
-use crate::front::FrontEnd;
+use crate::front::{FrontEnd, MESSAGE_MAX_BYTES};
 use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
@@ -224,12 +224,12 @@ impl Plan {
         if self.settings.kind == EngineKind::Blocking {
             return Ok(None);
         }
-        let settings = ring::Settings { depth: self.settings.slots, workers: self.settings.workers };
+        let settings = ring::Settings { depth: self.settings.slots, receives: BATCH_MAX, workers: self.settings.workers };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 
     fn watch(&self) -> Watch<'_> {
-        Watch { requests: self.router.as_ref().map(|_| self.front.poll_fd()), wake: self.inbox.fd() }
+        Watch { requests: self.router.as_ref().map(|_| self.front.requests()), wake: self.inbox.fd() }
     }
 
     fn serve_blocking(
@@ -251,6 +251,11 @@ impl Plan {
         io: I,
         buffers: Buffers,
     ) -> Result<(), EngineError> {
+        let intake = match self.router.map(|router| (router, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
+            None => None,
+            Some((router, Ok(messages))) => Some(Intake { front: Arc::clone(&self.front), router, messages }),
+            Some((_, Err(error))) => return drop_report(report, EngineError::Resources(error)),
+        };
         let caps = self.front.caps();
         let limits = Limits {
             page_bytes: caps.align_bytes,
@@ -268,7 +273,7 @@ impl Plan {
             shared: self.shared,
             clock: self.clock,
             inbox: self.inbox,
-            receiver: self.router.map(|router| (self.front, router)),
+            intake,
             machine: Machine::new(limits),
             tracer: self.settings.tracer,
             io,

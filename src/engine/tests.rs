@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Condvar, Mutex};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
 use super::plan::Window;
@@ -69,18 +70,23 @@ impl FrontEnd for Kernel {
         Caps { align_bytes: 4096, holes_are_absent: false, reopens: true }
     }
 
-    fn poll_fd(&self) -> BorrowedFd<'_> {
+    fn requests(&self) -> BorrowedFd<'_> {
         self.readable.as_fd()
     }
 
-    fn next(&self) -> Result<Option<Request>, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
+        // Each read takes one from what the counter counts: a request.
+        if read == Err(Errno::EAGAIN) {
+            return Ok(None);
+        }
+        assert_eq!(read.unwrap().len(), size_of::<u64>());
         loop {
             let step = self.steps.lock().unwrap().pop_front();
             match step {
                 Some(Step::Ask(request)) => return Ok(Some(request)),
                 Some(Step::Await(token)) => drop(self.answers.of(token)),
                 Some(Step::Break) => return Err(FrontError::Broken(std::io::ErrorKind::BrokenPipe.into())),
-                None => return Ok(None),
+                None => panic!("nothing was counted that is not there"),
             }
         }
     }
@@ -88,13 +94,16 @@ impl FrontEnd for Kernel {
 
 impl Kernel {
     fn new() -> Arc<Self> {
-        let readable = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let readable = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE).unwrap();
         Arc::new(Self { steps: Mutex::default(), readable, answers: Arc::default() })
     }
 
     fn then(&self, steps: impl IntoIterator<Item = Step>) {
-        self.steps.lock().unwrap().extend(steps);
-        self.readable.write(1).unwrap();
+        let mut queue = self.steps.lock().unwrap();
+        let before = queue.len();
+        queue.extend(steps);
+        let requests = queue.iter().skip(before).filter(|step| !matches!(step, Step::Await(_))).count();
+        self.readable.write(requests as u64).unwrap();
     }
 
     fn open(&self, token: u64, object: u32, sink: &Arc<OwnedFd>) -> Step {

@@ -1,27 +1,27 @@
 //! The bound device: messages in, answers out.
 //!
-//! One thread calls [`FrontEnd::next`]; answers may come from any. An engine that closes a sink early, to save
-//! descriptors, should drop its last clone on the thread that calls `next`: the kernel hands out a READ only
-//! once, and one that it handed out just before the close, to another thread, cannot be answered any more.
+//! One thread calls [`FrontEnd::parse`]; answers may come from any. An engine that closes a sink early, to save
+//! descriptors, should drop its last clone on the thread that calls `parse`, and before it reads: the kernel hands
+//! out a READ only once, and one that it handed out just before the close cannot be answered any more.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::unistd;
 
 use super::bind::{self, BindError, BindOptions, Bound};
 use super::command;
 use super::counters::{Counters, Counts};
 use super::object::{self, Objects};
 use super::wire::{self, Body, Header, Message, WireError};
-use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::front::{Answer, Caps, FrontEnd, FrontError, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
 use crate::range::{self, ByteRange};
 
 /// Smallest alignment of writes, whatever the page size: `CACHEFILES_DIO_BLOCK_SIZE`.
 const ALIGN_MIN_BYTES: u64 = 4096;
+const _: () = assert!(wire::MSG_MAX_BYTES <= MESSAGE_MAX_BYTES, "the kernel refuses a shorter read");
 
 /// `/dev/cachefiles`, bound in on-demand mode. Dropping it closes the device, and with that every mounted
 /// image fails; tickets of unanswered OPENs keep it open.
@@ -65,25 +65,20 @@ impl Device {
         self.counters.snapshot()
     }
 
-    /// One message, or `None` if there is none now. read(2) of the device never waits.
-    fn read_message<'b>(&self, buffer: &'b mut [u8]) -> Result<Option<&'b [u8]>, FrontError> {
-        loop {
-            return match unistd::read(&self.devnode.fd, buffer) {
-                // Not the end of anything: it also follows a wake-up for an object that must be opened again first.
-                Ok(0) | Err(Errno::EAGAIN) => Ok(None),
-                Ok(len) => Ok(Some(&buffer[..len])),
-                Err(Errno::EINTR) => continue,
-                Err(errno @ (Errno::EMFILE | Errno::ENFILE)) => {
-                    self.counters.lost_opens.bump();
-                    Err(FrontError::OutOfDescriptors(errno))
-                }
-                // These fail the one OPEN that was to be delivered (cachefiles_ondemand_get_fd).
-                Err(errno @ (Errno::EEXIST | Errno::ENOMEM)) => {
-                    self.counters.lost_opens.bump();
-                    Err(FrontError::Malformed(format!("an OPEN was lost, because the kernel could not make its descriptor: {errno}")))
-                }
-                Err(errno) => Err(FrontError::Broken(errno.into())),
-            };
+    /// What a failed read of the device means.
+    fn unread(&self, errno: Errno) -> Result<Option<Request>, FrontError> {
+        match errno {
+            Errno::EAGAIN | Errno::EINTR => Ok(None),
+            Errno::EMFILE | Errno::ENFILE => {
+                self.counters.lost_opens.bump();
+                Err(FrontError::OutOfDescriptors(errno))
+            }
+            // These fail the one OPEN that was to be delivered (cachefiles_ondemand_get_fd).
+            Errno::EEXIST | Errno::ENOMEM => {
+                self.counters.lost_opens.bump();
+                Err(FrontError::Malformed(format!("an OPEN was lost, because the kernel could not make its descriptor: {errno}")))
+            }
+            errno => Err(FrontError::Broken(errno.into())),
         }
     }
 
@@ -153,14 +148,16 @@ impl FrontEnd for Device {
         self.caps
     }
 
-    fn poll_fd(&self) -> BorrowedFd<'_> {
+    fn requests(&self) -> BorrowedFd<'_> {
         self.devnode.fd.as_fd()
     }
 
-    fn next(&self) -> Result<Option<Request>, FrontError> {
-        let mut buffer = [0; wire::MSG_MAX_BYTES];
-        let Some(bytes) = self.read_message(&mut buffer)? else {
-            return Ok(None);
+    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
+        let bytes = match read {
+            // Not the end of anything: it also follows a wake-up for an object that must be opened again first.
+            Ok([]) => return Ok(None),
+            Ok(bytes) => bytes,
+            Err(errno) => return self.unread(errno),
         };
         // The descriptor first: whatever else the message holds, this must not leak.
         let sink = wire::open_fd(bytes).and_then(|raw| object::take_over(raw).ok());

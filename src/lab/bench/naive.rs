@@ -43,7 +43,7 @@ pub fn serve(cache_dir: &Path, store: &Path) -> Result<Infallible> {
     let buffer = MmapMut::map_anon(BUFFER_BYTES).trying(|| "cannot have a buffer")?;
     let mut naive = Naive { store, objects: HashMap::new(), buffer };
     loop {
-        let mut fds = [PollFd::new(device.poll_fd(), PollFlags::POLLIN)];
+        let mut fds = [PollFd::new(device.requests(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::NONE).trying(|| "cannot wait for requests")?;
         while let Some(request) = device.next().map_err(|e| LabError::Failed(e.to_string()))? {
             naive.handle(request);
