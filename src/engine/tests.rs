@@ -227,7 +227,7 @@ fn an_idle_engine_sleeps() {
         assert!(turns <= 8, "{turns} turns of two idle shards in 1.5 s");
         let stopping = Instant::now();
         engine.stop(PATIENCE, || false).unwrap();
-        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+        assert!(stopping.elapsed() < PATIENCE / 2, "{:?}", stopping.elapsed());
     });
 }
 
@@ -292,7 +292,7 @@ fn when_the_kernel_interface_breaks_the_engine_ends_without_delay() {
         wait_until(|| engine.has_failed());
         let stopping = Instant::now();
         assert!(matches!(engine.stop(PATIENCE, || false), Err(EngineError::Front(FrontError::Broken(_)))));
-        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+        assert!(stopping.elapsed() < PATIENCE / 2, "{:?}", stopping.elapsed());
         assert_eq!(kernel.answers.of(2), Outcome::Done, "what had been read from the kernel is finished");
         assert!(matches!(kernel.answers.of(3), Outcome::Failed(_)));
     });
@@ -308,7 +308,7 @@ fn a_stop_answers_readers_whose_operation_hangs() {
         wait_until(|| engine.snapshot().needs == 2);
         let stopping = Instant::now();
         let snapshot = engine.stop(PATIENCE, || stopping.elapsed() > Duration::from_millis(100)).unwrap();
-        assert!(stopping.elapsed() < PATIENCE / 4, "{:?}", stopping.elapsed());
+        assert!(stopping.elapsed() < PATIENCE / 2, "{:?}", stopping.elapsed());
         for token in [2, 3] {
             assert!(matches!(kernel.answers.of(token), Outcome::Failed(_)) || token == 2);
         }
