@@ -62,6 +62,7 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         slot_bytes: 64 << 10,
         slots: 4,
         workers: 2,
+        fd_budget: 1000,
         open_timeout: Duration::from_secs(1),
         tracer: None,
     }

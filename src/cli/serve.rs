@@ -19,6 +19,7 @@ use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, Device};
 use crate::front::sim::socket::SocketFront;
+use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::{erofs, exit, limits, log};
@@ -75,7 +76,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let front = open_front(&config, sim_socket)?;
     seed(&config, &*store);
     let (tracer, printer) = start_tracer(trace_requests)?;
-    let engine = start_engine(&config, &front, &store, tracer)?;
+    let engine = start_engine(&config, raised, &front, &store, tracer)?;
     announce(&config, &*front, &engine);
     let started = engine.started().clone();
     let result = serve(&config, engine, &signals);
@@ -134,7 +135,14 @@ fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>)
     Ok((Some(tracer), Some(printer)))
 }
 
-fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, tracer: Option<Tracer>) -> Result<Engine, Failure> {
+fn start_engine(
+    config: &Config,
+    raised: Raised,
+    front: &Arc<dyn FrontEnd>,
+    store: &Arc<dyn Store>,
+    tracer: Option<Tracer>,
+) -> Result<Engine, Failure> {
+    let fd_budget = limits::fd_budget(config.fd_budget, raised).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let settings = Settings {
         shards: config.shards,
         kind: config.engine,
@@ -142,6 +150,7 @@ fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Stor
         slot_bytes: config.slot_bytes,
         slots: config.slots,
         workers: config.workers,
+        fd_budget,
         open_timeout: config.open_timeout,
         tracer,
     };

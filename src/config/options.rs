@@ -81,6 +81,9 @@ pub struct Options {
     /// Threads of each shard that may block in a read or write at a time [default: 8]
     #[arg(long, env = "INFILL_WORKERS")]
     pub(super) workers: Option<u32>,
+    /// File descriptors that open blobs may take; idle ones are closed beyond it [default: from the system's limits]
+    #[arg(long, value_name = "N", env = "INFILL_FD_BUDGET")]
+    pub(super) fd_budget: Option<u64>,
     /// How long the lookup of a blob may take, with all its tries, before its mount fails [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_OPEN_TIMEOUT_MS")]
     pub(super) open_timeout_ms: Option<u64>,
@@ -156,6 +159,7 @@ impl Options {
             slot_size,
             slots,
             workers,
+            fd_budget,
             open_timeout_ms,
             drain_timeout_ms,
             log_level,

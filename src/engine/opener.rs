@@ -90,11 +90,11 @@ impl Opener {
 
     fn finish(&self, pending: Pending, found: Found) {
         match found {
-            Found::Blob(blob) => self.open(pending.open, blob),
+            Found::Blob(blob) => self.open(pending, blob),
             Found::Never(errno) => self.refuse(pending.open.ticket, errno),
             Found::Later(why, errno) => match self.opens.again(pending) {
-                Ok(pause) => tracing::warn!("{why}; trying again in {} ms", pause.as_millis()),
-                Err(pending) => {
+                None => tracing::warn!("{why}; trying again"),
+                Some(pending) => {
                     if self.shared.may_log_failure() {
                         tracing::error!("{why}; its mount or its reads fail");
                     }
@@ -104,13 +104,14 @@ impl Opener {
         }
     }
 
-    fn open(&self, open: OpenRequest, blob: Arc<dyn Blob>) {
-        let OpenRequest { object, key, ticket, sink } = open;
+    fn open(&self, pending: Pending, blob: Arc<dyn Blob>) {
+        let Pending { open: OpenRequest { object, key, ticket, sink }, mut charge, .. } = pending;
+        charge.set(1 + blob.files().len() as u64);
         let len_bytes = blob.len_bytes();
         self.remember(&key, len_bytes);
         let shard = &self.shards[owner(object, self.shards.len())];
         // The shard must know the object before the kernel hears that it is open: its requests follow at once.
-        let adopted = Adopted { object, key: Arc::new(key), blob, sink };
+        let adopted = Adopted { object, key: Arc::new(key), blob, sink, charge };
         if let Err(message) = shard.send(Message::Adopt(adopted)) {
             self.refuse(ticket, Errno::ECANCELED);
             return drop(message);

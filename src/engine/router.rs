@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::fds::{Charge, Evictor};
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
 use super::{Shared, clock::Clock};
@@ -36,6 +37,9 @@ pub(super) struct Router {
     clock: Clock,
     shards: Vec<Mailbox>,
     opens: Arc<Opens>,
+    evictor: Evictor,
+    /// There are no descriptors for what may come.
+    starved: bool,
     /// What found its receiver's queue full, and what was read behind it; nothing else is read before it is delivered.
     held: VecDeque<Held>,
     batch: Batch,
@@ -100,13 +104,13 @@ enum Found {
 
 #[derive(Debug)]
 enum Held {
-    Open(OpenRequest),
+    Open(OpenRequest, Charge),
     Message(usize, Message),
 }
 
 impl Router {
-    pub(super) const fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, opens: Arc<Opens>) -> Self {
-        Self { shared, clock, shards, opens, held: VecDeque::new(), batch: Batch::new() }
+    pub(super) const fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, opens: Arc<Opens>, evictor: Evictor) -> Self {
+        Self { shared, clock, shards, opens, evictor, starved: false, held: VecDeque::new(), batch: Batch::new() }
     }
 
     /// The kernel may have requests.
@@ -128,14 +132,19 @@ impl Router {
     pub(super) fn next_turn(&self) -> Option<Duration> {
         match (self.held.is_empty(), self.batch.more) {
             (true, false) => None,
-            (true, true) if self.has_room() => Some(Duration::ZERO),
+            (true, true) if self.has_room() && !self.starved => Some(Duration::ZERO),
             _ => Some(FULL_PAUSE),
         }
     }
 
-    /// How many messages are to be read from the front end now, `credits` at most; what each read gives must come to
+    /// How many messages are to be read from the front end now, `max` at most; what each read gives must come to
     /// [`Router::take`]. None while a queue is full.
-    pub(super) fn wanted(&mut self, credits: u32) -> u32 {
+    pub(super) fn wanted(&mut self, max: u32) -> u32 {
+        if self.is_reading() {
+            return 0;
+        }
+        let now_ns = self.clock.now_ns();
+        self.evictor.turn(now_ns, |shard, message| self.held.push_back(Held::Message(shard, message)));
         while let Some(held) = self.held.pop_front() {
             if let Err(held) = self.deliver(held) {
                 self.held.push_front(held);
@@ -143,7 +152,12 @@ impl Router {
             }
         }
         // The room once a turn: it looks at memory that every shard writes.
-        if self.batch.more && self.has_room() { self.batch.begin(credits) } else { 0 }
+        if !self.batch.more || !self.has_room() {
+            return 0;
+        }
+        let credits = self.evictor.credits(now_ns).min(max);
+        self.starved = credits == 0;
+        self.batch.begin(credits)
     }
 
     /// What one read gave. Requests for the shard on which this runs go through its mailbox too: only so does a
@@ -182,11 +196,16 @@ impl Router {
     /// Answers what it still holds, when the engine stops.
     pub(super) fn give_up(&mut self) {
         self.opens.end();
+        self.evictor.give_back(|shard, message| self.held.push_back(Held::Message(shard, message)));
         for held in self.held.drain(..) {
             let ticket = match held {
-                Held::Open(open) => open.ticket,
+                Held::Open(open, _) => open.ticket,
                 Held::Message(_, Message::Need(need, _)) => need.ticket,
-                Held::Message(..) => continue,
+                Held::Message(shard, message) => {
+                    // If it has no room for that, it ends all the same.
+                    let _ = self.shards[shard].try_send(message);
+                    continue;
+                }
             };
             // The engine ends: a refusal by the kernel changes nothing.
             let _ = ticket.answer(Outcome::Failed(Errno::ECANCELED));
@@ -201,7 +220,7 @@ impl Router {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
-                Held::Open(open)
+                Held::Open(open, self.shared.budget.charge_open())
             }
             Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, self.clock.now_ns())),
             Request::Close(object) => {
@@ -217,7 +236,7 @@ impl Router {
     /// Hands it on, or gives it back if there is no room.
     fn deliver(&self, held: Held) -> Result<(), Held> {
         match held {
-            Held::Open(open) => self.opens.push(open).map_err(Held::Open),
+            Held::Open(open, charge) => self.opens.push(open, charge).map_err(|(open, charge)| Held::Open(open, charge)),
             Held::Message(shard, message) => self.shards[shard].try_send(message).map_err(|message| Held::Message(shard, message)),
         }
     }

@@ -3,9 +3,10 @@
 //! A turn: take messages, let the machine decide, start what it wants, give the answers of this turn back to back,
 //! wait. On the receiving shard the wait also reads the kernel's requests.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{SendError, Sender};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -13,6 +14,7 @@ use nix::sys::stat::fstat;
 
 use super::buffers::{Buffers, Memory};
 use super::clock::Clock;
+use super::fds::{Charge, Offer};
 use super::fill::From;
 use super::io::{Done, FileRef, Io, Kind, Op};
 use super::machine::{Action, Answered, Handle, Machine, OpKey};
@@ -21,7 +23,7 @@ use super::router::{BATCH_MAX, Router};
 use super::stats::ShardStats;
 use super::trace::{Record, Tracer};
 use super::{EngineError, Shared, probe};
-use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, Outcome, Ticket};
+use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Outcome, Sink, Ticket};
 use crate::key::Key;
 use crate::store::{Blob, SourceFile};
 
@@ -35,9 +37,12 @@ const READ_TRIES: u32 = 3;
 struct Attached {
     key: Arc<Key>,
     blob: Arc<dyn Blob>,
-    sink: Arc<OwnedFd>,
+    /// `None`: it was offered, to be closed.
+    sink: Option<Arc<dyn Sink>>,
     sink_file: FileRef,
     source_files: Vec<FileRef>,
+    /// Dropped last.
+    _charge: Charge,
 }
 
 /// See the module's description.
@@ -53,6 +58,12 @@ pub(super) struct Shard<I> {
     tracer: Option<Tracer>,
     answers: Vec<Answered<Ticket>>,
     done: Vec<Done>,
+    /// Where sinks are offered when descriptors are scarce.
+    offers: Sender<Offer>,
+    /// Room for the objects that are picked for that.
+    picked: Vec<Handle>,
+    /// Requests for objects whose sink was offered just before they came.
+    parked: Vec<(NeedRequest, u64)>,
     // Dropped in this order: the operations' owner before the files and the memory that they use.
     io: I,
     /// Objects by the machine's handle.
@@ -75,6 +86,7 @@ pub(super) struct Parts<I> {
     pub(super) shared: Arc<Shared>,
     pub(super) clock: Clock,
     pub(super) inbox: Inbox,
+    pub(super) offers: Sender<Offer>,
     pub(super) intake: Option<Intake>,
     pub(super) machine: Machine<Ticket>,
     pub(super) tracer: Option<Tracer>,
@@ -84,9 +96,9 @@ pub(super) struct Parts<I> {
 
 impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
-        let Parts { index, caps, shared, clock, inbox, intake, machine, tracer, io, buffers } = parts;
-        let (attached, answers, done) = (Vec::new(), Vec::new(), Vec::new());
-        Self { index, caps, shared, clock, inbox, intake, machine, tracer, answers, done, io, attached, buffers }
+        let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, io, buffers } = parts;
+        let (attached, answers, done, picked, parked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { index, caps, shared, clock, inbox, intake, machine, tracer, answers, done, offers, picked, parked, io, attached, buffers }
     }
 
     /// Serves until the engine stops, or until it cannot go on. Either way no request is left without its answer.
@@ -128,7 +140,9 @@ impl<I: Io> Shard<I> {
             match message {
                 Message::Adopt(adopted) => self.adopt(adopted),
                 Message::Need(need, since_ns) => self.need(need, since_ns),
-                Message::Close(object) => self.machine.close(object),
+                Message::Close(object) => self.close(object),
+                Message::Evict(count) => self.offer(count),
+                Message::Keep(object, sink) => self.keep(object, sink),
             }
         }
     }
@@ -175,7 +189,7 @@ impl<I: Io> Shard<I> {
     }
 
     fn adopt(&mut self, adopted: Adopted) {
-        let Adopted { object, key, blob, sink } = adopted;
+        let Adopted { object, key, blob, sink, charge } = adopted;
         let handle = self.machine.open(object, Arc::clone(&blob));
         // Not in the ring's table: a place there may keep a descriptor open long after it was cleared (up to a
         // second in Linux 6.1, and behind any operation that hangs), and an object whose sink is open is not gone.
@@ -184,18 +198,63 @@ impl<I: Io> Shard<I> {
         if self.attached.len() <= handle.0 {
             self.attached.resize_with(handle.0 + 1, || None);
         }
-        self.attached[handle.0] = Some(Attached { key, blob, sink, sink_file, source_files });
+        self.attached[handle.0] = Some(Attached { key, blob, sink: Some(sink), sink_file, source_files, _charge: charge });
     }
 
     fn need(&mut self, need: NeedRequest, since_ns: u64) {
-        let NeedRequest { object, range, ticket } = need;
-        if self.caps.holes_are_absent
-            && let Some(handle) = self.machine.handle(object)
+        if let Some(handle) = self.machine.handle(need.object)
             && let Some(Some(attached)) = self.attached.get(handle.0)
         {
-            probe::refresh(&mut self.machine, object, attached.sink.as_fd(), &range);
+            let Some(sink) = &attached.sink else {
+                // It comes back, because the request holds it too.
+                return self.parked.push((need, since_ns));
+            };
+            if self.caps.holes_are_absent {
+                probe::refresh(&mut self.machine, need.object, sink.as_fd(), &need.range);
+            }
         }
+        let NeedRequest { object, range, ticket } = need;
         self.machine.need(object, range, ticket, since_ns);
+    }
+
+    fn close(&mut self, object: ObjectId) {
+        self.machine.close(object);
+        self.unpark(object);
+    }
+
+    /// Offers objects that nobody waits for, to be closed because descriptors are scarce.
+    fn offer(&mut self, count: usize) {
+        let mut picked = std::mem::take(&mut self.picked);
+        self.machine.pick_idle(count, !self.caps.reopens, &mut picked);
+        for &handle in &picked {
+            let attached = self.attached.get_mut(handle.0).and_then(Option::as_mut);
+            if let Some((object, sink)) = self.machine.id(handle).zip(attached.and_then(|attached| attached.sink.take()))
+                && let Err(SendError(Offer::Sink(object, sink))) = self.offers.send(Offer::Sink(object, sink))
+            {
+                // Nobody reads requests any more, so nobody closes it either.
+                self.keep(object, sink);
+            }
+        }
+        self.picked = picked;
+        let _ = self.offers.send(Offer::End);
+        self.shared.look_again();
+    }
+
+    /// Takes back the sink of an object that was offered.
+    fn keep(&mut self, object: ObjectId, sink: Arc<dyn Sink>) {
+        let Some(handle) = self.machine.handle(object) else { return };
+        if let Some(Some(attached)) = self.attached.get_mut(handle.0) {
+            attached.sink = Some(sink);
+            self.machine.stays(handle);
+            self.unpark(object);
+        }
+    }
+
+    /// Goes on with the requests that waited for a sink to come back.
+    fn unpark(&mut self, object: ObjectId) {
+        for (need, since_ns) in self.parked.extract_if(.., |(need, _)| need.object == object).collect::<Vec<_>>() {
+            self.need(need, since_ns);
+        }
     }
 
     /// Does what the machine wants done.
@@ -369,7 +428,7 @@ impl<I: Io> Shard<I> {
             return false;
         }
         self.take_messages();
-        if self.shared.out_of_time.load(Ordering::Acquire) || self.machine.pending() == 0 {
+        if self.shared.out_of_time.load(Ordering::Acquire) || (self.machine.pending() == 0 && self.parked.is_empty()) {
             self.fail_rest();
         }
         self.machine.object_count() == 0 || self.shared.out_of_time.load(Ordering::Acquire)
@@ -378,6 +437,10 @@ impl<I: Io> Shard<I> {
     /// Closes every object and answers what waited for it.
     fn fail_rest(&mut self) {
         self.machine.close_all();
+        // Their objects are gone, so they are answered at once.
+        for (NeedRequest { object, range, ticket }, since_ns) in std::mem::take(&mut self.parked) {
+            self.machine.need(object, range, ticket, since_ns);
+        }
         self.act();
         self.answer();
     }

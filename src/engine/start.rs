@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use super::blocking::Blocking;
 use super::buffers::Buffers;
 use super::clock::Clock;
+use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
 use super::machine::{Limits, Machine};
 use super::mailbox::{Inbox, Mailbox};
@@ -61,6 +62,7 @@ struct Plan {
     shared: Arc<Shared>,
     clock: Clock,
     inbox: Inbox,
+    offers: Sender<Offer>,
 }
 
 impl Engine {
@@ -76,7 +78,7 @@ impl Engine {
         }
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
-        let shared = Arc::new(Shared::new(bells).map_err(EngineError::Resources)?);
+        let shared = Arc::new(Shared::new(bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
         let opens = Arc::new(Opens::new(settings.open_timeout));
         let opener = Opener {
             shared: Arc::clone(&shared),
@@ -86,7 +88,8 @@ impl Engine {
             remembered: Arc::default(),
         };
         opener.start()?;
-        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens));
+        let (evictor, offers) = Evictor::new(Arc::clone(&shared));
+        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens, evictor));
         let cpus = usable_cpus();
         let (report, reports) = sync_channel(inboxes.len());
         let mut shards = Vec::new();
@@ -100,6 +103,7 @@ impl Engine {
                 shared: Arc::clone(&shared),
                 clock,
                 inbox,
+                offers: offers.clone(),
             };
             shards.push(plan.spawn(report.clone()).inspect_err(|_| shared.abandon())?);
         }
@@ -273,6 +277,7 @@ impl Plan {
             shared: self.shared,
             clock: self.clock,
             inbox: self.inbox,
+            offers: self.offers,
             intake,
             machine: Machine::new(limits),
             tracer: self.settings.tracer,

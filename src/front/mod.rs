@@ -9,7 +9,7 @@ pub mod sim;
 
 use std::fmt;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -50,9 +50,14 @@ pub struct OpenRequest {
     pub key: Key,
     /// To be answered with [`Outcome::Opened`] or [`Outcome::Failed`].
     pub ticket: Ticket,
-    /// Where its data is to be written; closed when the last clone is dropped.
-    pub sink: Arc<OwnedFd>,
+    /// Where its data is to be written; closed when the last clone is dropped. An unanswered need holds one.
+    pub sink: Arc<dyn Sink>,
 }
+
+/// Where the data of an object is written.
+pub trait Sink: AsFd + fmt::Debug + Send + Sync {}
+
+impl<T: AsFd + fmt::Debug + Send + Sync> Sink for T {}
 
 /// A reader waits for `range`. The range is what the kernel said: unchecked, it may lie beyond the blob.
 #[derive(Debug)]

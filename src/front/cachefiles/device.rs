@@ -83,8 +83,7 @@ impl Device {
     }
 
     fn open(&self, msg_id: u32, object: u32, key: Key, sink: OwnedFd) -> Request {
-        let sink = Arc::new(sink);
-        self.objects.insert(object, &sink, &self.counters);
+        let sink = self.objects.insert(object, sink, &self.counters);
         Request::Open(OpenRequest { object: ObjectId(object), key, ticket: self.open_ticket(msg_id), sink })
     }
 
@@ -93,7 +92,7 @@ impl Device {
     }
 
     fn need(&self, msg_id: u32, object: u32, range: ByteRange) -> Result<Request, FrontError> {
-        let Some(answer) = self.objects.wait_for(object) else {
+        let Some(answer) = self.objects.get(object) else {
             return Err(self.unknown_object(msg_id, object));
         };
         Ok(Request::Need(NeedRequest { object: ObjectId(object), range, ticket: Ticket::new(answer, msg_id.into()) }))
@@ -103,8 +102,8 @@ impl Device {
     /// complete it; later ones refuse, and it waits until its object is opened again.
     fn unknown_object(&self, msg_id: u32, object: u32) -> FrontError {
         self.counters.unknown_objects.bump();
-        let completed = match self.objects.any_sink() {
-            Some(sink) => object::read_complete(sink.as_fd(), msg_id),
+        let completed = match self.objects.any() {
+            Some(other) => object::read_complete(other.as_fd(), msg_id),
             None => Err(Errno::EBADF),
         };
         let end = match completed {
@@ -127,7 +126,7 @@ impl Device {
         let ticket = if header.is_open() {
             Some(self.open_ticket(msg_id))
         } else if header.is_read() {
-            let answer = self.objects.wait_for(object);
+            let answer = self.objects.get(object);
             answer.map(|answer| Ticket::new(answer, msg_id.into()))
         } else {
             None

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -15,14 +15,14 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::front::cachefiles::{BindOptions, Device};
-use crate::front::{FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request};
+use crate::front::{FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Sink};
 use crate::lab::{LabError, Result, Trying};
 
 /// Longest copy at a time.
 const BUFFER_BYTES: usize = 1 << 20;
 
 struct Object {
-    sink: Arc<OwnedFd>,
+    sink: Arc<dyn Sink>,
     blob: File,
     len_bytes: u64,
 }

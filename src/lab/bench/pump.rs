@@ -177,6 +177,7 @@ fn settings() -> Settings {
         slot_bytes: 1 << 20,
         slots: 16,
         workers: 8,
+        fd_budget: 1000,
         open_timeout: Duration::from_secs(10),
         tracer: None,
     }

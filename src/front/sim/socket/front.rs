@@ -52,7 +52,7 @@ impl SocketFront {
     fn open(&self, message: &Message, key: crate::key::Key, sink: RawFd) -> Result<Request, FrontError> {
         let ticket = Ticket::new(Arc::clone(&self.opens), message.msg_id.into());
         match self.sink(sink) {
-            Ok(sink) => Ok(Request::Open(OpenRequest { object: ObjectId(message.object_id), key, ticket, sink: Arc::new(sink.into()) })),
+            Ok(sink) => Ok(Request::Open(OpenRequest { object: ObjectId(message.object_id), key, ticket, sink: Arc::new(sink) })),
             Err(error) => {
                 // The ticket cannot be refused by a socket other than by its end, which the next read reports.
                 let _ = ticket.answer(Outcome::Failed(Errno::EBADF));

@@ -8,6 +8,8 @@ use std::sync::{Condvar, Mutex};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
+mod budget;
+
 use super::plan::Window;
 use super::*;
 use crate::front::{Answer, Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
@@ -178,11 +180,24 @@ fn with_each_engine(shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
     with_open_timeout(PATIENCE, shards, test);
 }
 
+fn settings(kind: EngineKind, shards: usize) -> Settings {
+    Settings {
+        shards,
+        kind,
+        window: Window::Fixed(65536),
+        slot_bytes: 65536,
+        slots: 4,
+        workers: 2,
+        fd_budget: 10_000,
+        open_timeout: PATIENCE,
+        tracer: None,
+    }
+}
+
 fn with_open_timeout(open_timeout: Duration, shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
     for kind in [EngineKind::Uring, EngineKind::Blocking] {
         let (kernel, store) = (Kernel::new(), OneBlob::new());
-        let settings =
-            Settings { shards, kind, window: Window::Fixed(65536), slot_bytes: 65536, slots: 4, workers: 2, open_timeout, tracer: None };
+        let settings = Settings { open_timeout, ..settings(kind, shards) };
         let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, Arc::clone(&store) as Arc<dyn Store>);
         match Engine::start(&front, &blobs, &settings) {
             Ok(engine) => test(engine, &kernel, &store),
