@@ -82,7 +82,7 @@ fn start(end: std::os::fd::OwnedFd, store: &Arc<dyn Store>, settings: &Settings)
 /// Each kind of engine with each way to read a source.
 fn for_each_engine(test: impl Fn(&Blobs, &Settings, &Arc<dyn Store>)) {
     for kind in [EngineKind::Uring, EngineKind::Blocking] {
-        for (mode, shards) in [(SourceMode::Direct, 1), (SourceMode::Buffered, 2), (SourceMode::Mmap, 2)] {
+        for (mode, shards) in [(SourceMode::Auto, 1), (SourceMode::Direct, 1), (SourceMode::Buffered, 2), (SourceMode::Mmap, 2)] {
             println!("{kind:?} {mode:?}, {shards} shards");
             let blobs = Blobs::new();
             test(&blobs, &settings(kind, shards), &blobs.store(mode));
