@@ -122,7 +122,7 @@ mod tests {
         if holes.0.is_empty() {
             return println!("not run: this file system does not report holes");
         }
-        assert_eq!(holes.0.len(), RUNS_MAX);
+        assert_eq!(holes.0.len(), RUNS_MAX - 1, "the first run is at the start");
         assert_eq!(holes.at((pieces - 2) * step), (false, u64::MAX));
     }
 
