@@ -228,6 +228,8 @@ fn finish(printer: Option<JoinHandle<()>>) {
 
 fn report(started: &Started, result: Result<Snapshot, EngineError>, json: bool) -> Result<(), Failure> {
     let snapshot = result.map_err(|error| Failure::new(exit::FAILED, error))?;
+    let Snapshot { bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, .. } = snapshot;
+    tracing::info!(bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, "where the cache's bytes came from");
     tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
     if json {
         let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot));

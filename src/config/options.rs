@@ -61,7 +61,7 @@ pub struct Options {
     /// How reads and writes are done [default: auto]
     #[arg(long, value_enum, env = "INFILL_ENGINE")]
     pub(super) engine: Option<EngineKind>,
-    /// How blobs are read [default: direct]
+    /// How blobs are read [default: auto]
     #[arg(long, value_enum, env = "INFILL_SOURCE")]
     pub(super) source: Option<SourceMode>,
     /// How much is brought for each demand: auto (as the blob is read), or the aligned window of so many bytes;

@@ -263,6 +263,8 @@ impl<I: Io> Shard<I> {
             match action {
                 Action::Answer(answered) => self.answers.push(answered),
                 Action::Release { object } => self.release(object),
+                Action::Read { op, object, file, offset, len, .. }
+                    if self.is_in_memory(object, file, offset, len) && self.machine.use_mapped(op) => {}
                 Action::Read { op, object, file, offset, slot, slot_offset, len } => {
                     let memory = self.buffers.slot(slot, index(slot_offset), index(len));
                     self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory));
@@ -273,6 +275,13 @@ impl<I: Io> Shard<I> {
                 }
             }
         }
+    }
+
+    /// Whether what is to be read can be written as it lies in memory.
+    fn is_in_memory(&self, object: Handle, file: usize, offset: u64, len: u64) -> bool {
+        let attached = self.attached.get(object.0).and_then(Option::as_ref);
+        let file = attached.and_then(|attached| attached.blob.files().get(file));
+        offset.is_multiple_of(self.caps.align_bytes) && file.is_some_and(|file| file.is_in_memory(offset, len))
     }
 
     /// The memory that a write takes its bytes from. `None`: they are gone, the source was truncated.

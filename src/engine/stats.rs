@@ -183,6 +183,14 @@ published!(
     fills_failed,
     bytes_asked,
     bytes_filled,
+    fills_mapped,
+    bytes_mapped,
+    fills_direct,
+    bytes_direct,
+    fills_buffered,
+    bytes_buffered,
+    fills_zero,
+    bytes_zero,
     operations,
     stale
 );

@@ -137,6 +137,22 @@ pub struct Counters {
     pub bytes_asked: u64,
     /// Bytes put into sinks.
     pub bytes_filled: u64,
+    /// Of the fills, written from mapped pages of a source.
+    pub fills_mapped: u64,
+    /// Bytes of those.
+    pub bytes_mapped: u64,
+    /// Of the fills, read past the page cache.
+    pub fills_direct: u64,
+    /// Bytes of those.
+    pub bytes_direct: u64,
+    /// Of the fills, read through the page cache.
+    pub fills_buffered: u64,
+    /// Bytes of those.
+    pub bytes_buffered: u64,
+    /// Of the fills, zeros that nobody read.
+    pub fills_zero: u64,
+    /// Bytes of those.
+    pub bytes_zero: u64,
     /// Operations given to the driver.
     pub operations: u64,
     /// Completions of operations that were not in flight.
@@ -415,6 +431,18 @@ impl<T> Machine<T> {
         for id in ids {
             self.close(id);
         }
+    }
+
+    /// Instead of doing an [`Action::Read`]: its bytes are to be written from the file's mapped pages, because they are
+    /// in memory. `false`: not possible, do the read.
+    pub fn use_mapped(&mut self, op: OpKey) -> bool {
+        let (key, generation) = op.parts();
+        let job = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Running);
+        let mapped = job.is_some_and(|job| job.fill.use_mapped());
+        if mapped {
+            self.step(key);
+        }
+        mapped
     }
 
     /// An operation ended with `result` bytes or a negative errno.
