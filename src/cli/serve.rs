@@ -72,8 +72,8 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
+    let user = become_user(&config)?;
     let store = open_stores(&config)?;
-    let user = find_user(&config)?;
     let front = open_front(&config, sim_socket)?;
     seed(&config, &*store);
     let store = confine_to(&config, user.as_ref(), store)?;
@@ -129,9 +129,11 @@ fn seed(config: &Config, store: &dyn Store) {
     }
 }
 
-/// Before the device is taken: a user that does not exist should not cost anybody anything.
-fn find_user(config: &Config) -> Result<Option<User>, Failure> {
-    config.user.as_ref().map(User::find).transpose().map_err(|error| Failure::new(error.exit_code(), error))
+/// The capabilities stay until the device is bound.
+fn become_user(config: &Config) -> Result<Option<User>, Failure> {
+    let Some(account) = &config.user else { return Ok(None) };
+    let user = User::find(account).and_then(|user| user.become_it().map(|()| user));
+    user.map(Some).map_err(|error| Failure::new(error.exit_code(), error))
 }
 
 /// Gives up what serving does not need, before there is a second thread. Gives the stores, opened again as whom and

@@ -36,14 +36,14 @@ pub enum Mode {
     Auto,
     /// All of it, or infill does not start.
     Strict,
-    /// Nothing; only --user is heeded.
+    /// Nothing, except for what becoming another user costs anyway: capabilities.
     Off,
 }
 
 /// What the daemon is to keep.
 #[derive(Clone, Copy, Debug)]
 pub struct Kept<'a> {
-    /// The user to become.
+    /// The user that this process has become.
     pub user: Option<&'a User>,
     /// Directories below which files may be opened for reading.
     pub readable: &'a [&'a Path],
@@ -60,49 +60,39 @@ pub struct Part {
     pub outcome: Result<String, String>,
 }
 
-/// Why the daemon was not confined.
+/// Parts of the confinement are missing, and all are wanted.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfineError {
-    /// The user could not be changed.
-    #[error(transparent)]
-    User(#[from] UserError),
-    /// Parts are missing, and all are wanted.
-    #[error("--confine strict: {0} (--confine auto starts without what is missing)")]
-    Missing(String),
-}
+#[error("--confine strict: {0} (--confine auto starts without what is missing)")]
+pub struct Missing(String);
 
-impl ConfineError {
+impl Missing {
     /// The exit code of a process that ends for this reason.
     #[must_use]
     pub const fn exit_code(&self) -> u8 {
-        match self {
-            Self::User(error) => error.exit_code(),
-            Self::Missing(_) => exit::UNAVAILABLE,
-        }
+        exit::UNAVAILABLE
     }
 }
 
 /// Gives up all but what is `kept`. Cannot be undone, by nobody.
 ///
 /// # Errors
-/// The user cannot be changed; or, in [`Mode::Strict`], a part is missing. Some parts may hold already.
-pub fn confine(mode: Mode, kept: &Kept<'_>) -> Result<Vec<Part>, ConfineError> {
+/// In [`Mode::Strict`]: a part is missing. Some parts may hold already.
+pub fn confine(mode: Mode, kept: &Kept<'_>) -> Result<Vec<Part>, Missing> {
     let mut parts = Vec::new();
     if mode != Mode::Off {
         parts.extend(other_threads());
-        // While this process may still do it: the bounding set needs CAP_SETPCAP.
+        // First, because it needs a capability: CAP_SETPCAP.
         let bounding = powers::empty_bounding_set();
-        kept.user.map_or(Ok(()), User::become_it)?;
-        parts.push(Part { name: "capabilities", outcome: bounding.and_then(|()| powers::drop_all()) });
+        parts.push(Part { name: "capabilities", outcome: powers::drop_all().and_then(|none| bounding.map(|()| none)) });
         parts.push(Part { name: "no_new_privs", outcome: powers::gain_none() });
         parts.push(Part { name: "landlock", outcome: files::restrict(kept.readable, kept.writable) });
         parts.push(Part { name: "seccomp", outcome: calls::restrict() });
-    } else if let Some(user) = kept.user {
-        user.become_it()?;
+    } else if kept.user.is_some() {
+        parts.push(Part { name: "capabilities", outcome: powers::drop_all() });
     }
     let missing: Vec<_> = parts.iter().filter_map(|part| part.outcome.as_ref().err().map(|why| format!("{}: {why}", part.name))).collect();
     if mode == Mode::Strict && !missing.is_empty() {
-        return Err(ConfineError::Missing(missing.join("; ")));
+        return Err(Missing(missing.join("; ")));
     }
     Ok(parts)
 }

@@ -2,6 +2,12 @@
 
 use caps::CapSet;
 
+/// Makes the permitted capabilities effective again, as they were before a change of user.
+pub(super) fn regain() -> Result<(), String> {
+    let permitted = caps::read(None, CapSet::Permitted);
+    permitted.and_then(|all| caps::set(None, CapSet::Effective, &all)).map_err(|error| error.to_string())
+}
+
 /// Empties the bounding set, so that no program started from here can have a capability.
 pub(super) fn empty_bounding_set() -> Result<(), String> {
     caps::clear(None, CapSet::Bounding).map_err(|error| {

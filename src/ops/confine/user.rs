@@ -4,8 +4,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use nix::errno::Errno;
+use nix::sys::prctl::set_keepcaps;
 use nix::unistd::{self, Gid, Uid, setgroups, setresgid, setresuid};
 
+use super::powers;
 use crate::ops::exit;
 
 /// A user as it is written: a name or a number, and perhaps a group's number.
@@ -69,6 +71,14 @@ pub enum UserError {
         /// Why not.
         errno: Errno,
     },
+    /// Binding the device would not work any more.
+    #[error("became {user}, but without the capabilities that binding the device takes: {why}")]
+    Powers {
+        /// Who.
+        user: String,
+        /// Why not.
+        why: String,
+    },
 }
 
 impl UserError {
@@ -77,7 +87,7 @@ impl UserError {
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Unknown(_) | Self::NoGroup(_) | Self::Lookup { .. } => exit::BAD_CONFIGURATION,
-            Self::Switch { .. } => exit::NO_PERMISSION,
+            Self::Switch { .. } | Self::Powers { .. } => exit::NO_PERMISSION,
         }
     }
 }
@@ -103,12 +113,23 @@ impl User {
         }
     }
 
-    /// Takes on the user's and the group's number, and leaves all other groups.
-    pub(super) fn become_it(&self) -> Result<(), UserError> {
-        setgroups(&[self.gid])
-            .and_then(|()| setresgid(self.gid, self.gid, self.gid))
-            .and_then(|()| setresuid(self.uid, self.uid, self.uid))
-            .map_err(|errno| UserError::Switch { user: self.to_string(), errno })
+    /// Takes on the user's and the group's number, leaves all other groups, and keeps the capabilities, which
+    /// [`super::confine`] takes. To be done before the device is bound: the kernel's cache files then belong to this
+    /// user, who can look after them without any capability.
+    ///
+    /// # Errors
+    /// This process may not.
+    pub fn become_it(&self) -> Result<(), UserError> {
+        let switch = || {
+            set_keepcaps(true)?;
+            setgroups(&[self.gid])?;
+            setresgid(self.gid, self.gid, self.gid)?;
+            setresuid(self.uid, self.uid, self.uid)?;
+            set_keepcaps(false)
+        };
+        switch().map_err(|errno| UserError::Switch { user: self.to_string(), errno })?;
+        // The effective ones were lost with the number, the permitted ones kept.
+        powers::regain().map_err(|why| UserError::Powers { user: self.to_string(), why })
     }
 }
 
