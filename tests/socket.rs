@@ -264,7 +264,7 @@ fn a_stop_without_patience_leaves_nobody_hanging() {
 }
 
 #[test]
-fn a_truncated_source_is_an_error_and_never_a_wrong_byte() {
+fn fault_truncated_source_is_an_error_and_never_a_wrong_byte() {
     for_each_engine(|blobs, settings, store| {
         let (kernel, end) = SocketKernel::new().unwrap();
         let Some(engine) = start(end, store, settings) else { return };
@@ -286,7 +286,7 @@ fn a_truncated_source_is_an_error_and_never_a_wrong_byte() {
 }
 
 #[test]
-fn noise_and_closes_are_survived() {
+fn fault_noise_and_closes_are_survived() {
     for_each_engine(|blobs, settings, store| {
         let (kernel, end) = SocketKernel::new().unwrap();
         let Some(engine) = start(end, store, settings) else { return };

@@ -19,11 +19,12 @@ use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, Device};
 use crate::front::sim::socket::SocketFront;
+use crate::ops::confine::{self, Kept, Mode, User};
 use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::{erofs, exit, limits, log};
-use crate::store::{Store, Stores};
+use crate::store::{Store, StoreSpec, Stores};
 
 /// How long the printing of traced requests may take after the engine has stopped.
 const PRINT_MAX: Duration = Duration::from_secs(2);
@@ -72,11 +73,14 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
+    let user = become_user(&config)?;
     let store = open_stores(&config)?;
     let front = open_front(&config, sim_socket)?;
     seed(&config, &*store);
+    let store = confine_to(&config, user.as_ref(), store)?;
     let (tracer, printer) = start_tracer(trace_requests)?;
     let engine = start_engine(&config, raised, &front, &store, tracer)?;
+    seal(&config);
     announce(&config, &*front, &engine);
     let started = engine.started().clone();
     let result = serve(&config, engine, &signals);
@@ -123,6 +127,34 @@ fn seed(config: &Config, store: &dyn Store) {
             Fate::AlreadyThere => tracing::debug!(blob = %key, "not seeded: it is in the cache already"),
             Fate::Refused(why) | Fate::Failed(why) => tracing::warn!(blob = %key, "not seeded, it is read on demand: {why}"),
         }
+    }
+}
+
+/// The capabilities stay until the device is bound.
+fn become_user(config: &Config) -> Result<Option<User>, Failure> {
+    let Some(account) = &config.user else { return Ok(None) };
+    let user = User::find(account).and_then(|user| user.become_it().map(|()| user));
+    user.map(Some).map_err(|error| Failure::new(error.exit_code(), error))
+}
+
+/// Gives up what serving does not need, before there is a second thread. Gives the stores, opened again as whom and
+/// with what is left: what the daemon will not be able to read shows now.
+fn confine_to(config: &Config, user: Option<&User>, before: Arc<dyn Store>) -> Result<Arc<dyn Store>, Failure> {
+    drop(before);
+    let readable: Vec<_> = config.stores.iter().map(StoreSpec::path).collect();
+    let writable = [config.cache_dir.as_path()];
+    let kept = Kept { user, readable: &readable, writable: &writable };
+    let parts = confine::confine(config.confine, &kept).map_err(|error| Failure::new(error.exit_code(), error))?;
+    confine::announce(config.confine, user, &parts);
+    open_stores(config)
+}
+
+/// After the engine has made its rings.
+fn seal(config: &Config) {
+    if config.confine != Mode::Off
+        && let Err(why) = confine::calls::seal()
+    {
+        tracing::debug!("rings can still be made: {why}");
     }
 }
 

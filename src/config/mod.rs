@@ -19,6 +19,7 @@ use crate::engine::plan::Window;
 use crate::engine::{EngineKind, usable_cpus};
 use crate::front::cachefiles::{CullLimits, command};
 use crate::key::Key;
+use crate::ops::confine::{self, Account};
 use crate::range::page_bytes;
 use crate::store::{SourceMode, StoreSpec};
 
@@ -98,6 +99,10 @@ pub struct Config {
     pub open_timeout: Duration,
     /// How long a stop waits.
     pub drain_timeout: Duration,
+    /// User to become.
+    pub user: Option<Account>,
+    /// What is given up after the start.
+    pub confine: confine::Mode,
     /// What is logged.
     pub log_level: LogLevel,
     /// How it looks.
@@ -111,6 +116,7 @@ impl Options {
         }
         let stores = self.store.iter().map(|spec| spec.parse().map_err(|error| value("store", spec, &error)));
         let seed = self.seed.iter().map(|blob| blob.parse().map_err(|error| value("seed", blob, &error)));
+        let user = self.user.map(|text| text.parse().map_err(|problem: String| value("user", text, &problem))).transpose()?;
         let shards = self.shards.map_or_else(|| usable_cpus().len().max(1), NonZeroUsize::get);
         let config = Config {
             front_end: self.front_end.unwrap_or_default(),
@@ -140,6 +146,8 @@ impl Options {
             fd_budget: self.fd_budget,
             open_timeout: Duration::from_millis(self.open_timeout_ms.unwrap_or(DEFAULT_OPEN_TIMEOUT_MS)),
             drain_timeout: Duration::from_millis(self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
+            user,
+            confine: self.confine.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_default(),
             log_format: self.log_format.unwrap_or_default(),
         };

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, WindowText};
 use super::{Config, ConfigError};
 use crate::engine::EngineKind;
+use crate::ops::confine;
 use crate::store::SourceMode;
 
 /// Version of the file format.
@@ -90,6 +91,13 @@ pub struct Options {
     /// How long a stop waits for reads that have begun [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_DRAIN_TIMEOUT_MS")]
     pub(super) drain_timeout_ms: Option<u64>,
+    /// User to become once the device is bound: NAME or UID, perhaps with :GID; other groups are left [default: stay]
+    #[arg(long, value_name = "NAME|UID[:GID]", env = "INFILL_USER")]
+    pub(super) user: Option<String>,
+    /// Giving up, once the device is bound, capabilities, other files (Landlock) and other system calls (seccomp): auto, as
+    /// much as the kernel has; strict, all or no start; off, nothing [default: auto]
+    #[arg(long, value_enum, env = "INFILL_CONFINE")]
+    pub(super) confine: Option<confine::Mode>,
     /// Least important messages to log [default: info]
     #[arg(long, value_enum, env = "INFILL_LOG_LEVEL")]
     pub(super) log_level: Option<LogLevel>,
@@ -162,6 +170,8 @@ impl Options {
             fd_budget,
             open_timeout_ms,
             drain_timeout_ms,
+            user,
+            confine,
             log_level,
             log_format
         )

@@ -505,6 +505,30 @@ mod tests {
         assert_eq!(keys, (0..100).collect::<Vec<_>>());
     }
 
+    /// The kernel keeps completions that the queue has no room for (`IORING_FEAT_NODROP`).
+    #[test]
+    fn fault_completions_that_overflow_the_queue_are_not_lost() {
+        let (buffers, wake) = (Buffers::new(1, 4096).unwrap(), EventFd::new().unwrap());
+        let Some(mut ring) = ring(&buffers, &wake) else { return };
+        let capacity = ring.ring.0.params().cq_entries() as u64;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let from = ring.add_file(file.as_fd());
+        let count = 4 * capacity;
+        for key in 0..count {
+            ring.push(Op { key, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(0, 0, 4096) });
+        }
+        // Nothing is taken out meanwhile.
+        for _ in 0..count {
+            ring.flush_backlog();
+            ring.enter(0, None).unwrap();
+        }
+        assert!(ring.ring.0.submission().cq_overflow(), "{count} completions fit into {capacity}");
+        let mut done = wait_for(&mut ring, usize::try_from(count).unwrap());
+        done.sort_unstable();
+        assert_eq!(done, (0..count).map(|key| (key, 4096)).collect::<Vec<_>>());
+    }
+
     #[test]
     fn a_refusal_names_who_refused() {
         assert!(reason(libc::EPERM, Some("2"), false).contains("kernel.io_uring_disabled=2"));

@@ -73,7 +73,7 @@ fn free_in_system() -> Option<u64> {
     Some(max.saturating_sub(used))
 }
 
-/// Raises the number of descriptors as far as allowed and lifts the limit on file sizes.
+/// Raises the number of descriptors as far as allowed and lifts the limits on file sizes and locked memory.
 ///
 /// # Errors
 /// A limit that would make fills fail cannot be lifted.
@@ -81,6 +81,7 @@ pub fn raise() -> Result<Raised, LimitError> {
     let fds = raise_fds();
     grow_table(fds);
     lift_file_size()?;
+    lift_locked_memory();
     Ok(Raised { fds })
 }
 
@@ -108,6 +109,12 @@ fn lift_file_size() -> Result<(), LimitError> {
         }
         _ => Ok(()),
     }
+}
+
+/// The buffers that a ring has registered count as locked, except for who has CAP_IPC_LOCK, which the daemon gives up.
+/// Not allowed: the limit stays, and a ring whose buffers do not fit works without registering them.
+fn lift_locked_memory() {
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 }
 
 #[cfg(test)]

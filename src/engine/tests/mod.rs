@@ -300,7 +300,7 @@ fn a_blob_that_is_gone_when_its_object_is_opened_again_fails_its_readers_at_once
 }
 
 #[test]
-fn when_the_kernel_interface_breaks_the_engine_ends_without_delay() {
+fn fault_broken_kernel_interface_ends_the_engine_without_delay() {
     with_each_engine(2, |engine, kernel, _| {
         let (_, fd) = sink();
         kernel.then([kernel.open(1, 9, &fd), Step::Await(1), kernel.need(2, 9, 0..4096), kernel.need(3, 8, 0..4096), Step::Break]);
@@ -314,7 +314,7 @@ fn when_the_kernel_interface_breaks_the_engine_ends_without_delay() {
 }
 
 #[test]
-fn a_stop_answers_readers_whose_operation_hangs() {
+fn fault_hanging_operation_delays_no_answer_of_a_stop() {
     with_each_engine(1, |engine, kernel, _| {
         // Nobody empties this pipe, so a write of a whole window never ends. (The blocking engine fails it.)
         let (_reader, writer) = nix::unistd::pipe().unwrap();

@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_is_refused_and_does_not_stop_the_next_message() {
+    fn fault_noise_is_refused_and_does_not_stop_the_next_message() {
         let (device, kernel) = device();
         for noise in [&[0xff][..], &[0xff; 16], &[0xff; wire::MSG_MAX_BYTES]] {
             kernel.send(noise);
