@@ -121,7 +121,7 @@ fn a_confined_daemon_serves() {
                 kernel.close(object).unwrap();
             }
             let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
-            for line in ["CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+            for line in ["CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "Seccomp_filters:\t2"] {
                 assert!(status.contains(line), "{line} is not in: {status}");
             }
             send(Signal::SIGTERM, &daemon);

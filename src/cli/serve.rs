@@ -154,7 +154,7 @@ fn seal(config: &Config) {
     if config.confine != Mode::Off
         && let Err(why) = confine::calls::seal()
     {
-        tracing::debug!("rings can still be made: {why}");
+        tracing::warn!("rings can still be made, which seccomp was to prevent: {why}");
     }
 }
 

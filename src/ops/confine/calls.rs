@@ -20,6 +20,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
+    // More filters.
+    libc::SYS_seccomp,
     // Reading and writing what is open, and answering with ioctl.
     libc::SYS_read,
     libc::SYS_write,
@@ -175,8 +177,10 @@ fn program() -> Result<BpfProgram, seccompiler::Error> {
     // No new code.
     rules.insert(libc::SYS_mmap, vec![flag(2, libc::PROT_EXEC, 0)?]);
     rules.insert(libc::SYS_mprotect, vec![flag(2, libc::PROT_EXEC, 0)?]);
-    // A thread's name; and a directory of its own, in which `cull` is given.
-    rules.insert(libc::SYS_prctl, vec![exactly(0, libc::PR_SET_NAME)?, exactly(0, libc::PR_SET_VMA)?]);
+    // A thread's name and a mapping's; and what `seal` needs, which only ever takes away.
+    let names = [libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS];
+    rules.insert(libc::SYS_prctl, names.into_iter().map(|name| exactly(0, name)).collect::<Result<_, _>>()?);
+    // A directory of a thread's own, in which `cull` is given.
     rules.insert(libc::SYS_unshare, vec![exactly(0, libc::CLONE_FS)?]);
     compile(rules, SeccompAction::Errno(libc::ENOSYS.unsigned_abs()), SeccompAction::Allow)
 }
