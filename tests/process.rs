@@ -3,7 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+use std::fs::Permissions;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -28,7 +30,14 @@ fn blob(dir: &Path) -> Vec<u8> {
     bytes
 }
 
-fn serve(dir: &Path, socket: OwnedFd, more: &[&str]) -> Child {
+/// A kernel that keeps its objects below `dir`, where any user may reach them.
+fn kernel(dir: &Path) -> (SocketKernel, OwnedFd) {
+    let sinks = tempfile::tempdir_in(dir).unwrap().keep();
+    std::fs::set_permissions(&sinks, Permissions::from_mode(0o755)).unwrap();
+    SocketKernel::new(&sinks).unwrap()
+}
+
+fn serve(dir: &Path, kernel: &SocketKernel, socket: OwnedFd, more: &[&str]) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("INFILL_")) {
         command.env_remove(name);
@@ -38,6 +47,8 @@ fn serve(dir: &Path, socket: OwnedFd, more: &[&str]) -> Child {
         .args(more)
         .arg("--store")
         .arg(format!("dir:{}", dir.display()))
+        .arg("--cache-dir")
+        .arg(kernel.dir())
         .stdin(Stdio::from(socket))
         .stdout(Stdio::null())
         .spawn()
@@ -52,8 +63,8 @@ fn send(signal: Signal, child: &Child) {
 fn survives(signal: Signal) {
     let dir = tempfile::tempdir().unwrap();
     let bytes = blob(dir.path());
-    let (kernel, socket) = SocketKernel::new().unwrap();
-    let mut daemon = serve(dir.path(), socket, &[]);
+    let (kernel, socket) = kernel(dir.path());
+    let mut daemon = serve(dir.path(), &kernel, socket, &[]);
     let object = kernel.open(&Key::new(b"dom", b"blob")).unwrap();
     thread::scope(|scope| {
         for seed in 0..READERS {
@@ -75,7 +86,7 @@ fn survives(signal: Signal) {
             let status = daemon.wait().unwrap();
             assert_eq!(status.success(), signal == Signal::SIGTERM, "{status}");
             let (socket, send_again) = kernel.restart().unwrap();
-            daemon = serve(dir.path(), socket, &[]);
+            daemon = serve(dir.path(), &kernel, socket, &[]);
             send_again().unwrap();
         }
     });
@@ -98,9 +109,8 @@ fn a_stopped_daemon_costs_no_reader_a_byte() {
 /// user and must then get along without the rights of root; else as who runs the tests.
 #[test]
 fn a_confined_daemon_serves() {
-    use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
     let bytes = blob(dir.path());
     let confined: &[&str] = if nix::unistd::geteuid().is_root() {
         // Not strict: Landlock may be switched off on the machine that builds.
@@ -111,8 +121,8 @@ fn a_confined_daemon_serves() {
     };
     for engine in ["--engine=uring", "--engine=blocking"] {
         for source in ["--source=direct", "--source=buffered", "--source=mmap"] {
-            let (kernel, socket) = SocketKernel::new().unwrap();
-            let mut daemon = serve(dir.path(), socket, &[confined, &[engine, source]].concat());
+            let (kernel, socket) = kernel(dir.path());
+            let mut daemon = serve(dir.path(), &kernel, socket, &[confined, &[engine, source]].concat());
             // Opened twice: files are still found after the start.
             for _ in 0..2 {
                 let object = kernel.open(&Key::new(b"dom", b"blob")).unwrap();
@@ -135,8 +145,8 @@ fn a_confined_daemon_serves() {
 fn fault_kernel_interface_that_is_gone_ends_the_daemon() {
     let dir = tempfile::tempdir().unwrap();
     blob(dir.path());
-    let (kernel, socket) = SocketKernel::new().unwrap();
-    let mut daemon = serve(dir.path(), socket, &[]);
+    let (kernel, socket) = kernel(dir.path());
+    let mut daemon = serve(dir.path(), &kernel, socket, &[]);
     kernel.open(&Key::new(b"dom", b"blob")).unwrap();
     drop(kernel);
     assert_eq!(daemon.wait().unwrap().code(), Some(1));
@@ -146,7 +156,7 @@ fn fault_kernel_interface_that_is_gone_ends_the_daemon() {
 fn fault_no_memory_for_buffers_is_said_at_start() {
     const ADDRESS_SPACE_KIB: u64 = 1 << 20;
     let dir = tempfile::tempdir().unwrap();
-    let (_kernel, socket) = SocketKernel::new().unwrap();
+    let (_kernel, socket) = kernel(dir.path());
     let infill = env!("CARGO_BIN_EXE_infill");
     let serve = "serve --front-end sim --sim-socket 0 --shards 4 --slots 1000 --slot-size 1M --log-level error";
     let script = format!("ulimit -v {ADDRESS_SPACE_KIB}; exec '{infill}' {serve} --store 'dir:{}'", dir.path().display());

@@ -73,8 +73,8 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
 }
 
 /// Starts an engine on the daemon's end of a socket; `None` if this machine has no io_uring for us.
-fn start(end: std::os::fd::OwnedFd, store: &Arc<dyn Store>, settings: &Settings) -> Option<Engine> {
-    let front: Arc<dyn FrontEnd> = Arc::new(SocketFront::from_fd(end).unwrap());
+fn start(kernel: &SocketKernel, end: std::os::fd::OwnedFd, store: &Arc<dyn Store>, settings: &Settings) -> Option<Engine> {
+    let front: Arc<dyn FrontEnd> = Arc::new(SocketFront::from_fd(end, kernel.dir()).unwrap());
     match Engine::start(&front, store, settings) {
         Err(EngineError::NoRing(why)) => {
             println!("not run: no io_uring: {why}");
@@ -127,8 +127,9 @@ fn assert_sink_is_whole(sink: &File, bytes: &[u8]) {
 #[test]
 fn readers_get_the_right_bytes() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(engine) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(engine) = start(&kernel, end, store, settings) else { return };
         let objects: Vec<(u32, &[u8])> = blobs.all.iter().map(|(key, bytes)| (kernel.open(key).unwrap(), &bytes[..])).collect();
         let missing = kernel.open(&Key::new(b"dom", b"missing"));
         assert_eq!(missing, Err(ReadError::Errno(Errno::ENOENT)));
@@ -157,8 +158,9 @@ fn readers_get_the_right_bytes() {
 /// Reads one blob through an engine with `--source auto`, and gives the statistics.
 fn read_whole(dir: &TempDir, name: &str, bytes: &[u8], kind: EngineKind) -> Option<Snapshot> {
     let store: Arc<dyn Store> = Arc::new(DirStore::new("dir:test".into(), dir.path(), SourceMode::Auto).unwrap());
-    let (kernel, end) = SocketKernel::new().unwrap();
-    let engine = start(end, &store, &settings(kind, 1))?;
+    let sinks = tempfile::tempdir().unwrap();
+    let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+    let engine = start(&kernel, end, &store, &settings(kind, 1))?;
     let object = kernel.open(&Key::new(b"", name.as_bytes())).unwrap();
     read_and_compare(&kernel, object, bytes, 0, u64::MAX / 2, 32 * PAGE);
     assert_sink_is_whole(&kernel.sink(object).unwrap(), bytes);
@@ -204,8 +206,9 @@ fn a_warm_source_is_mapped_a_cold_one_read_and_a_hole_neither() {
 #[test]
 fn a_new_daemon_takes_over_while_readers_wait() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(first) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(first) = start(&kernel, end, store, settings) else { return };
         let (key, bytes) = blobs.all.last().unwrap();
         let object = kernel.open(key).unwrap();
         let done = AtomicU64::new(0);
@@ -222,7 +225,7 @@ fn a_new_daemon_takes_over_while_readers_wait() {
                 thread::sleep(Duration::from_millis(10));
                 engine.stop(DRAIN, || false).unwrap();
                 let (end, send_again) = kernel.restart().unwrap();
-                engine = start(end, store, settings).unwrap();
+                engine = start(&kernel, end, store, settings).unwrap();
                 send_again().unwrap();
             }
             engine
@@ -237,8 +240,9 @@ fn a_new_daemon_takes_over_while_readers_wait() {
 #[test]
 fn a_stop_without_patience_leaves_nobody_hanging() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(engine) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(engine) = start(&kernel, end, store, settings) else { return };
         let (key, bytes) = blobs.all.last().unwrap();
         let object = kernel.open(key).unwrap();
         let pages = bytes.len() as u64 / PAGE;
@@ -253,7 +257,7 @@ fn a_stop_without_patience_leaves_nobody_hanging() {
             engine.stop(Duration::ZERO, || false).unwrap();
             // What the daemon did not read any more is the next one's.
             let (end, send_again) = kernel.restart().unwrap();
-            let next = start(end, store, settings).unwrap();
+            let next = start(&kernel, end, store, settings).unwrap();
             send_again().unwrap();
             next
         });
@@ -266,8 +270,9 @@ fn a_stop_without_patience_leaves_nobody_hanging() {
 #[test]
 fn fault_truncated_source_is_an_error_and_never_a_wrong_byte() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(engine) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(engine) = start(&kernel, end, store, settings) else { return };
         let (key, bytes) = blobs.all.last().unwrap();
         let object = kernel.open(key).unwrap();
         let half = bytes.len() as u64 / 2;
@@ -288,8 +293,9 @@ fn fault_truncated_source_is_an_error_and_never_a_wrong_byte() {
 #[test]
 fn fault_noise_and_closes_are_survived() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(engine) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(engine) = start(&kernel, end, store, settings) else { return };
         let (key, bytes) = &blobs.all[3];
         for noise in [&[0xff][..], &[0xff; 16], &[0xff; wire::MSG_MAX_BYTES]] {
             kernel.send_noise(noise).unwrap();

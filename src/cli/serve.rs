@@ -98,8 +98,8 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
 fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Arc<dyn FrontEnd>, Failure> {
     match (config.front_end, sim_socket) {
         (FrontEndKind::Sim, Some(0)) => {
-            let front =
-                SocketFront::from_stdin().map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
+            let front = SocketFront::from_stdin(&config.cache_dir)
+                .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
             Ok(Arc::new(front))
         }
         (FrontEndKind::Sim, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),

@@ -1,8 +1,9 @@
 //! The daemon's end: a front end like any other.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -12,15 +13,15 @@ use super::link::Link;
 use crate::front::cachefiles::wire::{self, Body, Header, Message};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 
-/// Alignment that is kept towards the sinks, though memfds would take anything.
+/// Alignment that is kept towards the sinks, though files would take anything.
 const ALIGN_BYTES: u64 = 4096;
 
 /// A front end whose kernel is at the other end of a socket.
 #[derive(Debug)]
 pub struct SocketFront {
     link: Arc<Link>,
-    /// The kernel's process, in whose table the numbers of sinks are.
-    kernel: i32,
+    /// Where the kernel keeps its sinks.
+    dir: PathBuf,
     opens: Arc<dyn Answer>,
     reads: Arc<dyn Answer>,
 }
@@ -36,17 +37,17 @@ impl SocketFront {
     ///
     /// # Errors
     /// It is no usable descriptor.
-    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+    pub fn from_fd(fd: OwnedFd, dir: &Path) -> io::Result<Self> {
         let link = Arc::new(Link::for_daemon(fd)?);
-        Ok(Self { kernel: link.peer()?, opens: Arc::new(Opens(Arc::clone(&link))), reads: Arc::new(Reads(Arc::clone(&link))), link })
+        Ok(Self { dir: dir.to_owned(), opens: Arc::new(Opens(Arc::clone(&link))), reads: Arc::new(Reads(Arc::clone(&link))), link })
     }
 
     /// Takes the daemon's end that this process was started with, as its standard input.
     ///
     /// # Errors
     /// As [`SocketFront::from_fd`].
-    pub fn from_stdin() -> io::Result<Self> {
-        Self::from_fd(io::stdin().as_fd().try_clone_to_owned()?)
+    pub fn from_stdin(dir: &Path) -> io::Result<Self> {
+        Self::from_fd(io::stdin().as_fd().try_clone_to_owned()?, dir)
     }
 
     fn open(&self, message: &Message, key: crate::key::Key, sink: RawFd) -> Result<Request, FrontError> {
@@ -61,9 +62,9 @@ impl SocketFront {
         }
     }
 
-    /// A file of the kernel's process by its number there, which stays open as long as that process lives.
+    /// The file that stands for a descriptor.
     fn sink(&self, number: RawFd) -> io::Result<File> {
-        OpenOptions::new().read(true).write(true).open(format!("/proc/{}/fd/{number}", self.kernel))
+        File::options().read(true).write(true).open(self.dir.join(number.to_string()))
     }
 
     /// Answers a message that made no sense, as far as that is possible.

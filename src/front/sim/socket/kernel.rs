@@ -1,16 +1,16 @@
 //! The kernel's end: objects, waiting readers, and a thread that takes the daemon's answers.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 
 use super::link::Link;
@@ -38,6 +38,8 @@ pub enum ReadError {
 #[derive(Debug)]
 pub struct SocketKernel {
     inner: Arc<Inner>,
+    /// Where sinks are. Each is called by the number that stands for its descriptor in messages.
+    dir: PathBuf,
     receivers: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -51,8 +53,6 @@ struct Inner {
 struct State {
     link: Arc<Link>,
     objects: BTreeMap<u32, Object>,
-    /// Sinks of closed objects: no other file may get their number while an OPEN with it is on its way.
-    closed: Vec<Arc<File>>,
     /// READs and OPENs without an answer.
     waiting: HashMap<u32, Wait>,
     next_msg: u32,
@@ -75,6 +75,13 @@ struct Object {
     ready: bool,
 }
 
+/// A new file that any daemon may write, whoever it runs as.
+fn make_sink(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).write(true).create_new(true).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o666))?;
+    Ok(file)
+}
+
 /// The bytes of a message.
 fn message(msg_id: u32, object_id: u32, body: Body) -> Vec<u8> {
     wire::encode(&Message { msg_id, object_id, body })
@@ -90,16 +97,15 @@ struct Wait {
 }
 
 impl SocketKernel {
-    /// A kernel, and the end of the socket for its daemon.
+    /// A kernel that keeps its objects' data in files in `dir`, and the end of the socket for its daemon.
     ///
     /// # Errors
     /// No descriptors are free.
-    pub fn new() -> io::Result<(Self, OwnedFd)> {
+    pub fn new(dir: &Path) -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = Link::pair()?;
         let state = State {
             link: Arc::new(Link::for_kernel(ours)),
             objects: BTreeMap::new(),
-            closed: Vec::new(),
             waiting: HashMap::new(),
             next_msg: 0,
             next_object: 1,
@@ -107,9 +113,15 @@ impl SocketKernel {
             violations: Vec::new(),
         };
         let inner = Arc::new(Inner { state: Mutex::new(state), changed: Condvar::new() });
-        let kernel = Self { inner, receivers: Mutex::default() };
+        let kernel = Self { inner, dir: dir.to_owned(), receivers: Mutex::default() };
         kernel.listen();
         Ok((kernel, theirs))
+    }
+
+    /// Where it keeps its objects.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Takes the answers that come from the current daemon, in a thread of its own that never sends.
@@ -161,10 +173,10 @@ impl SocketKernel {
     /// # Errors
     /// The daemon refused it or left it hanging.
     pub fn open(&self, key: &Key) -> Result<u32, ReadError> {
-        let sink = memfd_create(c"sim-object", MFdFlags::MFD_CLOEXEC).map_err(ReadError::Errno)?;
         let mut state = self.inner.lock();
         let name = state.next_object;
-        state.objects.insert(name, Object { key: key.clone(), id: 0, sink: Arc::new(File::from(sink)), len: None, ready: false });
+        let sink = make_sink(&self.dir.join(name.to_string())).map_err(|_| ReadError::Errno(Errno::EIO))?;
+        state.objects.insert(name, Object { key: key.clone(), id: 0, sink: Arc::new(sink), len: None, ready: false });
         let (msg_id, packet) = state.open(name, None).ok_or(ReadError::Errno(Errno::EIO))?;
         drop(state);
         self.send(vec![packet])?;
@@ -320,9 +332,7 @@ impl State {
 
     /// Forgets an object. The id that its daemon knows it by.
     fn forget(&mut self, name: u32) -> Option<u32> {
-        let object = self.objects.remove(&name)?;
-        self.closed.push(object.sink);
-        Some(object.id)
+        self.objects.remove(&name).map(|object| object.id)
     }
 
     /// Makes the OPEN of an object, under an id that its mount waits for already or a new one.
@@ -332,7 +342,7 @@ impl State {
         (object.id, object.ready) = (self.next_object, false);
         self.next_object += 1;
         self.waiting.insert(msg_id, Wait { object: name, range: None, answer: None });
-        let body = Body::Open { fd: object.sink.as_raw_fd(), key: object.key.clone() };
+        let body = Body::Open { fd: name.cast_signed(), key: object.key.clone() };
         Some((msg_id, message(msg_id, object.id, body)))
     }
 

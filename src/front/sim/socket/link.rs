@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, getsockopt, recv, send, shutdown, socketpair, sockopt};
+use nix::sys::socket::{AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, send, shutdown, socketpair};
 
 /// One end.
 #[derive(Debug)]
@@ -34,14 +34,6 @@ impl Link {
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         Ok(Self(fd))
-    }
-
-    /// The process that made the pair.
-    ///
-    /// # Errors
-    /// It is no socket.
-    pub(super) fn peer(&self) -> io::Result<i32> {
-        Ok(getsockopt(&self.0, sockopt::PeerCredentials)?.pid())
     }
 
     /// Sends one packet; waits for room.
