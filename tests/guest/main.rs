@@ -13,6 +13,7 @@ mod fixtures;
 mod guest;
 mod host;
 mod lifecycle;
+mod matrix;
 mod readers;
 mod runner;
 mod seed;
@@ -31,7 +32,7 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS].into_iter().flatten().copied()
+    [serve::TESTS, matrix::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS].into_iter().flatten().copied()
 }
 
 fn main() -> ExitCode {
