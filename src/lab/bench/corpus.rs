@@ -32,8 +32,11 @@ const DIRS: usize = 274;
 const LARGE_FILE: &str = "zz/random.bin";
 /// Its length.
 pub(super) const LARGE_BYTES: usize = 16 << 20;
-/// Seed of all content and of the sizes' order.
-const SEED: u64 = 20_241_120;
+/// Seed of everything; of many, one with which part1 wants as much as it did of the yardstick's tree, 2.3 MB.
+const SEED: u64 = 20_241_138;
+/// Lengths are drawn by keys of two such numbers, one of the directory and one of the file: half of what lengths differ by
+/// lies between directories, as in the tree that this one stands for.
+const KEY_RANGE: u64 = 1 << 32;
 
 /// Writes the tree.
 ///
@@ -41,14 +44,18 @@ const SEED: u64 = 20_241_120;
 /// What the operating system said.
 pub(super) fn make(tree: &Path) -> Result<()> {
     let mut rng = Rng::new(SEED);
-    let mut ranks: Vec<usize> = (0..SMALL_FILES).collect();
-    for last in (1..ranks.len()).rev() {
-        ranks.swap(last, rng.index(last + 1));
-    }
-    for (n, rank) in ranks.into_iter().enumerate() {
+    for (rank, n) in by_len(&mut rng).into_iter().enumerate() {
         write(tree, &small_path(n), &bytes(&mut rng, small_len(rank)))?;
     }
     write(tree, LARGE_FILE, &bytes(&mut rng, LARGE_BYTES))
+}
+
+/// Numbers of the small files from the shortest to the longest.
+fn by_len(rng: &mut Rng) -> Vec<usize> {
+    let of_dirs: Vec<u64> = (0..=DIRS).map(|_| rng.below(KEY_RANGE)).collect();
+    let mut keys: Vec<(u64, usize)> = (0..SMALL_FILES).map(|n| (of_dirs[small_dir(n)] + rng.below(KEY_RANGE), n)).collect();
+    keys.sort_unstable();
+    keys.into_iter().map(|(_, n)| n).collect()
 }
 
 /// Writes `count` trees of one file each, into directories named by their numbers below `dir`; together they are as long
@@ -61,12 +68,16 @@ pub(super) fn make_many(dir: &Path, count: usize) -> Result<()> {
     (0..count).try_for_each(|n| write(dir, &format!("{n}/{LARGE_FILE}"), &bytes(&mut rng, LARGE_BYTES / count)))
 }
 
+/// The directory of a small file by its number, [`DIRS`] being the large one.
+const fn small_dir(n: usize) -> usize {
+    if n % 11 < 2 { DIRS } else { n % DIRS }
+}
+
 fn small_path(n: usize) -> String {
-    if n % 11 < 2 {
-        return format!("usr/include/linux/header_{n:04}.h");
+    match small_dir(n) {
+        DIRS => format!("usr/include/linux/header_{n:04}.h"),
+        dir => format!("usr/share/library/part_{:02}/unit_{dir:03}/item_{n:04}", dir / 16),
     }
-    let dir = n % DIRS;
-    format!("usr/share/library/part_{:02}/unit_{dir:03}/item_{n:04}", dir / 16)
 }
 
 /// Length of the file of this rank, 0 being the shortest.

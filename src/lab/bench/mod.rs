@@ -276,7 +276,7 @@ pub struct Stages {
     pub system_calls: u64,
     /// READs whose way was followed.
     pub reads: usize,
-    /// From the moment the kernel queued a READ to its answer: half took no longer.
+    /// From the moment the kernel queued a READ until its reader ran again: half took no longer.
     pub read_p50_ns: u64,
     /// 99 of 100.
     pub read_p99_ns: u64,

@@ -127,7 +127,8 @@ impl Profile {
         let found = |(path, program): (&String, &String)| {
             let file = if program.contains('/') { Some(PathBuf::from(program)) } else { packages::find(program) };
             let file = file.filter(|file| file.is_file());
-            let file = file.ok_or_else(|| LabError::Failed(format!("peer {}: there is no program {program} on this machine", self.name)))?;
+            let file =
+                file.ok_or_else(|| LabError::Failed(format!("peer {}: there is no program {program} on this machine", self.name)))?;
             Ok((path.clone(), file))
         };
         Ok(Peer {

@@ -19,7 +19,6 @@ const INSTANCE: &str = "/sys/kernel/tracing/instances/stages";
 /// Room for some hundred thousand events.
 const BUFFER_KIB: &str = "131072";
 const REQUEST: &str = "cachefiles/cachefiles_ondemand_read";
-const ANSWER: &str = "cachefiles/cachefiles_ondemand_cread";
 
 const OWN_CODE: &str = "daemon: its own code";
 const PROTOCOL: &str = "daemon: protocol (poll, read, ioctl)";
@@ -62,7 +61,7 @@ impl Tracer {
                 set(&format!("events/{event}/enable"), "1")?;
             }
         }
-        for event in ["sched/sched_switch", REQUEST, ANSWER] {
+        for event in ["sched/sched_switch", REQUEST] {
             set(&format!("events/{event}/enable"), "1")?;
         }
         let name = fs::read_to_string("/proc/self/comm").trying(|| "cannot read /proc/self/comm")?;
@@ -125,8 +124,8 @@ struct Reading<'a> {
     since_ns: u64,
     /// System calls that threads of the daemon are in.
     calls: HashMap<i32, i64>,
-    /// When the READs that are not answered yet were queued, by object and message.
-    queued: HashMap<String, u64>,
+    /// When readers that wait for their READ queued it; the kernel wakes them for nothing else.
+    queued: HashMap<i32, u64>,
 }
 
 impl<'a> Reading<'a> {
@@ -146,17 +145,17 @@ impl<'a> Reading<'a> {
         }
         self.since_ns = time_ns;
         match event {
-            "sched_switch" => self.running = next_task(details),
+            "sched_switch" => {
+                self.running = next_task(details);
+                let queued = self.running.as_ref().and_then(|(pid, _)| self.queued.remove(pid));
+                self.trace.took_ns.extend(queued.map(|at| time_ns.saturating_sub(at)));
+            }
             "sys_enter" => {
                 self.trace.system_calls += 1;
                 self.calls.extend(details.split_whitespace().nth(1).and_then(|word| Some((pid, word.parse().ok()?))));
             }
             "sys_exit" => drop(self.calls.remove(&pid)),
-            "cachefiles_ondemand_read" => drop(self.queued.insert(request(details), time_ns)),
-            "cachefiles_ondemand_cread" => {
-                let queued = self.queued.remove(&request(details));
-                self.trace.took_ns.extend(queued.map(|at| time_ns.saturating_sub(at)));
-            }
+            "cachefiles_ondemand_read" => drop(self.queued.insert(pid, time_ns)),
             _ => {}
         }
     }
@@ -173,7 +172,9 @@ impl<'a> Reading<'a> {
         }
         match self.calls.get(&pid).copied() {
             None => OWN_CODE,
-            Some(libc::SYS_read | libc::SYS_poll | libc::SYS_ppoll | libc::SYS_ioctl | libc::SYS_epoll_wait | libc::SYS_epoll_pwait) => PROTOCOL,
+            Some(libc::SYS_read | libc::SYS_poll | libc::SYS_ppoll | libc::SYS_ioctl | libc::SYS_epoll_wait | libc::SYS_epoll_pwait) => {
+                PROTOCOL
+            }
             Some(libc::SYS_pread64 | libc::SYS_preadv | libc::SYS_preadv2) => SOURCE,
             Some(libc::SYS_pwrite64 | libc::SYS_pwritev | libc::SYS_pwritev2) => FILL,
             Some(libc::SYS_io_uring_enter) => RING,
@@ -200,12 +201,6 @@ fn next_task(details: &str) -> Option<(i32, String)> {
     Some((rest.split_whitespace().next()?.parse().ok()?, name.to_owned()))
 }
 
-/// What tells a request from others while it is open: its object's and its message's number.
-fn request(details: &str) -> String {
-    let words = details.split_whitespace();
-    words.filter(|word| word.starts_with("o=") || word.starts_with("mid=") || word.starts_with("m=")).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,11 +211,10 @@ mod tests {
         let mut reading = Reading::new(&tracer);
         for line in [
             "# tracer: nop",
-            "  infill-7       [000] d..2.    1000: cachefiles_ondemand_read: o=00000001 mid=3 oid=1 s=0 l=1000",
+            "  infill-7       [000] d..2.    1000: cachefiles_ondemand_read: o=00000001 mid=0 oid=1 s=0 l=1000",
             "  infill-7       [000] d..2.    1100: sched_switch: prev_comm=infill prev_pid=7 prev_prio=120 prev_state=D ==> next_comm=a b-1 next_pid=40 next_prio=120",
             "  a b-1-40       [000] .....    1150: sys_enter: NR 18 (5, 7f, 1000, 0, 0, 0)",
             "  a b-1-40       [000] .....    1450: sys_exit: NR 18 = 4096",
-            "  a b-1-40       [000] .....    1500: cachefiles_ondemand_cread: o=00000001 mid=3 oid=1",
             "  a b-1-40       [000] d..2.    1600: sched_switch: prev_comm=a b-1 prev_pid=40 prev_prio=120 prev_state=S ==> next_comm=swapper/0 next_pid=0 next_prio=120",
             "  <idle>-0       [000] d..2.    2600: sched_switch: prev_comm=swapper/0 prev_pid=0 prev_prio=120 prev_state=R ==> next_comm=iou-wrk-40 next_pid=9 next_prio=120",
             "  iou-wrk-40-9   [000] d..2.    2700: sched_switch: prev_comm=iou-wrk-40 prev_pid=9 prev_prio=120 prev_state=S ==> next_comm=jbd2/x-8 next_pid=8 next_prio=120",
@@ -231,6 +225,6 @@ mod tests {
         let spent: Vec<(&str, u64)> = reading.trace.spent_ns.iter().map(|(stage, ns)| (&**stage, *ns)).collect();
         let expected = [(FILL, 300), (OWN_CODE, 200), (KERNEL, 50), (IDLE, 1000), (READERS, 100), (WORKERS, 100)];
         assert_eq!(spent, expected);
-        assert_eq!((reading.trace.system_calls, &*reading.trace.took_ns), (1, &[500_u64][..]));
+        assert_eq!((reading.trace.system_calls, &*reading.trace.took_ns), (1, &[1750_u64][..]));
     }
 }
