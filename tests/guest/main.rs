@@ -16,6 +16,7 @@ mod fixtures;
 mod guest;
 mod host;
 mod lifecycle;
+mod matrix;
 mod readers;
 mod runner;
 mod seed;
@@ -35,7 +36,7 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, sources::TESTS, failures::TESTS, disturbances::TESTS, confine::TESTS, lifecycle::TESTS, seed::TESTS]
+    [serve::TESTS, sources::TESTS, matrix::TESTS, failures::TESTS, disturbances::TESTS, confine::TESTS, lifecycle::TESTS, seed::TESTS]
         .into_iter()
         .flatten()
         .copied()
