@@ -139,6 +139,7 @@ fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Stor
         shards: config.shards,
         kind: config.engine,
         window: config.window,
+        completion: config.completion,
         slot_bytes: config.slot_bytes,
         slots: config.slots,
         workers: config.workers,

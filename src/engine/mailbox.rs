@@ -10,6 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::front::{NeedRequest, ObjectId};
 use crate::key::Key;
+use crate::range::ByteRange;
 use crate::store::Blob;
 
 /// Messages that a shard's mailbox holds. A full one makes the sender wait, and so the kernel.
@@ -32,6 +33,8 @@ pub(super) struct Adopted {
     pub(super) object: ObjectId,
     pub(super) key: Arc<Key>,
     pub(super) blob: Arc<dyn Blob>,
+    /// The part of the blob that is metadata, as far as known.
+    pub(super) metadata: Option<ByteRange>,
     pub(super) sink: Arc<OwnedFd>,
 }
 

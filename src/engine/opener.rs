@@ -10,6 +10,7 @@ use nix::errno::Errno;
 
 use super::Shared;
 use super::mailbox::{Adopted, Mailbox, Message};
+use super::metadata;
 use super::router::owner;
 use crate::front::{OpenRequest, Outcome};
 use crate::key::Key;
@@ -58,7 +59,8 @@ impl Opener {
         let len_bytes = blob.len_bytes();
         let shard = &self.shards[owner(object, self.shards.len())];
         // The shard must know the object before the kernel hears that it is open: its requests follow at once.
-        let adopted = Adopted { object, key: Arc::new(key), blob, sink };
+        let metadata = metadata::of(&*blob);
+        let adopted = Adopted { object, key: Arc::new(key), blob, metadata, sink };
         if let Err(message) = shard.send(Message::Adopt(adopted)) {
             self.refuse(ticket, Errno::ECANCELED);
             return drop(message);

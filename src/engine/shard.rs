@@ -144,8 +144,11 @@ impl<I: Io> Shard<I> {
     }
 
     fn adopt(&mut self, adopted: Adopted) {
-        let Adopted { object, key, blob, sink } = adopted;
+        let Adopted { object, key, blob, metadata, sink } = adopted;
         let handle = self.machine.open(object, Arc::clone(&blob));
+        if let Some(metadata) = metadata {
+            self.machine.bring_whole(handle, &metadata);
+        }
         // Not in the ring's table: a place there may keep a descriptor open long after it was cleared (up to a
         // second in Linux 6.1, and behind any operation that hangs), and an object whose sink is open is not gone.
         let sink_file = FileRef::plain(sink.as_fd());
@@ -172,6 +175,10 @@ impl<I: Io> Shard<I> {
         while let Some(action) = self.machine.pop_action() {
             match action {
                 Action::Answer(answered) => self.answers.push(answered),
+                Action::Look { object, range } => match self.attached.get(object.0) {
+                    Some(Some(attached)) => probe::look(&mut self.machine, object, attached.sink.as_fd(), &range),
+                    _ => self.machine.learn_of(object, &range, []),
+                },
                 Action::Release { object } => self.release(object),
                 Action::Read { op, object, file, offset, slot, slot_offset, len } => {
                     let memory = self.buffers.slot(slot, index(slot_offset), index(len));

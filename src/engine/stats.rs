@@ -175,6 +175,8 @@ published!(
     fills_failed,
     bytes_asked,
     bytes_filled,
+    bytes_unasked,
+    background,
     operations,
     stale
 );

@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex};
 
 use nix::poll::{PollFd, PollFlags, poll};
 
-use super::plan::Window;
+use super::plan::{Completion, Window};
 use super::*;
 use crate::front::{Answer, Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
@@ -166,6 +166,7 @@ fn with_each_engine(shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
             shards,
             kind,
             window: Window::Fixed(65536),
+            completion: Completion::default(),
             slot_bytes: 65536,
             slots: 4,
             workers: 2,

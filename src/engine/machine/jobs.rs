@@ -19,7 +19,8 @@ impl<T> Machine<T> {
         let end = range.end;
         self.generation = self.generation.wrapping_add(1);
         let fill = Fill::new(range.clone(), len, extent.data, self.limits.page_bytes);
-        let job = Job { object: handle, fill, generation: self.generation, slot: None, state: State::Queued, links: NONE };
+        let job =
+            Job { object: handle, fill, generation: self.generation, slot: None, state: State::Queued, links: NONE, background: false };
         let key = self.jobs.insert(job);
         let at = object.jobs.partition_point(|&(start, _)| start < range.start);
         object.jobs.insert(at, (range.start, key));
@@ -29,16 +30,23 @@ impl<T> Machine<T> {
     /// Starts queued jobs, those that somebody waits for first, as far as slots allow.
     pub(super) fn start_jobs(&mut self) {
         while self.in_flight < self.limits.slots {
-            let Some((key, generation)) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) else { return };
-            let Some(job) = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Queued) else {
-                continue;
+            let Some((key, generation)) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) else {
+                return self.start_background();
             };
-            if job.fill.needs_slot() {
-                job.slot = self.free_slots.pop();
+            if self.jobs.get(key).is_some_and(|job| job.generation == generation && job.state == State::Queued) {
+                self.begin(key);
             }
-            self.in_flight += 1;
-            self.run(key);
         }
+    }
+
+    /// Gives a queued job a slot and its first operation.
+    pub(super) fn begin(&mut self, key: usize) {
+        let job = &mut self.jobs[key];
+        if job.fill.needs_slot() {
+            job.slot = self.free_slots.pop();
+        }
+        self.in_flight += 1;
+        self.run(key);
     }
 
     /// Marks a job as running and gives its next operation to the driver.
@@ -76,18 +84,22 @@ impl<T> Machine<T> {
     /// A running job is over.
     pub(super) fn retire(&mut self, key: usize, result: Result<(), Errno>) {
         let job = &self.jobs[key];
-        let (handle, range) = (job.object, job.fill.range().clone());
+        let (handle, range, background) = (job.object, job.fill.range().clone(), job.background);
         let object = &mut self.objects[handle.0];
         object.running -= 1;
         if result.is_ok() {
             object.present.insert(&range);
             self.counters.fills += 1;
             self.counters.bytes_filled += range::len(&range);
+            self.counters.bytes_unasked += range::len(&range) - object.asked.count_bytes(&range);
         } else {
             self.counters.fills_failed += 1;
         }
         if let Ok(at) = object.jobs.binary_search_by_key(&range.start, |&(start, _)| start) {
             object.jobs.remove(at);
+        }
+        if background && result.is_err() {
+            self.give_up_background(handle);
         }
         self.unlink(key, result);
         self.remove_job(key);
@@ -101,6 +113,7 @@ impl<T> Machine<T> {
         if job.state != State::Queued {
             self.in_flight -= 1;
         }
+        self.background.in_flight -= u32::from(job.background);
         self.free_slots.extend(job.slot);
     }
 

@@ -7,6 +7,7 @@
 //!
 //! [`Machine`] is generic over the ticket, so that the model kernel drives the very same code.
 
+mod background;
 mod jobs;
 mod needs;
 
@@ -16,9 +17,10 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use slab::Slab;
 
+use self::background::{Background, Goal};
 use super::fill::{self, Fill, Next};
 use super::plan::adaptive::Planner;
-use super::plan::{self, Window};
+use super::plan::{self, Complete, Completion, Window};
 use super::presence::PageSet;
 use crate::front::{ObjectId, Outcome};
 use crate::range::{self, ByteRange, align_up, intersect};
@@ -39,6 +41,8 @@ pub struct Limits {
     pub fill_max_bytes: u64,
     /// How much is brought for a demand.
     pub window: Window,
+    /// What is brought when there is nothing better to do.
+    pub completion: Completion,
     /// Buffer slots, and operations in flight.
     pub slots: u32,
     /// Fills that one need may wait for at a time.
@@ -90,6 +94,14 @@ pub enum Action<T> {
         /// What.
         from: fill::From,
     },
+    /// Find out what the object's sink holds there, and report it with [`Machine::learn_of`], before any other
+    /// action of the object is carried out.
+    Look {
+        /// Whose sink.
+        object: Handle,
+        /// Where.
+        range: ByteRange,
+    },
     /// Answer a request.
     Answer(Answered<T>),
     /// The object was closed and nothing of it is in flight any more: drop its sink and its blob.
@@ -137,6 +149,11 @@ pub struct Counters {
     pub bytes_asked: u64,
     /// Bytes put into sinks.
     pub bytes_filled: u64,
+    /// Of them, those that no request had asked for by the time they were there. Whether they are read later is
+    /// not known, because the kernel asks only for what is missing: it is the most that may have been in vain.
+    pub bytes_unasked: u64,
+    /// Fills begun in the background.
+    pub background: u64,
     /// Operations given to the driver.
     pub operations: u64,
     /// Completions of operations that were not in flight.
@@ -147,6 +164,8 @@ pub struct Counters {
 struct Object {
     blob: Arc<dyn Blob>,
     present: PageSet,
+    /// What was ever asked for.
+    asked: PageSet,
     /// What `present` is known to be right about.
     probed: PageSet,
     /// Start and key of every job, by start; they never overlap.
@@ -157,6 +176,8 @@ struct Object {
     id: ObjectId,
     /// Says how much to bring, if the window adapts.
     planner: Option<Planner>,
+    /// What is to be completed.
+    goal: Goal,
 }
 
 #[derive(Debug)]
@@ -192,6 +213,7 @@ struct Job {
     slot: Option<u32>,
     state: State,
     links: usize,
+    background: bool,
 }
 
 #[derive(Debug)]
@@ -215,11 +237,14 @@ pub struct Machine<T> {
     /// Jobs to start, with their generation: what somebody waits for, and what nobody waits for yet.
     demand: VecDeque<(usize, u32)>,
     ahead: VecDeque<(usize, u32)>,
+    background: Background,
     waiting: Vec<(usize, u32)>,
     /// Needs whose last fill ended.
     revisit: VecDeque<usize>,
     actions: VecDeque<Action<T>>,
     counters: Counters,
+    /// The time, as far as the driver has told.
+    now_ns: u64,
 }
 
 impl<T> Machine<T> {
@@ -238,10 +263,12 @@ impl<T> Machine<T> {
             generation: 0,
             demand: VecDeque::new(),
             ahead: VecDeque::new(),
+            background: Background::default(),
             waiting: Vec::new(),
             revisit: VecDeque::new(),
             actions: VecDeque::new(),
             counters: Counters::default(),
+            now_ns: 0,
         }
     }
 
@@ -258,11 +285,23 @@ impl<T> Machine<T> {
             Window::Fixed(_) => None,
             Window::Adaptive { budget_percent } => Some(Planner::new(len, budget_percent)),
         };
-        let present = PageSet::new(len, page);
-        let object = Object { blob, present, probed, jobs: Vec::new(), running: 0, closed: false, id, planner };
+        let (present, asked, goal) = (PageSet::new(len, page), PageSet::new(len, page), Goal::new(len));
+        let object = Object { blob, present, asked, probed, jobs: Vec::new(), running: 0, closed: false, id, planner, goal };
         let handle = Handle(self.objects.insert(object));
         self.handles.insert(id, handle);
+        if self.limits.completion.when == Complete::Always {
+            self.complete(handle, &(0..len));
+        }
         handle
+    }
+
+    /// A part of an open object that is to be brought whole at the first miss in it, if the window adapts.
+    pub fn bring_whole(&mut self, object: Handle, part: &ByteRange) {
+        let object = &mut self.objects[object.0];
+        let part = plan::clamp(part, object.blob.len_bytes(), self.limits.page_bytes);
+        if let (Some(planner), Some(part)) = (&mut object.planner, part) {
+            planner.bring_whole(part);
+        }
     }
 
     /// Where an open object lives.
@@ -280,15 +319,21 @@ impl<T> Machine<T> {
         let range = plan::clamp(demand, len, self.limits.page_bytes)?;
         let region = match self.limits.window {
             Window::Fixed(bytes) => plan::window(&range, bytes, len, self.limits.page_bytes),
-            Window::Adaptive { .. } => intersect(&Planner::reach(&range), &(0..align_up(len, self.limits.page_bytes)))?,
+            Window::Adaptive { .. } => intersect(&object.planner.as_ref()?.reach(&range), &(0..align_up(len, self.limits.page_bytes)))?,
         };
         intersect(&object.probed.first_absent(&region)?, &region)
     }
 
     /// The sink was asked about `probed` and holds `present` of it. Nothing is said of an unknown object.
     pub fn learn(&mut self, id: ObjectId, probed: &ByteRange, present: impl IntoIterator<Item = ByteRange>) {
-        let Some(handle) = self.handle(id) else { return };
-        let object = &mut self.objects[handle.0];
+        if let Some(handle) = self.handle(id) {
+            self.learn_of(handle, probed, present);
+        }
+    }
+
+    /// The same for an object that was not released yet.
+    pub fn learn_of(&mut self, object: Handle, probed: &ByteRange, present: impl IntoIterator<Item = ByteRange>) {
+        let Some(object) = self.objects.get_mut(object.0) else { return };
         object.probed.insert(probed);
         for range in present {
             object.present.insert(&range);
@@ -314,6 +359,7 @@ impl<T> Machine<T> {
     /// A reader waits for `asked`.
     pub fn need(&mut self, id: ObjectId, asked: ByteRange, ticket: T, now_ns: u64) {
         self.counters.needs += 1;
+        self.now_ns = self.now_ns.max(now_ns);
         let object = self.handle(id);
         let Some(handle) = object else {
             self.counters.unknown_object += 1;
@@ -329,6 +375,7 @@ impl<T> Machine<T> {
         };
         self.counters.bytes_asked += range::len(&range);
         let region = self.region(handle, &range);
+        self.objects[handle.0].asked.insert(&range);
         let need = Need {
             object: handle,
             asked,
@@ -341,12 +388,12 @@ impl<T> Machine<T> {
             failures: 0,
             exact: false,
         };
-        if self.objects[handle.0].present.contains(&need.range) {
-            self.counters.already_there += 1;
-        }
         let key = self.needs.insert(need);
-        self.revisit.push_back(key);
-        self.settle();
+        self.schedule(key);
+        if self.needs[key].outstanding == 0 {
+            self.counters.already_there += 1;
+            self.conclude(key, Outcome::Done);
+        }
     }
 
     /// The object is gone: its requests are answered with failure, its fills dropped. [`Action::Release`]
@@ -355,7 +402,9 @@ impl<T> Machine<T> {
         let Some(handle) = self.handles.remove(&id) else { return };
         let object = &mut self.objects[handle.0];
         object.closed = true;
-        for (_, key) in std::mem::take(&mut object.jobs) {
+        let jobs = std::mem::take(&mut object.jobs);
+        self.drop_background(handle);
+        for (_, key) in jobs {
             self.unlink(key, Err(Errno::ECANCELED));
             if self.jobs[key].state != State::Running {
                 self.remove_job(key);
@@ -377,6 +426,7 @@ impl<T> Machine<T> {
 
     /// An operation ended with `result` bytes or a negative errno.
     pub fn io_done(&mut self, op: OpKey, result: i32, now_ns: u64) {
+        self.now_ns = self.now_ns.max(now_ns);
         let (key, generation) = op.parts();
         let Some(job) = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Running) else {
             self.counters.stale += 1;
@@ -391,6 +441,7 @@ impl<T> Machine<T> {
 
     /// Time has passed: fills that waited may go on.
     pub fn tick(&mut self, now_ns: u64) {
+        self.now_ns = self.now_ns.max(now_ns);
         let mut i = 0;
         while i < self.waiting.len() {
             let (key, generation) = self.waiting[i];
@@ -419,7 +470,7 @@ impl<T> Machine<T> {
             },
             _ => None,
         };
-        self.waiting.iter().filter_map(due).min()
+        self.waiting.iter().filter_map(due).chain(self.background_due()).min()
     }
 
     /// The next thing to do, if any.
@@ -484,6 +535,8 @@ impl OpKey {
     }
 }
 
+#[cfg(test)]
+mod background_tests;
 #[cfg(test)]
 #[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
 mod tests;
