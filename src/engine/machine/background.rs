@@ -11,7 +11,7 @@ use crate::range::{ByteRange, align_down, align_up, intersect};
 /// Longest background fill. A reader may have to wait for the disk, or for the lock of the cache file, that it
 /// holds; but every fill costs much before its first byte, and the longer the background takes, the more readers
 /// ask for what it has not brought yet.
-const PIECE_BYTES: u64 = 512 << 10;
+const PIECE_BYTES: u64 = 1 << 20;
 /// Background fills in flight: one reads while another one writes.
 const IN_FLIGHT_MAX: u32 = 2;
 /// How much of an object is looked through for a piece at a time.

@@ -11,8 +11,9 @@ use crate::range::{ByteRange, align_down, align_up, intersect};
 /// Fills that nobody waits for yet and that have not been started. Beyond it no more are made.
 pub(super) const AHEAD_MAX: usize = 256;
 
-/// Most bytes between two holes that are written again, so that one fill closes both.
-const GAP_MAX_BYTES: u64 = 32 << 10;
+/// Most bytes between two holes that are written again, so that one fill closes both: they take less time than
+/// what another fill costs before its first byte.
+const GAP_MAX_BYTES: u64 = 64 << 10;
 /// What is asked is filled alone, before the rest of its region, if the rest is at least this much: less is
 /// cheaper to bring in one write than to write twice.
 const AHEAD_MIN_BYTES: u64 = 256 << 10;

@@ -15,8 +15,8 @@ const MIB: u64 = 1 << 20;
 /// Longest request: what the kernel reads ahead at a time.
 const REQUEST_BYTES: u64 = 128 << 10;
 /// What the background brings while a reader reads one file.
-const BACKGROUND_BYTES: u64 = 256 << 10;
-const BUDGET_PERCENT: u8 = 6;
+const BACKGROUND_BYTES: u64 = 512 << 10;
+const BUDGET_PERCENT: u8 = 10;
 const SEEDS: std::ops::Range<u64> = 1..25;
 
 /// Numbers by chance, from a seed.
@@ -118,9 +118,23 @@ impl Filled {
 /// A test's order of files from a tree.
 type Order = fn(&mut Dice, Vec<ByteRange>) -> Vec<ByteRange>;
 
-/// Reads trees of several lengths in an order; no more misses for each MiB of the tree, and no more of the object
-/// brought, in percent, than this.
-fn bounded(order: Order, misses_per_100_mib: u64, percent: u64) {
+/// What an order may cost.
+#[derive(Clone, Copy)]
+struct Bounds {
+    /// Misses for each 100 MiB of the tree.
+    misses: u64,
+    /// How much of the object is brought, in percent: on the average of all seeds,
+    average: u64,
+    /// and of any. Objects of which [`SMALL_BYTES`] are brought do not count: so much is always allowed.
+    most: u64,
+}
+
+/// What may be brought of any object: the budget, and what is close together.
+const SMALL_BYTES: u64 = 24 * MIB;
+
+/// Reads trees of several lengths in an order.
+fn bounded(order: Order, bounds: Bounds) {
+    let mut sum = 0;
     for seed in SEEDS {
         let mut dice = Dice(seed);
         let len = [24, 57, 200, 900][seed as usize % 4] * MIB;
@@ -129,9 +143,13 @@ fn bounded(order: Order, misses_per_100_mib: u64, percent: u64) {
         let misses = object.misses * 100 * MIB / len;
         let filled = object.percent();
         println!("seed {seed}: {} MiB, {misses} misses per 100 MiB, {filled} % filled", len / MIB);
-        assert!(misses <= misses_per_100_mib, "seed {seed}: {misses} misses");
-        assert!(filled <= percent, "seed {seed}: {filled} % filled");
+        assert!(misses <= bounds.misses, "seed {seed}: {misses} misses");
+        assert!(filled <= bounds.most || filled * len / 100 <= SMALL_BYTES, "seed {seed}: {filled} % filled");
+        sum += filled;
     }
+    let average = sum / (SEEDS.end - SEEDS.start);
+    println!("{average} % filled on the average");
+    assert!(average <= bounds.average, "{average} % filled on the average");
 }
 
 fn shuffled(dice: &mut Dice, mut files: Vec<ByteRange>) -> Vec<ByteRange> {
@@ -141,12 +159,12 @@ fn shuffled(dice: &mut Dice, mut files: Vec<ByteRange>) -> Vec<ByteRange> {
 
 #[test]
 fn in_order() {
-    bounded(|_, files| files, 150, 100);
+    bounded(|_, files| files, Bounds { misses: 150, average: 100, most: 100 });
 }
 
 #[test]
 fn backwards() {
-    bounded(|_, files| files.into_iter().rev().collect(), 150, 100);
+    bounded(|_, files| files.into_iter().rev().collect(), Bounds { misses: 150, average: 100, most: 100 });
 }
 
 #[test]
@@ -156,7 +174,7 @@ fn by_eight_readers_that_share_the_work() {
         files.chunks_mut(8).for_each(|chunk| dice.shuffle(chunk));
         files
     };
-    bounded(order, 400, 100);
+    bounded(order, Bounds { misses: 400, average: 100, most: 100 });
 }
 
 #[test]
@@ -165,37 +183,37 @@ fn two_streams_that_take_turns() {
         let second = files.split_off(files.len() / 2);
         files.into_iter().zip(second).flat_map(|(a, b)| [a, b]).collect()
     };
-    bounded(order, 200, 100);
+    bounded(order, Bounds { misses: 200, average: 100, most: 100 });
 }
 
 #[test]
 fn everything_in_random_order() {
-    bounded(shuffled, 900, 100);
+    bounded(shuffled, Bounds { misses: 700, average: 100, most: 100 });
 }
 
 #[test]
 fn one_file_in_ten_in_random_order() {
-    bounded(|dice, files| shuffled(dice, files).into_iter().step_by(10).collect(), 900, 45);
+    bounded(|dice, files| shuffled(dice, files).into_iter().step_by(10).collect(), Bounds { misses: 300, average: 35, most: 80 });
 }
 
 #[test]
 fn one_file_in_twenty_in_random_order() {
-    bounded(|dice, files| shuffled(dice, files).into_iter().step_by(20).collect(), 500, 30);
+    bounded(|dice, files| shuffled(dice, files).into_iter().step_by(20).collect(), Bounds { misses: 150, average: 20, most: 30 });
 }
 
 #[test]
 fn one_file_in_ten_in_order() {
-    bounded(|_, files| files.into_iter().step_by(10).collect(), 900, 60);
+    bounded(|_, files| files.into_iter().step_by(10).collect(), Bounds { misses: 300, average: 40, most: 60 });
 }
 
 #[test]
 fn one_file_in_ten_backwards() {
-    bounded(|_, files| files.into_iter().rev().step_by(10).collect(), 900, 60);
+    bounded(|_, files| files.into_iter().rev().step_by(10).collect(), Bounds { misses: 300, average: 40, most: 60 });
 }
 
 #[test]
 fn every_other_file_in_order_is_nearly_a_stream() {
-    bounded(|_, files| files.into_iter().step_by(2).collect(), 600, 100);
+    bounded(|_, files| files.into_iter().step_by(2).collect(), Bounds { misses: 600, average: 100, most: 100 });
 }
 
 #[test]
@@ -206,7 +224,7 @@ fn a_few_files_again_and_again() {
         let popular = shuffled(dice, files);
         (0..n).map(|_| popular[(dice.below(n) * dice.below(n) / n * dice.below(n) / n) as usize].clone()).collect()
     };
-    bounded(order, 900, 100);
+    bounded(order, Bounds { misses: 700, average: 100, most: 100 });
 }
 
 #[test]
