@@ -42,8 +42,8 @@ impl Streams {
     /// The next window for a demand at the end of a stretch, and the bet that is won by that.
     pub(super) fn go_on(&mut self, demand: &ByteRange) -> Option<(ByteRange, u64)> {
         self.misses += 1;
-        let (stretch, forward) =
-            self.stretches.iter_mut().find_map(|stretch| Some((stretch.leads_to(demand)?, stretch))).map(|(f, s)| (s, f))?;
+        let continued = self.stretches.iter_mut().find_map(|stretch| stretch.leads_to(demand).map(|forward| (stretch, forward)));
+        let (stretch, forward) = continued?;
         stretch.window_bytes = (stretch.window_bytes * 2).min(WINDOW_MAX_BYTES);
         let region = if forward {
             stretch.brought.end..demand.end.max(demand.start.saturating_add(stretch.window_bytes))
