@@ -29,10 +29,10 @@ const NEIGHBOURHOOD_BYTES: u64 = 16 << 20;
 const SIDE_MIN_BYTES: u64 = 2 << 20;
 /// Share of a neighbourhood, in percent, that must have been asked for to make all of it wanted, and half of it on
 /// each side. Where one file in ten is read in random order that is seldom reached.
-const WANTED_PERCENT: u64 = 12;
+const WANTED_PERCENT: u64 = 13;
 /// One jump in so many judges its neighbourhood: counting takes time, and what is judged more often is more often
 /// judged wrongly by chance.
-const JUDGED_EVERY: u64 = 2;
+const JUDGED_EVERY: u64 = 4;
 /// Blocks are free while readers return to a part of so much: it is one file, or a small image.
 const CLOSE_BYTES: u64 = 20 << 20;
 /// Least budget for bets, whatever the object's length.
