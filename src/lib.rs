@@ -7,6 +7,7 @@
 //! | `front` | how a kernel asks and is answered; `front::sim` is a model kernel for tests |
 //! | `engine` | what to do for a request, and doing it |
 //! | `store` | where the bytes of blobs are |
+//! | `image` | EROFS images as they lie on disk |
 //! | `ops`, `config`, `cli` | the host, the settings, the verbs |
 //! | `lab` | real kernels in virtual machines, for the demo, the tests and the benchmarks |
 //! | `key`, `range` | words that all of them use |
@@ -17,6 +18,7 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod front;
+pub mod image;
 pub mod key;
 pub mod lab;
 pub mod ops;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use infill::engine::plan::Window;
+use infill::engine::plan::{Completion, Window};
 use infill::engine::stats::Snapshot;
 use infill::engine::{Engine, EngineError, EngineKind, Settings};
 use infill::front::cachefiles::wire::{self, Body, Message};
@@ -63,6 +63,7 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         shards,
         kind,
         window: Window::Fixed(128 << 10),
+        completion: Completion::default(),
         slot_bytes: 64 << 10,
         slots: 4,
         workers: 2,

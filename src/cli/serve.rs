@@ -179,6 +179,7 @@ fn start_engine(
         shards: config.shards,
         kind: config.engine,
         window: config.window,
+        completion: config.completion,
         slot_bytes: config.slot_bytes,
         slots: config.slots,
         workers: config.workers,

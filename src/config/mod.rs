@@ -11,11 +11,11 @@ mod error;
 mod options;
 mod text;
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::engine::plan::Window;
+use crate::engine::plan::{Completion, Window};
 use crate::engine::{EngineKind, usable_cpus};
 use crate::front::cachefiles::{CullLimits, command};
 use crate::key::Key;
@@ -33,8 +33,8 @@ pub const DEFAULT_CACHE_DIR: &str = "/var/cache/infill";
 const DEFAULT_TAG: &str = "infill";
 /// Event loops at most; more do not help on any machine we know.
 const SHARDS_MAX: usize = 1024;
-/// Share of a blob, in percent, that may be brought on mere bets by the adaptive window (at least 4 MiB).
-const DEFAULT_AHEAD_PERCENT: u8 = 6;
+/// Share of a blob, in percent, that may be brought on bets that nothing has confirmed (at least 4 MiB).
+const DEFAULT_AHEAD_PERCENT: u8 = 10;
 /// Size of a buffer slot and longest single fill.
 const DEFAULT_SLOT_BYTES: u64 = 1 << 20;
 /// Buffer slots a shard.
@@ -87,6 +87,8 @@ pub struct Config {
     pub source: SourceMode,
     /// How much is brought for a demand.
     pub window: Window,
+    /// What is brought when there is nothing better to do.
+    pub completion: Completion,
     /// Size of a buffer slot.
     pub slot_bytes: u64,
     /// Buffer slots a shard.
@@ -139,6 +141,10 @@ impl Options {
             window: match self.window.unwrap_or_default() {
                 WindowText::Auto => Window::Adaptive { budget_percent: self.ahead_percent.unwrap_or(DEFAULT_AHEAD_PERCENT) },
                 WindowText::Fixed(bytes) => Window::Fixed(bytes.0),
+            },
+            completion: Completion {
+                when: self.complete.unwrap_or_default(),
+                bytes_per_s: self.complete_rate.and_then(|rate| NonZeroU64::new(rate.0)),
             },
             slot_bytes: self.slot_size.map_or(DEFAULT_SLOT_BYTES, |bytes| bytes.0),
             slots: self.slots.unwrap_or(DEFAULT_SLOTS),

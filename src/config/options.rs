@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, WindowText};
 use super::{Config, ConfigError};
 use crate::engine::EngineKind;
+use crate::engine::plan::Complete;
 use crate::ops::confine;
 use crate::store::SourceMode;
 
@@ -69,10 +70,17 @@ pub struct Options {
     /// 4K: only what was asked [default: auto]
     #[arg(long, value_name = "auto|SIZE", env = "INFILL_WINDOW")]
     pub(super) window: Option<WindowText>,
-    /// Share of a blob that --window auto may bring before readers have shown that they want it; at least 4 MiB,
-    /// 0: no bets on far jumps [default: 6]
+    /// How much of a blob, in percent, --window auto may bring on guesses that nothing has confirmed; at least
+    /// 4 MiB, 0: no guesses [default: 10]
     #[arg(long, value_name = "PERCENT", env = "INFILL_AHEAD_PERCENT")]
     pub(super) ahead_percent: Option<u8>,
+    /// Bring the rest of a blob in the background: auto (the parts of which readers seem to want all), off, or
+    /// always (from its opening on) [default: auto]
+    #[arg(long, value_enum, env = "INFILL_COMPLETE")]
+    pub(super) complete: Option<Complete>,
+    /// How fast at most, in bytes a second for each shard; 0: no limit [default: 0]
+    #[arg(long, value_name = "SIZE", env = "INFILL_COMPLETE_RATE")]
+    pub(super) complete_rate: Option<Bytes>,
     /// Size of a buffer slot and longest single write; a power of two [default: 1M]
     #[arg(long, value_name = "SIZE", env = "INFILL_SLOT_SIZE")]
     pub(super) slot_size: Option<Bytes>,
@@ -164,6 +172,8 @@ impl Options {
             source,
             window,
             ahead_percent,
+            complete,
+            complete_rate,
             slot_size,
             slots,
             workers,

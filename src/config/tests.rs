@@ -2,6 +2,7 @@
 
 use super::options::parse_file;
 use super::*;
+use crate::engine::plan::Complete;
 
 fn with_store() -> Options {
     Options { store: vec!["dir:/srv".into()], ..Options::default() }
@@ -14,6 +15,14 @@ fn a_flag_wins_over_the_file() {
     let config = flags.or(file).check().unwrap();
     assert_eq!((config.window, config.slots, config.stores.len()), (Window::Fixed(4096), 3, 2));
     assert_eq!(config.slot_bytes, DEFAULT_SLOT_BYTES);
+}
+
+#[test]
+fn completion_is_automatic_and_unlimited_until_set() {
+    assert_eq!(with_store().check().unwrap().completion, Completion::default());
+    let file = parse_file("version = 1\n[serve]\ncomplete = \"always\"\ncomplete_rate = \"8M\"\n").unwrap();
+    let completion = with_store().or(file).check().unwrap().completion;
+    assert_eq!(completion, Completion { when: Complete::Always, bytes_per_s: NonZeroU64::new(8 << 20) });
 }
 
 #[test]

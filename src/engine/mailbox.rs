@@ -11,6 +11,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::fds::Charge;
 use crate::front::{NeedRequest, ObjectId, Sink};
 use crate::key::Key;
+use crate::range::ByteRange;
 use crate::store::Blob;
 
 /// Messages that a shard's mailbox holds. A full one makes the sender wait, and so the kernel.
@@ -37,6 +38,8 @@ pub(super) struct Adopted {
     pub(super) object: ObjectId,
     pub(super) key: Arc<Key>,
     pub(super) blob: Arc<dyn Blob>,
+    /// The part of the blob that is metadata, as far as known.
+    pub(super) metadata: Option<ByteRange>,
     pub(super) sink: Arc<dyn Sink>,
     pub(super) charge: Charge,
 }

@@ -3,7 +3,7 @@
 //! | file | its subject |
 //! |---|---|
 //! | `router` | the way of a request from the front end to its shard |
-//! | `opens`, `opener` | opens: which blob is it, how long |
+//! | `opens`, `opener`, `metadata` | opens: which blob is it, how long, where is its metadata |
 //! | `shard` | the event loop |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
@@ -21,6 +21,7 @@ pub mod fill;
 pub mod io;
 pub mod machine;
 mod mailbox;
+mod metadata;
 mod opener;
 mod opens;
 pub mod plan;
@@ -69,6 +70,8 @@ pub struct Settings {
     pub kind: EngineKind,
     /// How much is brought for a demand.
     pub window: plan::Window,
+    /// What is brought when there is nothing better to do.
+    pub completion: plan::Completion,
     /// Size of a buffer slot and longest single fill.
     pub slot_bytes: u64,
     /// Buffer slots of a shard, and operations that it has in flight.

@@ -9,6 +9,7 @@ use std::thread::Builder;
 use nix::errno::Errno;
 
 use super::mailbox::{Adopted, Mailbox, Message};
+use super::metadata;
 use super::opens::{News, Opens, Pending};
 use super::router::owner;
 use super::{EngineError, Shared};
@@ -111,7 +112,8 @@ impl Opener {
         self.remember(&key, len_bytes);
         let shard = &self.shards[owner(object, self.shards.len())];
         // The shard must know the object before the kernel hears that it is open: its requests follow at once.
-        let adopted = Adopted { object, key: Arc::new(key), blob, sink, charge };
+        let metadata = metadata::of(&*blob);
+        let adopted = Adopted { object, key: Arc::new(key), blob, metadata, sink, charge };
         if let Err(message) = shard.send(Message::Adopt(adopted)) {
             self.refuse(ticket, Errno::ECANCELED);
             return drop(message);

@@ -72,6 +72,19 @@ impl PageSet {
         Some(start << self.page_shift..end << self.page_shift)
     }
 
+    /// The first run of pages inside `range` that are in the set, cut at the end of `range`, as a byte range of
+    /// whole pages.
+    #[must_use]
+    pub fn first_present(&self, range: &ByteRange) -> Option<ByteRange> {
+        let limit = self.page_after(range.end).min(self.pages);
+        let start = self.scan(range.start >> self.page_shift, limit, true);
+        if start >= limit {
+            return None;
+        }
+        let end = self.scan(start, limit, false);
+        Some(start << self.page_shift..end << self.page_shift)
+    }
+
     /// How many bytes of `range` (whole pages) are in the set.
     #[must_use]
     pub fn count_bytes(&self, range: &ByteRange) -> u64 {
@@ -103,6 +116,12 @@ impl PageSet {
     #[must_use]
     pub const fn page_count(&self) -> u64 {
         self.count
+    }
+
+    /// The same in bytes, as whole pages.
+    #[must_use]
+    pub const fn present_bytes(&self) -> u64 {
+        self.count << self.page_shift
     }
 
     /// First page at or after `page` (below `limit`) whose membership is `wanted`; `limit` if there is none.
@@ -212,6 +231,12 @@ mod tests {
                     first * PAGE..end * PAGE
                 });
                 prop_assert_eq!(set.first_absent(&(start * PAGE..(start + n) * PAGE)), expected);
+                let first = (start..limit).find(|page| model.contains(page));
+                let expected = first.map(|first| {
+                    let end = (first..limit).find(|page| !model.contains(page)).unwrap_or(limit);
+                    first * PAGE..end * PAGE
+                });
+                prop_assert_eq!(set.first_present(&(start * PAGE..(start + n) * PAGE)), expected);
                 let count = (start..limit).filter(|page| model.contains(page)).count() as u64;
                 prop_assert_eq!(set.count_bytes(&(start * PAGE..(start + n) * PAGE)), count * PAGE);
             }

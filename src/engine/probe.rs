@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
-use super::machine::Machine;
+use super::machine::{Handle, Machine};
 use crate::front::ObjectId;
 use crate::range::ByteRange;
 
@@ -18,10 +18,8 @@ const AHEAD_BYTES: u64 = 1 << 30;
 
 /// Brings the machine's knowledge about a demand up to date, before the demand is given to it.
 pub(super) fn refresh<T>(machine: &mut Machine<T>, id: ObjectId, sink: impl AsFd + Copy, demand: &ByteRange) {
-    while let Some(region) = machine.unprobed(id, demand) {
-        let (probed, present) = scan(sink, &region);
-        let end = probed.end.min(region.end.saturating_add(AHEAD_BYTES));
-        machine.learn(id, &(probed.start..end), present);
+    while let (Some(region), Some(object)) = (machine.unprobed(id, demand), machine.handle(id)) {
+        look(machine, object, sink, &region);
     }
     if machine.believes(id, demand) {
         let mut at = demand.start;
@@ -31,6 +29,13 @@ pub(super) fn refresh<T>(machine: &mut Machine<T>, id: ObjectId, sink: impl AsFd
         }
         machine.forget(id, &(at..demand.end));
     }
+}
+
+/// Tells the machine what the sink of an object holds in `region`, and of the hole behind it, if there is one.
+pub(super) fn look<T>(machine: &mut Machine<T>, object: Handle, sink: impl AsFd + Copy, region: &ByteRange) {
+    let (probed, present) = scan(sink, region);
+    let end = probed.end.min(region.end.saturating_add(AHEAD_BYTES));
+    machine.learn_of(object, &(probed.start..end), present);
 }
 
 /// What a sink holds inside `region`, and what that was asked about: the region, and everything behind it up
@@ -110,6 +115,7 @@ mod tests {
             page_bytes: 4096,
             fill_max_bytes: 4096,
             window: crate::engine::plan::Window::Fixed(4096),
+            completion: crate::engine::plan::Completion::default(),
             slots: 1,
             fills_per_need: 1,
             probe: true,

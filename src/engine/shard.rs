@@ -189,8 +189,11 @@ impl<I: Io> Shard<I> {
     }
 
     fn adopt(&mut self, adopted: Adopted) {
-        let Adopted { object, key, blob, sink, charge } = adopted;
+        let Adopted { object, key, blob, metadata, sink, charge } = adopted;
         let handle = self.machine.open(object, Arc::clone(&blob));
+        if let Some(metadata) = metadata {
+            self.machine.bring_whole(handle, &metadata);
+        }
         // Not in the ring's table: a place there may keep a descriptor open long after it was cleared (up to a
         // second in Linux 6.1, and behind any operation that hangs), and an object whose sink is open is not gone.
         let sink_file = FileRef::plain(sink.as_fd());
@@ -257,11 +260,20 @@ impl<I: Io> Shard<I> {
         }
     }
 
+    /// The sink of an object, unless it was offered.
+    fn sink(&self, object: Handle) -> Option<Arc<dyn Sink>> {
+        self.attached.get(object.0)?.as_ref()?.sink.clone()
+    }
+
     /// Does what the machine wants done.
     fn act(&mut self) {
         while let Some(action) = self.machine.pop_action() {
             match action {
                 Action::Answer(answered) => self.answers.push(answered),
+                Action::Look { object, range } => match self.sink(object) {
+                    Some(sink) => probe::look(&mut self.machine, object, sink.as_fd(), &range),
+                    None => self.machine.learn_of(object, &range, []),
+                },
                 Action::Release { object } => self.release(object),
                 Action::Read { op, object, file, offset, len, .. }
                     if self.is_in_memory(object, file, offset, len) && self.machine.use_mapped(op) => {}
@@ -305,7 +317,7 @@ impl<I: Io> Shard<I> {
 
     fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>) {
         let file = self.attached.get(object.0).and_then(Option::as_ref).and_then(|attached| match target {
-            Target::Sink => Some(attached.sink_file),
+            Target::Sink => attached.sink.is_some().then_some(attached.sink_file),
             Target::Source(file) => attached.source_files.get(file).copied(),
         });
         match (file, memory) {

@@ -265,6 +265,7 @@ impl Plan {
             page_bytes: caps.align_bytes,
             fill_max_bytes: self.settings.slot_bytes,
             window: self.settings.window,
+            completion: self.settings.completion,
             slots: self.settings.slots,
             fills_per_need: FILLS_PER_NEED,
             probe: caps.holes_are_absent,

@@ -183,6 +183,8 @@ published!(
     fills_failed,
     bytes_asked,
     bytes_filled,
+    bytes_unasked,
+    background,
     fills_mapped,
     bytes_mapped,
     fills_direct,

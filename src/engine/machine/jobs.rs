@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 
-use super::{Action, Handle, Job, Machine, NONE, OpKey, State};
+use super::{Action, Handle, Job, Machine, NONE, Object, OpKey, State};
 use crate::engine::fill::{Fill, Next};
 use crate::range::{self, ByteRange, align_up};
 use crate::store::{Data, SourceMode};
@@ -20,7 +20,8 @@ impl<T> Machine<T> {
         let end = range.end;
         self.generation = self.generation.wrapping_add(1);
         let fill = Fill::new(range.clone(), len, extent.data, self.limits.page_bytes);
-        let job = Job { object: handle, fill, generation: self.generation, slot: None, state: State::Queued, links: NONE };
+        let job =
+            Job { object: handle, fill, generation: self.generation, slot: None, state: State::Queued, links: NONE, background: false };
         let key = self.jobs.insert(job);
         let at = object.jobs.partition_point(|&(start, _)| start < range.start);
         object.jobs.insert(at, (range.start, key));
@@ -30,16 +31,23 @@ impl<T> Machine<T> {
     /// Starts queued jobs, those that somebody waits for first, as far as slots allow.
     pub(super) fn start_jobs(&mut self) {
         while self.in_flight < self.limits.slots {
-            let Some((key, generation)) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) else { return };
-            let Some(job) = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Queued) else {
-                continue;
+            let Some((key, generation)) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) else {
+                return self.start_background();
             };
-            if job.fill.needs_slot() {
-                job.slot = self.free_slots.pop();
+            if self.jobs.get(key).is_some_and(|job| job.generation == generation && job.state == State::Queued) {
+                self.begin(key);
             }
-            self.in_flight += 1;
-            self.run(key);
         }
+    }
+
+    /// Gives a queued job a slot and its first operation.
+    pub(super) fn begin(&mut self, key: usize) {
+        let job = &mut self.jobs[key];
+        if job.fill.needs_slot() {
+            job.slot = self.free_slots.pop();
+        }
+        self.in_flight += 1;
+        self.run(key);
     }
 
     /// Marks a job as running and gives its next operation to the driver.
@@ -77,7 +85,7 @@ impl<T> Machine<T> {
     /// A running job is over.
     pub(super) fn retire(&mut self, key: usize, result: Result<(), Errno>) {
         let job = &self.jobs[key];
-        let (handle, range) = (job.object, job.fill.range().clone());
+        let (handle, range, background) = (job.object, job.fill.range().clone(), job.background);
         let object = &mut self.objects[handle.0];
         object.running -= 1;
         if result.is_ok() {
@@ -87,6 +95,9 @@ impl<T> Machine<T> {
             object.jobs.remove(at);
         }
         self.count(key, result.is_ok());
+        if background && result.is_err() {
+            self.give_up_background(handle);
+        }
         self.unlink(key, result);
         self.remove_job(key);
         self.settle();
@@ -100,7 +111,8 @@ impl<T> Machine<T> {
             return;
         }
         let Job { object, fill, .. } = &self.jobs[key];
-        let is_direct = |file: usize| self.objects[object.0].blob.files().get(file).is_some_and(|file| file.mode == SourceMode::Direct);
+        let Object { blob, asked, .. } = &self.objects[object.0];
+        let is_direct = |file: usize| blob.files().get(file).is_some_and(|file| file.mode == SourceMode::Direct);
         let counters = &mut self.counters;
         let (fills, bytes) = match fill.data() {
             Data::Zero => (&mut counters.fills_zero, &mut counters.bytes_zero),
@@ -113,6 +125,7 @@ impl<T> Machine<T> {
         *bytes += len;
         counters.fills += 1;
         counters.bytes_filled += len;
+        counters.bytes_unasked += len - asked.count_bytes(fill.range());
     }
 
     /// Forgets a job and frees its slot. Its operation, if it had one, has ended.
@@ -121,6 +134,7 @@ impl<T> Machine<T> {
         if job.state != State::Queued {
             self.in_flight -= 1;
         }
+        self.background.in_flight -= u32::from(job.background);
         self.free_slots.extend(job.slot);
     }
 

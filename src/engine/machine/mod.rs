@@ -7,6 +7,8 @@
 //!
 //! [`Machine`] is generic over the ticket, so that the model kernel drives the very same code.
 
+mod action;
+mod background;
 mod jobs;
 mod needs;
 
@@ -16,13 +18,16 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use slab::Slab;
 
-use super::fill::{self, Fill, Next};
+use self::background::{Background, Goal};
+use super::fill::{Fill, Next};
 use super::plan::adaptive::Planner;
-use super::plan::{self, Window};
+use super::plan::{self, Complete, Completion, Window};
 use super::presence::PageSet;
 use crate::front::{ObjectId, Outcome};
 use crate::range::{self, ByteRange, align_up, intersect};
 use crate::store::Blob;
+
+pub use self::action::{Action, Answered, Counters, Handle, OpKey};
 
 /// How many fills of its own a need may see fail before it is answered with failure. The first may have
 /// brought more than the reader asked for; the second asks for exactly that.
@@ -39,6 +44,8 @@ pub struct Limits {
     pub fill_max_bytes: u64,
     /// How much is brought for a demand.
     pub window: Window,
+    /// What is brought when there is nothing better to do.
+    pub completion: Completion,
     /// Buffer slots, and operations in flight.
     pub slots: u32,
     /// Fills that one need may wait for at a time.
@@ -47,122 +54,12 @@ pub struct Limits {
     pub probe: bool,
 }
 
-/// Where an object lives in the machine; valid from [`Machine::open`] to [`Action::Release`].
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct Handle(pub usize);
-
-/// Names an operation in flight, with a generation, so that a late completion cannot hit another one.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct OpKey(pub u64);
-
-/// What the driver has to do.
-#[derive(Debug)]
-pub enum Action<T> {
-    /// Read from a file of the object's blob into a slot, then report [`Machine::io_done`].
-    Read {
-        /// Names the operation.
-        op: OpKey,
-        /// Whose blob.
-        object: Handle,
-        /// Index into the blob's files.
-        file: usize,
-        /// Where in the file.
-        offset: u64,
-        /// The slot, owned by this operation until it is reported done.
-        slot: u32,
-        /// Where in the slot.
-        slot_offset: u64,
-        /// How much.
-        len: u64,
-    },
-    /// Write to the object's sink, then report [`Machine::io_done`].
-    Write {
-        /// Names the operation.
-        op: OpKey,
-        /// Whose sink.
-        object: Handle,
-        /// Where in the sink.
-        offset: u64,
-        /// How much.
-        len: u64,
-        /// The slot, if `from` is [`fill::From::Slot`].
-        slot: Option<u32>,
-        /// What.
-        from: fill::From,
-    },
-    /// Answer a request.
-    Answer(Answered<T>),
-    /// The object was closed and nothing of it is in flight any more: drop its sink and its blob.
-    Release {
-        /// Which.
-        object: Handle,
-    },
-}
-
-/// A request that has its answer.
-#[derive(Debug)]
-pub struct Answered<T> {
-    /// To be answered.
-    pub ticket: T,
-    /// With this.
-    pub outcome: Outcome,
-    /// Whose it was; `None` if no such object was open.
-    pub object: Option<Handle>,
-    /// What was asked, as the kernel said it.
-    pub range: ByteRange,
-    /// When the request came, on the machine's clock.
-    pub since_ns: u64,
-}
-
-/// What a machine has done; each only grows.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub struct Counters {
-    /// Requests for data.
-    pub needs: u64,
-    /// Of them, answered with failure.
-    pub needs_failed: u64,
-    /// Of them, for an object that was not open.
-    pub unknown_object: u64,
-    /// Of them, wholly beyond the end of the blob.
-    pub beyond_end: u64,
-    /// Of them, answered at once because the bytes were already there.
-    pub already_there: u64,
-    /// Times a need waited for a fill that another had started.
-    pub joined: u64,
-    /// Fills finished well.
-    pub fills: u64,
-    /// Fills that failed.
-    pub fills_failed: u64,
-    /// Bytes that were asked for, as whole pages; what several readers asked for counts for each.
-    pub bytes_asked: u64,
-    /// Bytes put into sinks.
-    pub bytes_filled: u64,
-    /// Of the fills, written from mapped pages of a source.
-    pub fills_mapped: u64,
-    /// Bytes of those.
-    pub bytes_mapped: u64,
-    /// Of the fills, read past the page cache.
-    pub fills_direct: u64,
-    /// Bytes of those.
-    pub bytes_direct: u64,
-    /// Of the fills, read through the page cache.
-    pub fills_buffered: u64,
-    /// Bytes of those.
-    pub bytes_buffered: u64,
-    /// Of the fills, zeros that nobody read.
-    pub fills_zero: u64,
-    /// Bytes of those.
-    pub bytes_zero: u64,
-    /// Operations given to the driver.
-    pub operations: u64,
-    /// Completions of operations that were not in flight.
-    pub stale: u64,
-}
-
 #[derive(Debug)]
 struct Object {
     blob: Arc<dyn Blob>,
     present: PageSet,
+    /// What was ever asked for.
+    asked: PageSet,
     /// What `present` is known to be right about.
     probed: PageSet,
     /// Start and key of every job, by start; they never overlap.
@@ -177,6 +74,8 @@ struct Object {
     id: ObjectId,
     /// Says how much to bring, if the window adapts.
     planner: Option<Planner>,
+    /// What is to be completed.
+    goal: Goal,
 }
 
 #[derive(Debug)]
@@ -212,6 +111,7 @@ struct Job {
     slot: Option<u32>,
     state: State,
     links: usize,
+    background: bool,
 }
 
 #[derive(Debug)]
@@ -235,11 +135,14 @@ pub struct Machine<T> {
     /// Jobs to start, with their generation: what somebody waits for, and what nobody waits for yet.
     demand: VecDeque<(usize, u32)>,
     ahead: VecDeque<(usize, u32)>,
+    background: Background,
     waiting: Vec<(usize, u32)>,
     /// Needs whose last fill ended.
     revisit: VecDeque<usize>,
     actions: VecDeque<Action<T>>,
     counters: Counters,
+    /// The time, as far as the driver has told.
+    now_ns: u64,
 }
 
 impl<T> Machine<T> {
@@ -258,10 +161,12 @@ impl<T> Machine<T> {
             generation: 0,
             demand: VecDeque::new(),
             ahead: VecDeque::new(),
+            background: Background::default(),
             waiting: Vec::new(),
             revisit: VecDeque::new(),
             actions: VecDeque::new(),
             counters: Counters::default(),
+            now_ns: 0,
         }
     }
 
@@ -278,10 +183,11 @@ impl<T> Machine<T> {
             Window::Fixed(_) => None,
             Window::Adaptive { budget_percent } => Some(Planner::new(len, budget_percent)),
         };
-        let present = PageSet::new(len, page);
+        let (present, asked, goal) = (PageSet::new(len, page), PageSet::new(len, page), Goal::new(len));
         let object = Object {
             blob,
             present,
+            asked,
             probed,
             jobs: Vec::new(),
             running: 0,
@@ -290,10 +196,23 @@ impl<T> Machine<T> {
             last_need: self.counters.needs,
             id,
             planner,
+            goal,
         };
         let handle = Handle(self.objects.insert(object));
         self.handles.insert(id, handle);
+        if self.limits.completion.when == Complete::Always {
+            self.complete(handle, &(0..len));
+        }
         handle
+    }
+
+    /// A part of an open object that is to be brought whole at the first miss in it, if the window adapts.
+    pub fn bring_whole(&mut self, object: Handle, part: &ByteRange) {
+        let object = &mut self.objects[object.0];
+        let part = plan::clamp(part, object.blob.len_bytes(), self.limits.page_bytes);
+        if let (Some(planner), Some(part)) = (&mut object.planner, part) {
+            planner.bring_whole(part);
+        }
     }
 
     /// Where an open object lives.
@@ -311,15 +230,21 @@ impl<T> Machine<T> {
         let range = plan::clamp(demand, len, self.limits.page_bytes)?;
         let region = match self.limits.window {
             Window::Fixed(bytes) => plan::window(&range, bytes, len, self.limits.page_bytes),
-            Window::Adaptive { .. } => intersect(&Planner::reach(&range), &(0..align_up(len, self.limits.page_bytes)))?,
+            Window::Adaptive { .. } => intersect(&object.planner.as_ref()?.reach(&range), &(0..align_up(len, self.limits.page_bytes)))?,
         };
         intersect(&object.probed.first_absent(&region)?, &region)
     }
 
     /// The sink was asked about `probed` and holds `present` of it. Nothing is said of an unknown object.
     pub fn learn(&mut self, id: ObjectId, probed: &ByteRange, present: impl IntoIterator<Item = ByteRange>) {
-        let Some(handle) = self.handle(id) else { return };
-        let object = &mut self.objects[handle.0];
+        if let Some(handle) = self.handle(id) {
+            self.learn_of(handle, probed, present);
+        }
+    }
+
+    /// The same for an object that was not released yet.
+    pub fn learn_of(&mut self, object: Handle, probed: &ByteRange, present: impl IntoIterator<Item = ByteRange>) {
+        let Some(object) = self.objects.get_mut(object.0) else { return };
         object.probed.insert(probed);
         for range in present {
             object.present.insert(&range);
@@ -345,6 +270,7 @@ impl<T> Machine<T> {
     /// A reader waits for `asked`.
     pub fn need(&mut self, id: ObjectId, asked: ByteRange, ticket: T, now_ns: u64) {
         self.counters.needs += 1;
+        self.now_ns = self.now_ns.max(now_ns);
         let object = self.handle(id);
         let Some(handle) = object else {
             self.counters.unknown_object += 1;
@@ -361,6 +287,7 @@ impl<T> Machine<T> {
         };
         self.counters.bytes_asked += range::len(&range);
         let region = self.region(handle, &range);
+        self.objects[handle.0].asked.insert(&range);
         let need = Need {
             object: handle,
             asked,
@@ -373,12 +300,12 @@ impl<T> Machine<T> {
             failures: 0,
             exact: false,
         };
-        if self.objects[handle.0].present.contains(&need.range) {
-            self.counters.already_there += 1;
-        }
         let key = self.needs.insert(need);
-        self.revisit.push_back(key);
-        self.settle();
+        self.schedule(key);
+        if self.needs[key].outstanding == 0 {
+            self.counters.already_there += 1;
+            self.conclude(key, Outcome::Done);
+        }
     }
 
     /// The object is gone: its requests are answered with failure, its fills dropped. [`Action::Release`]
@@ -387,7 +314,9 @@ impl<T> Machine<T> {
         let Some(handle) = self.handles.remove(&id) else { return };
         let object = &mut self.objects[handle.0];
         object.closed = true;
-        for (_, key) in std::mem::take(&mut object.jobs) {
+        let jobs = std::mem::take(&mut object.jobs);
+        self.drop_background(handle);
+        for (_, key) in jobs {
             self.unlink(key, Err(Errno::ECANCELED));
             if self.jobs[key].state != State::Running {
                 self.remove_job(key);
@@ -413,13 +342,17 @@ impl<T> Machine<T> {
             });
             picked.truncate(count);
         }
-        picked.iter().for_each(|handle| self.objects[handle.0].leaving = true);
+        for &handle in &*picked {
+            self.objects[handle.0].leaving = true;
+            self.drop_background(handle);
+        }
     }
 
     /// An object that was picked stays after all.
     pub fn stays(&mut self, object: Handle) {
-        if let Some(object) = self.objects.get_mut(object.0) {
-            object.leaving = false;
+        if let Some(found) = self.objects.get_mut(object.0) {
+            found.leaving = false;
+            self.resume_background(object);
         }
     }
 
@@ -447,6 +380,7 @@ impl<T> Machine<T> {
 
     /// An operation ended with `result` bytes or a negative errno.
     pub fn io_done(&mut self, op: OpKey, result: i32, now_ns: u64) {
+        self.now_ns = self.now_ns.max(now_ns);
         let (key, generation) = op.parts();
         let Some(job) = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Running) else {
             self.counters.stale += 1;
@@ -461,6 +395,7 @@ impl<T> Machine<T> {
 
     /// Time has passed: fills that waited may go on.
     pub fn tick(&mut self, now_ns: u64) {
+        self.now_ns = self.now_ns.max(now_ns);
         let mut i = 0;
         while i < self.waiting.len() {
             let (key, generation) = self.waiting[i];
@@ -489,7 +424,7 @@ impl<T> Machine<T> {
             },
             _ => None,
         };
-        self.waiting.iter().filter_map(due).min()
+        self.waiting.iter().filter_map(due).chain(self.background_due()).min()
     }
 
     /// The next thing to do, if any.
@@ -542,18 +477,8 @@ impl<T> Machine<T> {
     }
 }
 
-impl OpKey {
-    #[allow(clippy::cast_possible_truncation, reason = "a slab of jobs is bounded far below 2^32 entries")]
-    fn new(key: usize, generation: u32) -> Self {
-        Self(u64::from(generation) << 32 | u64::from(key as u32))
-    }
-
-    #[allow(clippy::cast_possible_truncation, reason = "takes the two halves apart again")]
-    const fn parts(self) -> (usize, u32) {
-        (self.0 as u32 as usize, (self.0 >> 32) as u32)
-    }
-}
-
+#[cfg(test)]
+mod background_tests;
 #[cfg(test)]
 #[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
 mod tests;

@@ -3,6 +3,7 @@
 use nix::errno::Errno;
 
 use super::{Action, Answered, FAILURES_MAX, Handle, Limits, Link, Machine, NONE, Object, State};
+use crate::engine::plan::adaptive::{Advice, Known};
 use crate::engine::plan::{self, Window};
 use crate::front::Outcome;
 use crate::range::{ByteRange, align_down, align_up, intersect};
@@ -10,8 +11,9 @@ use crate::range::{ByteRange, align_down, align_up, intersect};
 /// Fills that nobody waits for yet and that have not been started. Beyond it no more are made.
 pub(super) const AHEAD_MAX: usize = 256;
 
-/// Most bytes between two holes that are written again, so that one fill closes both.
-const GAP_MAX_BYTES: u64 = 32 << 10;
+/// Most bytes between two holes that are written again, so that one fill closes both: they take less time than
+/// what another fill costs before its first byte.
+const GAP_MAX_BYTES: u64 = 64 << 10;
 /// What is asked is filled alone, before the rest of its region, if the rest is at least this much: less is
 /// cheaper to bring in one write than to write twice.
 const AHEAD_MIN_BYTES: u64 = 256 << 10;
@@ -28,31 +30,36 @@ impl<T> Machine<T> {
     pub(super) fn settle(&mut self) {
         while let Some(key) = self.revisit.pop_front() {
             if let Some(outcome) = self.verdict(key) {
-                let need = self.needs.remove(key);
-                let object = Some(need.object);
-                self.answer(Answered { ticket: need.ticket, outcome, object, range: need.asked, since_ns: need.since_ns });
-            } else {
-                self.schedule(key);
+                self.conclude(key, outcome);
             }
         }
     }
 
+    /// Gives a need its answer.
+    pub(super) fn conclude(&mut self, key: usize, outcome: Outcome) {
+        let need = self.needs.remove(key);
+        self.answer(Answered { ticket: need.ticket, outcome, object: Some(need.object), range: need.asked, since_ns: need.since_ns });
+    }
+
+    /// The answer of a need whose fills ended. `None`: more fills were made for it.
     fn verdict(&mut self, key: usize) -> Option<Outcome> {
         let need = &mut self.needs[key];
         let object = &self.objects[need.object.0];
-        if object.present.contains(&need.range) {
-            return Some(Outcome::Done);
+        let failed = need.failed.take();
+        need.exact |= failed.is_some();
+        // After a failure nothing new may be tried before the verdict; so it costs another walk over the pages.
+        if (object.closed || failed.is_some() && need.failures >= FAILURES_MAX) && !object.present.contains(&need.range) {
+            return Some(Outcome::Failed(failed.filter(|_| !object.closed).unwrap_or(Errno::ECANCELED)));
         }
-        if object.closed {
-            return Some(Outcome::Failed(Errno::ECANCELED));
+        if !object.closed {
+            self.schedule(key);
         }
-        let errno = need.failed.take()?;
-        need.exact = true;
-        (need.failures >= FAILURES_MAX).then_some(Outcome::Failed(errno))
+        (self.needs[key].outstanding == 0).then_some(Outcome::Done)
     }
 
-    /// Links a need to the fills that bring its bytes, and makes those that are missing.
-    fn schedule(&mut self, key: usize) {
+    /// Links a need to the fills that bring its bytes, and makes those that are missing. If it is linked to none
+    /// afterwards, all of its bytes are there.
+    pub(super) fn schedule(&mut self, key: usize) {
         let need = &self.needs[key];
         let (handle, range) = (need.object, need.range.clone());
         let region = if need.exact { range.clone() } else { need.region.clone() };
@@ -65,7 +72,7 @@ impl<T> Machine<T> {
             (align_down(range.start, fill_max_bytes).max(region.start), align_up(range.end, fill_max_bytes).min(region.end))
         };
         while self.needs[key].outstanding < fills_per_need
-            && let Some((piece, job)) = self.next_piece(handle, &(at..end))
+            && let Some((piece, job)) = self.next_piece(handle, &(at..end), fill_max_bytes)
         {
             at = piece.end;
             if intersect(&piece, &range).is_none() {
@@ -86,28 +93,36 @@ impl<T> Machine<T> {
                 self.ahead.push_back((job, self.jobs[job].generation));
             }
         }
-        self.fill_ahead(handle, &(range.end..region.end));
-        self.fill_ahead(handle, &(region.start..range.start));
+        if self.needs[key].outstanding > 0 {
+            self.fill_ahead(handle, &(range.end..region.end));
+            self.fill_ahead(handle, &(region.start..range.start));
+        }
     }
 
-    /// The region to bring for a demand that has just come.
+    /// The region to bring for a demand that has just come. What the planner wants besides goes to the background.
     pub(super) fn region(&mut self, handle: Handle, range: &ByteRange) -> ByteRange {
         let (page_bytes, window) = (self.limits.page_bytes, self.limits.window);
-        let misses = self.misses(handle, range);
-        let object = &mut self.objects[handle.0];
-        let len = object.blob.len_bytes();
-        match (window, &mut object.planner) {
-            (Window::Fixed(bytes), _) => plan::window(range, bytes, len, page_bytes),
-            (Window::Adaptive { .. }, Some(planner)) if misses => planner.region(range, &object.present, align_up(len, page_bytes)),
+        let len = self.objects[handle.0].blob.len_bytes();
+        match window {
+            Window::Fixed(bytes) => return plan::window(range, bytes, len, page_bytes),
             // All of it is there or on its way: it says nothing new of the reader.
-            _ => range.clone(),
+            Window::Adaptive { .. } if !self.misses(handle, range) => return range.clone(),
+            Window::Adaptive { .. } => {}
         }
+        let object = &mut self.objects[handle.0];
+        let Some(planner) = &mut object.planner else { return range.clone() };
+        let known = Known { present: &object.present, asked: &object.asked, end_bytes: align_up(len, page_bytes) };
+        let Advice { region, complete } = planner.advise(range, &known);
+        if let Some(part) = complete {
+            self.complete(handle, &part);
+        }
+        region
     }
 
     /// Whether something of a range is neither there nor on its way.
     fn misses(&self, handle: Handle, range: &ByteRange) -> bool {
         let mut at = range.start;
-        while let Some((piece, job)) = self.next_piece(handle, &(at..range.end)) {
+        while let Some((piece, job)) = self.next_piece(handle, &(at..range.end), self.limits.fill_max_bytes) {
             if job.is_none() {
                 return true;
             }
@@ -120,7 +135,7 @@ impl<T> Machine<T> {
     fn fill_ahead(&mut self, handle: Handle, region: &ByteRange) {
         let mut at = region.start;
         while self.ahead.len() < AHEAD_MAX
-            && let Some((piece, job)) = self.next_piece(handle, &(at..region.end))
+            && let Some((piece, job)) = self.next_piece(handle, &(at..region.end), self.limits.fill_max_bytes)
         {
             at = piece.end;
             if job.is_none() {
@@ -131,8 +146,9 @@ impl<T> Machine<T> {
         }
     }
 
-    /// The first piece of `range` that is not there: a job that already brings it, or a range to make one of.
-    fn next_piece(&self, handle: Handle, range: &ByteRange) -> Option<(ByteRange, Option<usize>)> {
+    /// The first piece of `range` that is not there: a job that already brings it, or a range to make one of, of
+    /// at most `max_bytes`.
+    pub(super) fn next_piece(&self, handle: Handle, range: &ByteRange, max_bytes: u64) -> Option<(ByteRange, Option<usize>)> {
         if range.start >= range.end {
             return None;
         }
@@ -145,7 +161,7 @@ impl<T> Machine<T> {
             return Some((self.jobs[key].fill.range().clone(), Some(key)));
         }
         let free = absent.start..object.jobs.get(after).map_or(range.end, |&(start, _)| start.min(range.end));
-        let piece = plan::piece(&free, self.limits.fill_max_bytes);
+        let piece = plan::piece(&free, max_bytes.min(self.limits.fill_max_bytes));
         Some((piece.start..self.worth_one_fill(object, absent.end.min(piece.end), piece.end), None))
     }
 

@@ -5,10 +5,17 @@ use crate::engine::plan::Window;
 use crate::range;
 use crate::store::{Data, Extent, SourceFile};
 
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 const EIO: i32 = -(Errno::EIO as i32);
-const LIMITS: Limits =
-    Limits { page_bytes: PAGE, fill_max_bytes: 16 * PAGE, window: Window::Fixed(16 * PAGE), slots: 4, fills_per_need: 4, probe: false };
+pub(super) const LIMITS: Limits = Limits {
+    page_bytes: PAGE,
+    fill_max_bytes: 16 * PAGE,
+    window: Window::Fixed(16 * PAGE),
+    completion: Completion { when: Complete::Off, bytes_per_s: None },
+    slots: 4,
+    fills_per_need: 4,
+    probe: false,
+};
 
 /// A blob that is one file.
 #[derive(Debug)]
@@ -30,44 +37,50 @@ impl Blob for Plain {
 
 /// An operation that the machine wants: a read of the source or a write of the sink.
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct Wanted {
+pub(super) struct Wanted {
     op: OpKey,
     is_write: bool,
-    range: ByteRange,
+    pub(super) range: ByteRange,
 }
 
 /// Does what the machine wants, when a test says so.
-struct Driver {
-    machine: Machine<u32>,
-    wanted: VecDeque<Wanted>,
-    answers: Vec<(u32, Outcome)>,
-    released: Vec<Handle>,
+pub(super) struct Driver {
+    pub(super) machine: Machine<u32>,
+    pub(super) wanted: VecDeque<Wanted>,
+    pub(super) answers: Vec<(u32, Outcome)>,
+    pub(super) released: Vec<Handle>,
+    /// What every sink holds from the beginning.
+    pub(super) held: Vec<ByteRange>,
 }
 
 impl Driver {
-    fn new(limits: Limits) -> Self {
-        Self { machine: Machine::new(limits), wanted: VecDeque::new(), answers: Vec::new(), released: Vec::new() }
+    pub(super) fn new(limits: Limits) -> Self {
+        Self { machine: Machine::new(limits), wanted: VecDeque::new(), answers: Vec::new(), released: Vec::new(), held: Vec::new() }
     }
 
-    fn open(&mut self, id: u32, pages: u64) -> Handle {
+    pub(super) fn open(&mut self, id: u32, pages: u64) -> Handle {
         self.machine.open(ObjectId(id), Arc::new(Plain(pages * PAGE)))
     }
 
-    fn need(&mut self, id: u32, range: ByteRange, ticket: u32) {
+    pub(super) fn need(&mut self, id: u32, range: ByteRange, ticket: u32) {
         self.machine.need(ObjectId(id), range, ticket, 0);
         self.act();
     }
 
-    fn close(&mut self, id: u32) {
+    pub(super) fn close(&mut self, id: u32) {
         self.machine.close(ObjectId(id));
         self.act();
     }
 
-    fn act(&mut self) {
+    pub(super) fn act(&mut self) {
         while let Some(action) = self.machine.pop_action() {
             match action {
                 Action::Read { op, offset, len, .. } => self.wanted.push_back(Wanted { op, is_write: false, range: offset..offset + len }),
                 Action::Write { op, offset, len, .. } => self.wanted.push_back(Wanted { op, is_write: true, range: offset..offset + len }),
+                Action::Look { object, range } => {
+                    let held = self.held.iter().filter_map(|held| intersect(held, &range));
+                    self.machine.learn_of(object, &range, held);
+                }
                 Action::Answer(answered) => self.answers.push((answered.ticket, answered.outcome)),
                 Action::Release { object } => self.released.push(object),
             }
@@ -75,7 +88,7 @@ impl Driver {
     }
 
     /// Ends the oldest operation with `result`, or with all of its bytes.
-    fn end(&mut self, result: Option<i32>) -> Wanted {
+    pub(super) fn end(&mut self, result: Option<i32>) -> Wanted {
         let wanted = self.wanted.pop_front().expect("an operation in flight");
         let all = i32::try_from(range::len(&wanted.range)).unwrap();
         self.machine.io_done(wanted.op, result.unwrap_or(all), 0);
@@ -84,7 +97,7 @@ impl Driver {
     }
 
     /// Ends operations until there are none; reads that touch `bad` fail. Returns what was read.
-    fn end_all(&mut self, bad: &ByteRange) -> Vec<ByteRange> {
+    pub(super) fn end_all(&mut self, bad: &ByteRange) -> Vec<ByteRange> {
         let mut read = Vec::new();
         while let Some(next) = self.wanted.front().cloned() {
             let fails = !next.is_write && intersect(&next.range, bad).is_some();

@@ -1,6 +1,20 @@
 //! Which range to bring for a demand. Pure.
+//!
+//! | file | its subject |
+//! |---|---|
+//! | `mod` | clamping, windows of one size, cutting into fills; the settings |
+//! | `adaptive` | the window that adapts, jump by jump |
+//! | `stream` | readers in order |
+//! | `simulation` | (tests) what the planner makes of whole access lists |
 
 pub mod adaptive;
+#[cfg(test)]
+mod simulation;
+mod stream;
+
+use std::num::NonZeroU64;
+
+use serde::Deserialize;
 
 use crate::range::{ByteRange, align_down, align_up, intersect};
 
@@ -26,6 +40,28 @@ pub enum Window {
         /// See above.
         budget_percent: u8,
     },
+}
+
+/// When the rest of an object is brought in the background.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Complete {
+    /// The parts of which readers have asked so much that they seem to want all, as the adaptive window sees it.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Every object from its opening on.
+    Always,
+}
+
+/// Bringing what nobody has asked for yet, when there is nothing better to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Completion {
+    /// When.
+    pub when: Complete,
+    /// How fast at most, in bytes a second, for each shard.
+    pub bytes_per_s: Option<NonZeroU64>,
 }
 
 /// The region around a clamped demand that is worth having: every aligned window that it touches.

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 
 mod budget;
 
-use super::plan::Window;
+use super::plan::{Completion, Window};
 use super::*;
 use crate::front::{Answer, Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
@@ -185,6 +185,7 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         shards,
         kind,
         window: Window::Fixed(65536),
+        completion: Completion::default(),
         slot_bytes: 65536,
         slots: 4,
         workers: 2,

@@ -182,8 +182,8 @@ impl Measured {
     }
 
     fn umount(&self) -> Result<()> {
-        let all = self.mounts.iter();
-        all.map(|image| umount2(&image.on, MntFlags::empty())).collect::<nix::Result<()>>().trying(|| "cannot unmount an image")
+        let mut all = self.mounts.iter();
+        all.try_for_each(|image| umount2(&image.on, MntFlags::empty())).trying(|| "cannot unmount an image")
     }
 
     fn traced_read(&self, plan: &Plan, tracer: Option<&Tracer>) -> Result<(Reading, Option<Trace>)> {

@@ -8,7 +8,7 @@ use super::engine::MachineFigures;
 use super::memdisk::clock_ns;
 use crate::engine::FILLS_PER_NEED;
 use crate::engine::machine::{Action, Limits, Machine, OpKey};
-use crate::engine::plan::Window;
+use crate::engine::plan::{Completion, Window};
 use crate::front::{ObjectId, Outcome};
 use crate::lab::{LabError, Result};
 use crate::store::{Blob, Data, Extent, SourceFile};
@@ -58,6 +58,7 @@ impl Default for Bare {
             page_bytes: PAGE_BYTES,
             fill_max_bytes: 1 << 20,
             window: Window::Fixed(PAGE_BYTES),
+            completion: Completion::default(),
             slots,
             fills_per_need: FILLS_PER_NEED,
             probe: false,
@@ -95,7 +96,7 @@ impl Bare {
                         self.ended.push((op, i32::try_from(len).unwrap_or(i32::MAX)));
                     }
                     Action::Answer(answered) => good += u64::from(answered.outcome == Outcome::Done),
-                    Action::Release { .. } => {}
+                    Action::Look { .. } | Action::Release { .. } => {}
                 }
             }
             if self.ended.is_empty() {

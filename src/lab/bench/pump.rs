@@ -16,7 +16,7 @@ use nix::unistd::ftruncate;
 use super::engine::EngineFigures;
 use super::machine::{PAGE_BYTES, page};
 use super::memdisk::own_cpu_ns;
-use crate::engine::plan::Window;
+use crate::engine::plan::{Completion, Window};
 use crate::engine::{Engine, EngineKind, Settings};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
@@ -174,6 +174,7 @@ fn settings() -> Settings {
         shards: 1,
         kind: EngineKind::Auto,
         window: Window::Fixed(PAGE_BYTES),
+        completion: Completion::default(),
         slot_bytes: 1 << 20,
         slots: 16,
         workers: 8,

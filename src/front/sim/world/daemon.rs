@@ -179,6 +179,12 @@ impl World {
                 }
                 self.start(shard, Flight { op, object, len, kind: Kind::Write { offset, slot, from } })
             }
+            Action::Look { object, range } => {
+                let fd = self.shards[shard].sink(object)?.fd;
+                let present = self.kernel.present(fd, &range).unwrap_or_default();
+                self.shards[shard].machine.learn_of(object, &range, present);
+                Ok(())
+            }
             Action::Answer(answered) => self.answer(shard, answered),
             Action::Release { object } => self.release(shard, object),
         }

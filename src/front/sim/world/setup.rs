@@ -1,10 +1,11 @@
 //! From a seed to a world: which kernel, which blobs, how many shards, what goes wrong and how often.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use crate::engine::machine::Limits;
-use crate::engine::plan::Window;
+use crate::engine::plan::{Complete, Completion, Window};
 use crate::front::sim::blob::{PAGE_BYTES, SimBlob};
 use crate::front::sim::kernel::Kernel;
 use crate::front::sim::objects::Cookie;
@@ -163,9 +164,17 @@ fn limits(rng: &mut Rng) -> Limits {
         page_bytes: PAGE_BYTES,
         fill_max_bytes,
         window: if rng.below(3) == 0 { Window::Adaptive { budget_percent: 6 } } else { Window::Fixed(PAGE_BYTES << rng.below(9)) },
+        completion: completion(rng),
         slots: rng.pick(&[1, 2, 3, 8]),
         fills_per_need: rng.pick(&[1, 2, 4, 16]),
         probe: rng.chance(800),
+    }
+}
+
+fn completion(rng: &mut Rng) -> Completion {
+    Completion {
+        when: rng.pick(&[Complete::Auto, Complete::Auto, Complete::Off, Complete::Always]),
+        bytes_per_s: NonZeroU64::new(rng.pick(&[0, 0, 1 << 20, 1 << 30])),
     }
 }
 

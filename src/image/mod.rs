@@ -1,0 +1,3 @@
+//! EROFS images as they lie on disk.
+
+pub mod superblock;
