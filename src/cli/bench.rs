@@ -206,7 +206,7 @@ fn daemons(args: &GuestArgs) -> Result<(Vec<Daemon>, Option<PathBuf>)> {
         match kind {
             DaemonKind::Infill => {
                 let store = format!("dir:{STORE_DIR}");
-                let base = own(&["serve", "--front-end", "cachefiles", "--cache-dir", CACHE_DIR, "--store", &store]);
+                let base = own(&["serve", "--front-end", "cachefiles", "--keep", "off", "--cache-dir", CACHE_DIR, "--store", &store]);
                 let sets = if args.serve_flags.is_empty() { vec![String::new()] } else { args.serve_flags.clone() };
                 for flags in sets {
                     let argv = base.iter().cloned().chain(flags.split_whitespace().map(str::to_owned)).collect();

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, WindowText};
 use super::{Config, ConfigError};
 use crate::engine::EngineKind;
+use crate::ops::keep::KeepMode;
 use crate::store::SourceMode;
 
 /// Version of the file format.
@@ -87,6 +88,12 @@ pub struct Options {
     /// How long a stop waits for reads that have begun [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_DRAIN_TIMEOUT_MS")]
     pub(super) drain_timeout_ms: Option<u64>,
+    /// Who keeps the device while no daemon serves, so that images stay mounted over a restart [default: auto]
+    #[arg(long, value_enum, env = "INFILL_KEEP")]
+    pub(super) keep: Option<KeepMode>,
+    /// Directory for what must outlive the daemon: its lock and the keeper's socket [default: /run/infill]
+    #[arg(long, value_name = "DIR", env = "INFILL_STATE_DIR")]
+    pub(super) state_dir: Option<PathBuf>,
     /// Least important messages to log [default: info]
     #[arg(long, value_enum, env = "INFILL_LOG_LEVEL")]
     pub(super) log_level: Option<LogLevel>,
@@ -158,6 +165,8 @@ impl Options {
             workers,
             open_timeout_ms,
             drain_timeout_ms,
+            keep,
+            state_dir,
             log_level,
             log_format
         )

@@ -57,6 +57,9 @@ impl Opener {
         };
         let len_bytes = blob.len_bytes();
         let shard = &self.shards[owner(object, self.shards.len())];
+        // Open until the kernel has its answer, whatever becomes of the shard: an answer that finds the descriptor
+        // closed fails the open.
+        let _open = Arc::clone(&sink);
         // The shard must know the object before the kernel hears that it is open: its requests follow at once.
         let adopted = Adopted { object, key: Arc::new(key), blob, sink };
         if let Err(message) = shard.send(Message::Adopt(adopted)) {
@@ -74,6 +77,10 @@ impl Opener {
     }
 
     fn refuse(&self, ticket: crate::front::Ticket, errno: Errno) {
+        // A refusal is final, and the next daemon may find what this one had no time to look for.
+        if self.shared.stopping.load(Ordering::Acquire) && self.shared.leaves_rest() {
+            return ticket.leave();
+        }
         Shared::count(&self.shared.opens_failed);
         if let Err(error) = ticket.answer(Outcome::Failed(errno))
             && self.shared.may_log_failure()

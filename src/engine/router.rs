@@ -100,13 +100,16 @@ impl Router {
         Ok(())
     }
 
-    /// Answers what it still holds, when the engine stops.
+    /// Answers what it still holds, or leaves it, when the engine stops.
     pub(super) fn give_up(&mut self) {
         let ticket = match self.held.take() {
             Some(Held::Open(open)) => open.ticket,
             Some(Held::Message(_, Message::Need(need, _))) => need.ticket,
             _ => return,
         };
+        if self.shared.leaves_rest() {
+            return ticket.leave();
+        }
         // The engine ends: a refusal by the kernel changes nothing.
         let _ = ticket.answer(Outcome::Failed(Errno::ECANCELED));
     }

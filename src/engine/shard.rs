@@ -323,10 +323,14 @@ impl<I: Io> Shard<I> {
         self.machine.object_count() == 0 || self.shared.out_of_time.load(Ordering::Acquire)
     }
 
-    /// Closes every object and answers what waited for it.
+    /// Closes every object and answers what waited for it; what fails only by that may be left instead.
     fn fail_rest(&mut self) {
         self.machine.close_all();
         self.act();
+        if self.shared.leaves_rest() {
+            let unfinished = |answered: &mut Answered<Ticket>| answered.outcome == Outcome::Failed(Errno::ECANCELED);
+            self.answers.extract_if(.., unfinished).for_each(|answered| answered.ticket.leave());
+        }
         self.answer();
     }
 }

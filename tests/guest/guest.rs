@@ -115,6 +115,10 @@ impl Guest {
         arguments.push(format!("--cache-dir={}", self.cache.display()));
         arguments.push(format!("--store=dir:{}", self.store.display()));
         arguments.push("--json".to_owned());
+        if !more.iter().any(|argument| argument.starts_with("--keep")) {
+            // A test that ends leaves nothing behind.
+            arguments.push("--keep=off".to_owned());
+        }
         arguments.extend(more.iter().map(|&s| s.to_owned()));
         arguments
     }
