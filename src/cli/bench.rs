@@ -31,6 +31,8 @@ pub enum Bench {
         #[arg(long, hide = true)]
         pass: Option<u64>,
     },
+    /// What readers notice when the daemon is killed and started anew, again and again, on a real kernel
+    Restart(super::bench_restart::RestartArgs),
     /// One cell, inside a guest
     #[command(hide = true)]
     Cell,
@@ -109,6 +111,7 @@ pub fn run(bench: &Bench) -> std::result::Result<(), Failure> {
             }
             Ok(())
         }
+        Bench::Restart(args) => super::bench_restart::run(args),
         Bench::Cell => cell::run().map_err(failed),
         Bench::Naive { cache_dir, store } => match naive::serve(cache_dir, store) {
             Ok(never) => match never {},

@@ -1,6 +1,7 @@
 //! The command line: one file a verb.
 
 pub mod bench;
+mod bench_restart;
 pub mod demo;
 pub mod doctor;
 pub mod prefetch;
@@ -63,8 +64,9 @@ pub fn main() -> ExitCode {
         Verb::Serve(args) => serve::run(*args),
         Verb::Prefetch(args) => prefetch::run(&args),
         Verb::Release(args) => release::run(&args),
-        Verb::Keeper => crate::ops::keeper::main()
-            .map_err(|e| Failure::new(crate::ops::exit::FAILED, format!("the keeper is started by infill serve; there is no other use for it: {e}"))),
+        Verb::Keeper => crate::ops::keeper::main().map_err(|e| {
+            Failure::new(crate::ops::exit::FAILED, format!("the keeper is started by infill serve; there is no other use for it: {e}"))
+        }),
         Verb::Doctor(args) => return doctor::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(what) => bench::run(&what),

@@ -235,7 +235,10 @@ fn serve(
 fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
     keep.inspect(|keep| keep.stopping());
     match keep.and_then(Keep::by) {
-        Some(by) => tracing::info!(objects, "images stay mounted, because {by} keeps the device: what is asked from now on waits until infill serves again (`infill release` gives it up)"),
+        Some(by) => tracing::info!(
+            objects,
+            "images stay mounted, because {by} keeps the device: what is asked from now on waits until infill serves again (`infill release` gives it up)"
+        ),
         None if objects > 0 => tracing::warn!(
             objects,
             "images are still mounted: what they have not read yet gives I/O errors until infill serves again and they are mounted anew"

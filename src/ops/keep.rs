@@ -46,7 +46,9 @@ pub enum KeepError {
     #[error("--keep systemd: systemd did not start this process with Type=notify (no NOTIFY_SOCKET); use --keep keeper without it")]
     NoSystemd,
     /// systemd does not listen.
-    #[error("systemd does not take the device to keep it ({0}); set NotifyAccess=main and FileDescriptorStoreMax=1 in the unit, or use --keep keeper")]
+    #[error(
+        "systemd does not take the device to keep it ({0}); set NotifyAccess=main and FileDescriptorStoreMax=1 in the unit, or use --keep keeper"
+    )]
     Systemd(#[source] io::Error),
 }
 
@@ -137,7 +139,11 @@ impl Keep {
     }
 
     fn hold_by_keeper(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
-        if self.keeper.is_none() {
+        let answers = |keeper: &Keeper| {
+            let kept = keeper.keep(device);
+            kept.inspect_err(|error| tracing::warn!("{error}; starting another one")).is_ok()
+        };
+        if !self.keeper.as_ref().is_some_and(answers) {
             self.keeper = Some(Keeper::start(&self.state.keeper_socket(), device)?);
             self.keeper_since = Instant::now();
         }

@@ -111,8 +111,16 @@ impl Keeper {
         drop(command);
         let mut keeper = Self::find(socket)?.ok_or_else(|| failed("it has ended")(io::ErrorKind::ConnectionRefused.into()))?;
         keeper.child = Some(child);
-        keeper.ask(KEEP, Some(device))?;
+        keeper.keep(device)?;
         Ok(keeper)
+    }
+
+    /// Makes it hold `device`, and nothing else.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn keep(&self, device: BorrowedFd<'_>) -> Result<(), KeeperError> {
+        self.ask(KEEP, Some(device)).map(drop)
     }
 
     /// What it holds.
@@ -303,14 +311,17 @@ mod tests {
         let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).unwrap();
         let first = Keeper::find(&socket).unwrap().unwrap();
         assert!(first.take().unwrap().is_none());
-        first.ask(KEEP, Some(theirs.as_fd())).unwrap();
+        first.keep(theirs.as_fd()).unwrap();
         drop((first, theirs));
         for _ in 0..2 * CONNECTIONS_MAX {
             let next = Keeper::find(&socket).unwrap().unwrap();
             nix::unistd::write(next.take().unwrap().unwrap(), b"x").unwrap();
         }
         let last = Keeper::find(&socket).unwrap().unwrap();
-        assert_eq!(last.ask(b'?', None).unwrap_err().to_string(), format!("the keeper at {}: it refuses: Protocol error (os error 71)", socket.display()));
+        assert_eq!(
+            last.ask(b'?', None).unwrap_err().to_string(),
+            format!("the keeper at {}: it refuses: Protocol error (os error 71)", socket.display())
+        );
         last.release().unwrap();
         thread.join().unwrap().unwrap();
         // Nobody holds the pipe's end any more.

@@ -14,6 +14,7 @@ mod guest;
 mod host;
 mod lifecycle;
 mod readers;
+mod restart;
 mod runner;
 mod seed;
 mod serve;
@@ -31,7 +32,7 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS].into_iter().flatten().copied()
+    [serve::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS, restart::TESTS].into_iter().flatten().copied()
 }
 
 fn main() -> ExitCode {
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Some((role, rest)) if role == runner::ONE => runner::run_one(&rest[0]),
         Some((role, rest)) if role == readers::READER => readers::reader_main(rest),
         Some((role, _)) if role == readers::HOLDER => readers::holder_main(),
+        Some((role, rest)) if role == restart::AS_SERVICE => restart::as_service_main(rest),
         _ => host::main(),
     }
 }

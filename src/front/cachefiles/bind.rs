@@ -305,7 +305,10 @@ pub(super) fn take_over(devnode: OwnedFd, options: &BindOptions, noted: &str) ->
 /// opened the device, and cachefiles alone makes such marks, the mark is this device's.
 fn is_bound_to(devnode: &OwnedFd, dir: &Path) -> Result<bool, Errno> {
     let back = open_dir(Path::new("."));
-    chdir(dir)?;
+    match chdir(dir) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(false),
+        result => result?,
+    }
     let answer = command::give(devnode.as_fd(), b"inuse cache");
     if let Ok(back) = back {
         fchdir(back)?;
