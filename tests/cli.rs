@@ -101,3 +101,11 @@ fn the_doctor_speaks_json() {
     assert!(report["checks"].as_array().is_some_and(|checks| checks.len() > 5), "{report}");
     assert!(report["verdict"].is_string(), "{report}");
 }
+
+#[test]
+fn there_is_nothing_to_release_and_a_keeper_is_not_started_by_hand() {
+    let dir = tempfile::tempdir().expect("a scratch directory");
+    let state = dir.path().join("state");
+    refused(&["release", "--state-dir", state.to_str().expect("text")], 1, &["nothing to release", "/state"]);
+    refused(&["keeper"], 1, &["infill serve"]);
+}

@@ -110,6 +110,12 @@ impl Figures {
         self.read_errors == 0 && self.wrong_bytes == 0
     }
 
+    fn describe(&mut self, error: String) {
+        if self.errors.len() < ERRORS_SHOWN {
+            self.errors.push(error);
+        }
+    }
+
     /// The figures in words.
     #[must_use]
     pub fn table(&self) -> String {
@@ -190,6 +196,9 @@ impl Storm {
             daemon.await_ready()?;
             let rounds = scope.spawn(|| self.rounds(&watch));
             let ended = self.end_and_start(&mut daemon, &watch, on_kill);
+            if let Err(error) = &ended {
+                println!("{error}");
+            }
             watch.enough.store(true, Ordering::Relaxed);
             let began = Instant::now();
             while !rounds.is_finished() {
@@ -224,7 +233,6 @@ impl Storm {
 
     /// Mounts the image under a new name, so that nothing of it is in the cache, reads all of it, unmounts it.
     fn rounds(&self, watch: &Watch) {
-        // At least one round that begins after the last kill would have to wait for one that begins before.
         for round in 0.. {
             if watch.enough.load(Ordering::Relaxed) {
                 return;
@@ -271,9 +279,7 @@ impl Watch {
     fn error(&self, what: String) {
         self.note(|figures| {
             figures.read_errors += 1;
-            if figures.errors.len() < ERRORS_SHOWN {
-                figures.errors.push(what);
-            }
+            figures.describe(what);
         });
     }
 
@@ -308,7 +314,7 @@ impl Watch {
             Ok(bytes) if checksum(&bytes) == sum => self.note(|figures| figures.bytes += len_bytes),
             Ok(bytes) => self.note(|figures| {
                 figures.wrong_bytes += len_bytes.max(1);
-                figures.errors.push(format!("{}: {} bytes, and they are wrong", entry.path, bytes.len()));
+                figures.describe(format!("{}: {} bytes, and they are wrong", entry.path, bytes.len()));
             }),
         }
     }
