@@ -50,8 +50,10 @@ const BLOCK_BYTES_MIN: u64 = 4096;
 const SHARD_BUFFER_BYTES_MAX: u64 = 1 << 30;
 /// Threads a shard at most.
 const WORKERS_MAX: u32 = 512;
-/// How long the lookup of a blob that may be found later is tried. The kernel complains after 20 s.
+/// How long the lookup of a blob may take, with all its tries. The kernel complains after 20 s.
 const DEFAULT_OPEN_TIMEOUT_MS: u64 = 10_000;
+/// Least such time: a healthy disk may need that long.
+const OPEN_TIMEOUT_MS_MIN: u64 = 100;
 /// How long a stop waits for what has begun.
 const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 10_000;
 /// Longest either.
@@ -88,7 +90,7 @@ pub struct Config {
     pub slots: u32,
     /// Blocking threads a shard.
     pub workers: u32,
-    /// How long an open is tried.
+    /// How long an open may take.
     pub open_timeout: Duration,
     /// How long a stop waits.
     pub drain_timeout: Duration,
@@ -165,8 +167,9 @@ impl Config {
         let slots_max = (SHARD_BUFFER_BYTES_MAX / self.slot_bytes) - 1;
         bounds("slots", u64::from(self.slots), 1, slots_max)?;
         bounds("workers", u64::from(self.workers), 1, u64::from(WORKERS_MAX))?;
-        for (setting, timeout) in [("open_timeout_ms", self.open_timeout), ("drain_timeout_ms", self.drain_timeout)] {
-            bounds(setting, u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX), 0, TIMEOUT_MS_MAX)?;
+        let timeouts = [("open_timeout_ms", self.open_timeout, OPEN_TIMEOUT_MS_MIN), ("drain_timeout_ms", self.drain_timeout, 0)];
+        for (setting, timeout, min) in timeouts {
+            bounds(setting, u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX), min, TIMEOUT_MS_MAX)?;
         }
         Ok(())
     }

@@ -82,7 +82,7 @@ pub struct Options {
     /// Threads of each shard that may block in a read or write at a time [default: 8]
     #[arg(long, env = "INFILL_WORKERS")]
     pub(super) workers: Option<u32>,
-    /// How long a blob that cannot be opened for a passing reason is tried before its mount fails [default: 10000]
+    /// How long the lookup of a blob may take, with all its tries, before its mount fails [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_OPEN_TIMEOUT_MS")]
     pub(super) open_timeout_ms: Option<u64>,
     /// How long a stop waits for reads that have begun [default: 10000]

@@ -3,7 +3,7 @@
 //! | file | its subject |
 //! |---|---|
 //! | `router` | the way of a request from the front end to its shard |
-//! | `opener` | opens: which blob is it, how long |
+//! | `opens`, `opener` | opens: which blob is it, how long |
 //! | `shard` | the event loop |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
@@ -20,6 +20,7 @@ pub mod io;
 pub mod machine;
 mod mailbox;
 mod opener;
+mod opens;
 pub mod plan;
 pub mod presence;
 mod probe;
@@ -71,7 +72,7 @@ pub struct Settings {
     pub slots: u32,
     /// Threads of a shard that may block in a read or write at a time.
     pub workers: u32,
-    /// How long the lookup of a blob that may be found later is tried.
+    /// How long the lookup of a blob may take, with all its tries.
     pub open_timeout: Duration,
     /// Records every answer.
     pub tracer: Option<trace::Tracer>,

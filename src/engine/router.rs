@@ -3,10 +3,10 @@
 //! waits for its requests.
 
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use super::mailbox::{Mailbox, Message};
+use super::opens::Opens;
 use super::{Shared, clock::Clock};
 use crate::front::{FrontEnd, FrontError, ObjectId, OpenRequest, Outcome, Request};
 use nix::errno::Errno;
@@ -32,7 +32,7 @@ pub(super) struct Router {
     shared: Arc<Shared>,
     clock: Clock,
     shards: Vec<Mailbox>,
-    openers: SyncSender<OpenRequest>,
+    opens: Arc<Opens>,
     /// What found its receiver's queue full; nothing else is read before it is delivered.
     held: Option<Held>,
     /// The kernel may have more.
@@ -46,8 +46,8 @@ enum Held {
 }
 
 impl Router {
-    pub(super) const fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, openers: SyncSender<OpenRequest>) -> Self {
-        Self { shared, clock, shards, openers, held: None, more: true }
+    pub(super) const fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, opens: Arc<Opens>) -> Self {
+        Self { shared, clock, shards, opens, held: None, more: true }
     }
 
     /// The kernel may have requests.
@@ -102,6 +102,7 @@ impl Router {
 
     /// Answers what it still holds, or leaves it, when the engine stops.
     pub(super) fn give_up(&mut self) {
+        self.opens.end();
         let ticket = match self.held.take() {
             Some(Held::Open(open)) => open.ticket,
             Some(Held::Message(_, Message::Need(need, _))) => need.ticket,
@@ -135,10 +136,7 @@ impl Router {
 
     fn deliver(&mut self, held: Held) {
         self.held = match held {
-            Held::Open(open) => match self.openers.try_send(open) {
-                Ok(()) => None,
-                Err(TrySendError::Full(open) | TrySendError::Disconnected(open)) => Some(Held::Open(open)),
-            },
+            Held::Open(open) => self.opens.push(open).err().map(Held::Open),
             Held::Message(shard, message) => self.shards[shard].try_send(message).err().map(|message| Held::Message(shard, message)),
         };
     }

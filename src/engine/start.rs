@@ -1,9 +1,9 @@
 //! Starting and stopping the engine: shards on their cores, openers beside them.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,8 @@ use super::clock::Clock;
 use super::io::{Io, Watch};
 use super::machine::{Limits, Machine};
 use super::mailbox::{Inbox, Mailbox};
-use super::opener::{OPENERS, OPENS_MAX, Opener};
+use super::opener::Opener;
+use super::opens::Opens;
 use super::ring::{self, Ring};
 use super::router::Router;
 use super::shard::{Parts, Shard};
@@ -76,8 +77,15 @@ impl Engine {
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
         let shared = Arc::new(Shared::new(bells).map_err(EngineError::Resources)?);
-        let (opens, queue) = sync_channel(OPENS_MAX);
-        start_openers(&shared, store, &mailboxes, queue, settings.open_timeout)?;
+        let opens = Arc::new(Opens::new(settings.open_timeout));
+        let opener = Opener {
+            shared: Arc::clone(&shared),
+            store: Arc::clone(store),
+            shards: mailboxes.clone(),
+            opens: Arc::clone(&opens),
+            remembered: Arc::default(),
+        };
+        opener.start()?;
         let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens));
         let cpus = usable_cpus();
         let (report, reports) = sync_channel(inboxes.len());
@@ -169,28 +177,6 @@ impl Shared {
         }
         self.wake_all();
     }
-}
-
-fn start_openers(
-    shared: &Arc<Shared>,
-    store: &Arc<dyn Store>,
-    shards: &[Mailbox],
-    queue: Receiver<crate::front::OpenRequest>,
-    open_timeout: Duration,
-) -> Result<(), EngineError> {
-    let queue = Arc::new(Mutex::new(queue));
-    for n in 0..OPENERS {
-        let opener = Opener {
-            shared: Arc::clone(shared),
-            store: Arc::clone(store),
-            shards: shards.to_vec(),
-            queue: Arc::clone(&queue),
-            open_timeout,
-        };
-        let name = format!("infill-open-{n}");
-        Builder::new().name(name).spawn(move || opener.run()).map_err(EngineError::Resources)?;
-    }
-    Ok(())
 }
 
 /// Waits until every shard has said how it was made.

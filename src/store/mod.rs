@@ -68,6 +68,28 @@ pub trait Blob: Send + Sync + fmt::Debug {
     }
 }
 
+/// A blob that is not there any more: its length is known, and every read of it fails.
+#[derive(Debug)]
+pub struct LostBlob {
+    /// How long it was.
+    pub len_bytes: u64,
+}
+
+impl Blob for LostBlob {
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// In a file that does not exist.
+    fn extent(&self, offset: u64) -> Extent {
+        Extent { len_bytes: self.len_bytes.saturating_sub(offset), data: Data::Read { file: 0, offset } }
+    }
+
+    fn files(&self) -> &[Arc<SourceFile>] {
+        &[]
+    }
+}
+
 /// A run of bytes of a blob that lie together. It ends on a boundary of the machine's pages or at the end of the
 /// blob, because whole pages are written and each comes from one extent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
