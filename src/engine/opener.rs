@@ -3,11 +3,13 @@
 //! Threads come and go with the work; one that hangs in a store holds up neither its open nor the others'.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Builder;
 
 use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 
 use super::mailbox::{Adopted, Mailbox, Message};
 use super::opens::{News, Opens, Pending};
@@ -92,7 +94,11 @@ impl Opener {
     fn finish(&self, pending: Pending, found: Found) {
         match found {
             Found::Blob(blob) => self.open(pending.open, blob),
-            Found::Never(errno) => self.refuse(pending.open.ticket, errno),
+            Found::Never(errno) => match known_len(&pending.open.sink) {
+                // It was served by an earlier daemon: as in `is_gone`.
+                Some(len_bytes) if errno == Errno::ENOENT => self.open(pending.open, Arc::new(LostBlob { len_bytes })),
+                _ => self.refuse(pending.open.ticket, errno),
+            },
             Found::Later(why, errno) => match self.opens.again(pending) {
                 Ok(pause) => tracing::warn!("{why}; trying again in {} ms", pause.as_millis()),
                 Err(pending) => {
@@ -188,4 +194,11 @@ impl Opener {
             tracing::error!("{}", what());
         }
     }
+}
+
+/// The length of an object that was open before, rounded up to what its sink is made of. One that is opened for the
+/// first time has no file yet (`cachefiles_ondemand_fd_llseek`, fs/cachefiles/ondemand.c: `ENOBUFS`).
+fn known_len(sink: &OwnedFd) -> Option<u64> {
+    let len_bytes = lseek(sink, 0, Whence::SeekEnd).ok()?;
+    u64::try_from(len_bytes).ok().filter(|len_bytes| *len_bytes > 0)
 }

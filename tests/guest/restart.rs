@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use infill::lab::bench::restart::Storm;
+use infill::lab::tree::{Content, Entry, Manifest};
 use infill::ops::passing;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -32,6 +33,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("restart_kept_device_of_another_cache_is_refused", kept_for_another_cache),
     ("restart_wrong_kept_descriptor_is_refused", wrong_kept_descriptor),
     ("restart_systemd_keeps_the_device", systemd_keeps_the_device),
+    ("restart_blob_gone_gives_errors", blob_gone),
     ("restart_release_gives_the_device_up", release_gives_up),
 ];
 
@@ -194,6 +196,24 @@ fn keeper_and_daemon_killed(guest: &mut Guest) -> Outcome {
     guest.serve_with(&keeping(guest))?;
     let at = guest.mount(&options)?;
     expect_equal(&at, &data("one.json"), 4, How::Read)?;
+    guest.umount(&at)
+}
+
+/// The blob is taken away between two daemons: the second has never seen it, and its readers get errors all the same.
+fn blob_gone(guest: &mut Guest) -> Outcome {
+    let _released = Released(guest);
+    guest.stock(&["one.img", "one.blob"])?;
+    let arguments = guest.serve_arguments(&["--keep=keeper", "--window=4K"]);
+    guest.serve_with(&arguments)?;
+    let at = guest.mount(&with_blob("one.img", "one.blob"))?;
+    // So that its open has been answered, and nearly all of it is still to be read.
+    let manifest = Manifest::load(&data("one.json"))?;
+    let has_data = |entry: &&Entry| matches!(entry.content, Content::File { len_bytes: 1.., .. });
+    fs::read(at.join(&manifest.entries.iter().find(has_data).ok_or("no file with data")?.path))?;
+    guest.kill()?;
+    fs::remove_file(guest.store.join("one.blob"))?;
+    guest.serve_with(&arguments)?;
+    only_io_errors(Readers::start(&at, &data("one.json"), 4, How::Read)?)?;
     guest.umount(&at)
 }
 
