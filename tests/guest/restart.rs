@@ -98,7 +98,7 @@ fn storm(guest: &mut Guest, orderly: bool, programs: &[&str]) -> Outcome {
     let figures = storm.run(|number| println!("ended the daemon {number} times"))?;
     println!("{}", serde_json::to_string(&figures)?);
     let _ = fs::remove_file(UPGRADED);
-    if !figures.is_good() || figures.kills_with_waiters == 0 || figures.rounds == 0 {
+    if !figures.is_good() || figures.kills_with_readers == 0 || figures.rounds == 0 {
         return Err(figures.table().into());
     }
     Ok(())

@@ -38,8 +38,9 @@ const READERS: usize = 8;
 const READ_BYTES: usize = 64 << 10;
 /// The daemon brings little at a time, so that it is nearly always asked for more.
 const WINDOW: &str = "--window=64K";
-/// Longest life of a daemon. The moment of its end is random below one of these: the first is its start.
-const LIVES_MS: [u64; 3] = [60, 400, 1500];
+/// Longest life of a daemon that became ready; its end comes at a random moment before. One in three is ended before it
+/// is ready.
+const LIVES_MS: [u64; 2] = [150, 1500];
 /// How long a daemon may take to be ready, or to end when asked to.
 const DAEMON_LIMIT: Duration = Duration::from_secs(60);
 /// How long the rounds may take to come to an end after the last kill. A reader that hangs is lost.
@@ -77,8 +78,12 @@ pub struct Storm {
 pub struct Figures {
     /// How often the daemon was ended.
     pub kills: usize,
-    /// Of them, with a reader inside a read(2), or a mount waiting.
-    pub kills_with_waiters: usize,
+    /// Of them, before it was ready.
+    pub kills_at_start: usize,
+    /// Of all, with a reader inside a read(2).
+    pub kills_with_readers: usize,
+    /// Of all, with a mount waiting.
+    pub kills_with_mount: usize,
     /// Reads and mounts that failed.
     pub read_errors: usize,
     /// Bytes of files that read as something else.
@@ -121,10 +126,8 @@ impl Figures {
     pub fn table(&self) -> String {
         let rows = [
             ("kernel", self.kernel.clone()),
-            (
-                "daemon ended",
-                format!("{} times, {} of them with readers or a mount waiting (seed {})", self.kills, self.kills_with_waiters, self.seed),
-            ),
+            ("daemon ended", format!("{} times (seed {}), {} of them while it started", self.kills, self.seed, self.kills_at_start)),
+            ("under", format!("a reader in read(2): {} times; a mount: {} times", self.kills_with_readers, self.kills_with_mount)),
             ("read", format!("{} reads, {:.1} MB, {} cold rounds of {READERS} readers", self.reads, self.bytes as f64 / 1e6, self.rounds)),
             ("errors", format!("{} reads failed, {} bytes were wrong", self.read_errors, self.wrong_bytes)),
             ("longest wait", format!("{} ms for a read, {} ms for a mount", self.longest_stall_ms, self.longest_mount_ms)),
@@ -173,8 +176,10 @@ struct Watch {
     manifest: Manifest,
     /// No further round.
     enough: AtomicBool,
-    /// Readers inside read(2) and mounts inside mount(2).
-    waiting: AtomicUsize,
+    /// Readers inside read(2) or open(2).
+    reading: AtomicUsize,
+    /// Mounts inside mount(2).
+    mounting: AtomicUsize,
     figures: Mutex<Figures>,
 }
 
@@ -190,12 +195,15 @@ impl Storm {
         let manifest = Manifest::load(&self.store.join(&self.names[2]))?;
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
         let figures = Mutex::new(Figures { kills: self.kills, seed: self.seed, kernel, ..Figures::default() });
-        let watch = Watch { manifest, enough: AtomicBool::new(false), waiting: AtomicUsize::new(0), figures };
+        let watch =
+            Watch { manifest, enough: AtomicBool::new(false), reading: AtomicUsize::new(0), mounting: AtomicUsize::new(0), figures };
         std::thread::scope(|scope| {
+            let began = Instant::now();
             let mut daemon = Daemon::start(self, 0)?;
             daemon.await_ready()?;
+            let start_ms = millis(began.elapsed());
             let rounds = scope.spawn(|| self.rounds(&watch));
-            let ended = self.end_and_start(&mut daemon, &watch, on_kill);
+            let ended = self.end_and_start(&mut daemon, start_ms, &watch, on_kill);
             if let Err(error) = &ended {
                 println!("{error}");
             }
@@ -216,16 +224,24 @@ impl Storm {
         Ok(watch.figures.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Ends the daemon at random moments.
-    fn end_and_start(&self, daemon: &mut Daemon, watch: &Watch, mut on_kill: impl FnMut(usize)) -> Result<()> {
+    /// Ends the daemon at random moments; `start_ms` is what a start takes.
+    fn end_and_start(&self, daemon: &mut Daemon, start_ms: u64, watch: &Watch, mut on_kill: impl FnMut(usize)) -> Result<()> {
         let mut rng = Rng::new(self.seed);
         for number in 1..=self.kills {
-            let longest = rng.pick(&LIVES_MS);
+            let at_start = rng.below(3) == 0;
+            let longest = if at_start { start_ms.max(1) } else { rng.pick(&LIVES_MS) };
+            if !at_start {
+                daemon.await_ready()?;
+            }
             std::thread::sleep(Duration::from_millis(rng.below(longest)));
-            let waiters = watch.waiting.load(Ordering::Relaxed);
+            let (reading, mounting) = (watch.reading.load(Ordering::Relaxed), watch.mounting.load(Ordering::Relaxed));
             daemon.end(self.orderly)?;
             *daemon = Daemon::start(self, number)?;
-            watch.note(|figures| figures.kills_with_waiters += usize::from(waiters > 0));
+            watch.note(|figures| {
+                figures.kills_at_start += usize::from(at_start);
+                figures.kills_with_readers += usize::from(reading > 0);
+                figures.kills_with_mount += usize::from(mounting > 0);
+            });
             on_kill(number);
         }
         daemon.await_ready()
@@ -240,7 +256,7 @@ impl Storm {
             let [image, blob, _] = &self.names;
             let options = format!("fsid={image},domain_id=round{round},device={blob}");
             let began = Instant::now();
-            let mounted = watch.inside(|| mount(Some("none"), &self.at, Some("erofs"), MsFlags::MS_RDONLY, Some(&*options)));
+            let mounted = inside(&watch.mounting, || mount(Some("none"), &self.at, Some("erofs"), MsFlags::MS_RDONLY, Some(&*options)));
             let took_ms = millis(began.elapsed());
             watch.note(|figures| figures.longest_mount_ms = figures.longest_mount_ms.max(took_ms));
             match mounted {
@@ -283,14 +299,6 @@ impl Watch {
         });
     }
 
-    /// Counts the caller among those who wait.
-    fn inside<T>(&self, call: impl FnOnce() -> T) -> T {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let result = call();
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
-        result
-    }
-
     /// Reads every file once, with all readers, from different places of the list on.
     fn read_all(&self, root: &Path, round: usize) {
         let next = AtomicUsize::new(0);
@@ -321,12 +329,12 @@ impl Watch {
 
     fn content(&self, path: &Path, len_bytes: u64) -> std::io::Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(usize::try_from(len_bytes).unwrap_or(0) + 1);
-        let mut file = self.inside(|| File::open(path))?;
+        let mut file = inside(&self.reading, || File::open(path))?;
         let (mut reads, mut longest) = (0, Duration::ZERO);
         let mut part = vec![0; READ_BYTES];
         let result = loop {
             let began = Instant::now();
-            let result = self.inside(|| file.read(&mut part));
+            let result = inside(&self.reading, || file.read(&mut part));
             longest = longest.max(began.elapsed());
             reads += 1;
             match result {
@@ -341,6 +349,14 @@ impl Watch {
         });
         result
     }
+}
+
+/// Counts the caller among those who wait.
+fn inside<T>(who: &AtomicUsize, call: impl FnOnce() -> T) -> T {
+    who.fetch_add(1, Ordering::Relaxed);
+    let result = call();
+    who.fetch_sub(1, Ordering::Relaxed);
+    result
 }
 
 /// A daemon as a child of this process; killed when dropped.
