@@ -88,6 +88,9 @@ pub struct GuestArgs {
     /// Time that the disks take for a request
     #[arg(long, value_name = "US", default_value_t = 50)]
     disk_latency_us: u64,
+    /// Read the store's files into memory before the cold read
+    #[arg(long)]
+    warm_source: bool,
     /// Guests at a time; their clocks do not notice
     #[arg(long, default_value_t = 2)]
     jobs: usize,
@@ -127,6 +130,7 @@ struct Report {
     files: usize,
     bytes: u64,
     disk_latency_us: u64,
+    warm_source: bool,
     cells: Vec<Figures>,
     failed: Vec<Failed>,
 }
@@ -134,11 +138,12 @@ struct Report {
 fn guest(args: &GuestArgs) -> std::result::Result<(), Failure> {
     let report = measure(args).map_err(|error| Failure::new(exit::FAILED, error))?;
     println!(
-        "\nLinux {}, {} files ({:.1} MB), disks of {} us, one CPU, one instruction a nanosecond",
+        "\nLinux {}, {} files ({:.1} MB), disks of {} us, {} sources, one CPU, one instruction a nanosecond",
         report.kernel,
         report.files,
         report.bytes as f64 / 1e6,
-        report.disk_latency_us
+        report.disk_latency_us,
+        if report.warm_source { "warm" } else { "cold" }
     );
     print!("{}", tables(&report.cells));
     for cell in &report.failed {
@@ -169,7 +174,7 @@ fn measure(args: &GuestArgs) -> Result<Report> {
             for (daemon, argv) in &daemons {
                 let (daemon, argv) = (daemon.clone(), argv.clone());
                 let disk_latency_ns = args.disk_latency_us * 1000;
-                cells.push(Cell { daemon, argv, scenario: *scenario, cache_fs: *cache_fs, disk_latency_ns });
+                cells.push(Cell { daemon, argv, scenario: *scenario, cache_fs: *cache_fs, disk_latency_ns, warm_source: args.warm_source });
             }
         }
     }
@@ -181,6 +186,7 @@ fn measure(args: &GuestArgs) -> Result<Report> {
         files: data.files,
         bytes: data.bytes,
         disk_latency_us: args.disk_latency_us,
+        warm_source: args.warm_source,
         cells: Vec::new(),
         failed: Vec::new(),
     };

@@ -19,11 +19,13 @@ use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, Device};
 use crate::front::sim::socket::SocketFront;
+use crate::ops::confine::{self, Kept, Mode, User};
 use crate::ops::keep::{Keep, KeepError, KeepMode};
+use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::{erofs, exit, limits, log};
-use crate::store::{Store, Stores};
+use crate::store::{Store, StoreSpec, Stores};
 
 /// How long the printing of traced requests may take after the engine has stopped.
 const PRINT_MAX: Duration = Duration::from_secs(2);
@@ -72,11 +74,15 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
+    let claimed = claim(&config)?;
+    let user = become_user(&config)?;
     let store = open_stores(&config)?;
-    let (front, mut keep) = open_front(&config, sim_socket)?;
+    let (front, mut keep) = open_front(&config, claimed, sim_socket)?;
     seed(&config, &*store);
+    let store = confine_to(&config, user.as_ref(), store)?;
     let (tracer, printer) = start_tracer(trace_requests)?;
-    let engine = start_engine(&config, &front, &store, tracer)?;
+    let engine = start_engine(&config, raised, &front, &store, tracer)?;
+    seal(&config);
     announce(&config, &*front, &engine, keep.as_ref());
     let started = engine.started().clone();
     let result = serve(&config, engine, &signals, &*front, keep.as_mut());
@@ -91,30 +97,37 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
     Ok(Arc::new(stores))
 }
 
+/// Makes this process the one that serves this kernel; with the rights of whoever starts it, whose directory that is.
+fn claim(config: &Config) -> Result<Option<Keep>, Failure> {
+    if config.front_end == FrontEndKind::Sim {
+        return Ok(None);
+    }
+    Keep::claim(&config.state_dir).map(Some).map_err(|error| Failure::new(error.exit_code(), error))
+}
+
 /// The kernel interface, and for the one of a real kernel the hold on it that outlives this process.
-fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<(Arc<dyn FrontEnd>, Option<Keep>), Failure> {
-    match (config.front_end, sim_socket) {
-        (FrontEndKind::Sim, Some(0)) => {
+fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -> Result<(Arc<dyn FrontEnd>, Option<Keep>), Failure> {
+    match (claimed, sim_socket) {
+        (None, Some(0)) => {
             let front =
                 SocketFront::from_stdin().map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
             Ok((Arc::new(front), None))
         }
-        (FrontEndKind::Sim, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
-        (FrontEndKind::Auto | FrontEndKind::Cachefiles, _) => {
+        (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
+        (Some(mut keep), _) => {
             let mut options = BindOptions::new(&config.cache_dir);
             options.tag.clone_from(&config.tag);
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
-            let (device, keep) = open_device(config, &options)?;
+            let device = open_device(config, &options, &mut keep)?;
             Ok((device, Some(keep)))
         }
     }
 }
 
 /// Takes over the device that an earlier daemon had, or binds it.
-fn open_device(config: &Config, options: &BindOptions) -> Result<(Arc<Device>, Keep), Failure> {
+fn open_device(config: &Config, options: &BindOptions, keep: &mut Keep) -> Result<Arc<Device>, Failure> {
     let failed = |error: KeepError| Failure::new(error.exit_code(), error);
-    let mut keep = Keep::claim(&config.state_dir).map_err(failed)?;
     let device = match keep.find().map_err(failed)? {
         Some(kept) => Device::take_over(kept, options, &keep.noted_cache())
             .inspect(|_| tracing::info!("took over the device of an earlier daemon: mounted images go on, unanswered requests come again")),
@@ -123,11 +136,11 @@ fn open_device(config: &Config, options: &BindOptions) -> Result<(Arc<Device>, K
     let device = device.map_err(|error| Failure::new(error.exit_code(), error))?;
     // A kernel that does not repeat requests would leave readers and mounts hanging, for whom errors are better.
     let mode = if device.caps().reopens { config.keep } else { KeepMode::Off };
-    match keep.hold(mode, device.poll_fd(), &config.cache_dir) {
+    match keep.hold(mode, device.requests(), &config.cache_dir) {
         Err(error) if mode == KeepMode::Auto => tracing::warn!("nobody keeps the device over a restart: {error}"),
         result => result.map_err(failed)?,
     }
-    Ok((device, keep))
+    Ok(device)
 }
 
 /// Shares the blobs that are configured with the cache: after binding, when the cache is checked and ours, and before
@@ -146,6 +159,34 @@ fn seed(config: &Config, store: &dyn Store) {
     }
 }
 
+/// The capabilities stay until the device is bound.
+fn become_user(config: &Config) -> Result<Option<User>, Failure> {
+    let Some(account) = &config.user else { return Ok(None) };
+    let user = User::find(account).and_then(|user| user.become_it().map(|()| user));
+    user.map(Some).map_err(|error| Failure::new(error.exit_code(), error))
+}
+
+/// Gives up what serving does not need, before there is a second thread. Gives the stores, opened again as whom and
+/// with what is left: what the daemon will not be able to read shows now.
+fn confine_to(config: &Config, user: Option<&User>, before: Arc<dyn Store>) -> Result<Arc<dyn Store>, Failure> {
+    drop(before);
+    let readable: Vec<_> = config.stores.iter().map(StoreSpec::path).collect();
+    let writable = [config.cache_dir.as_path()];
+    let kept = Kept { user, readable: &readable, writable: &writable };
+    let parts = confine::confine(config.confine, &kept).map_err(|error| Failure::new(error.exit_code(), error))?;
+    confine::announce(config.confine, user, &parts);
+    open_stores(config)
+}
+
+/// After the engine has made its rings.
+fn seal(config: &Config) {
+    if config.confine != Mode::Off
+        && let Err(why) = confine::calls::seal()
+    {
+        tracing::warn!("rings can still be made, which seccomp was to prevent: {why}");
+    }
+}
+
 fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>), Failure> {
     if !wanted {
         return Ok((None, None));
@@ -155,7 +196,14 @@ fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>)
     Ok((Some(tracer), Some(printer)))
 }
 
-fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, tracer: Option<Tracer>) -> Result<Engine, Failure> {
+fn start_engine(
+    config: &Config,
+    raised: Raised,
+    front: &Arc<dyn FrontEnd>,
+    store: &Arc<dyn Store>,
+    tracer: Option<Tracer>,
+) -> Result<Engine, Failure> {
+    let fd_budget = limits::fd_budget(config.fd_budget, raised).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let settings = Settings {
         shards: config.shards,
         kind: config.engine,
@@ -163,6 +211,7 @@ fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Stor
         slot_bytes: config.slot_bytes,
         slots: config.slots,
         workers: config.workers,
+        fd_budget,
         open_timeout: config.open_timeout,
         tracer,
     };
@@ -249,7 +298,7 @@ fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
 
 /// Starts another keeper.
 fn renew(keep: &mut Keep, front: &dyn FrontEnd) {
-    match keep.renew(front.poll_fd()) {
+    match keep.renew(front.requests()) {
         Ok(()) => tracing::warn!("the keeper had died; another one keeps the device now"),
         Err(error) => tracing::error!("the keeper has died, and nobody keeps the device over a restart now: {error}"),
     }
@@ -275,6 +324,8 @@ fn finish(printer: Option<JoinHandle<()>>) {
 
 fn report(started: &Started, result: Result<Snapshot, EngineError>, json: bool) -> Result<(), Failure> {
     let snapshot = result.map_err(|error| Failure::new(exit::FAILED, error))?;
+    let Snapshot { bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, .. } = snapshot;
+    tracing::info!(bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, "where the cache's bytes came from");
     tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
     if json {
         let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot));

@@ -3,7 +3,7 @@
 //! Threads come and go with the work; one that hangs in a store holds up neither its open nor the others'.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Builder;
@@ -93,15 +93,15 @@ impl Opener {
 
     fn finish(&self, pending: Pending, found: Found) {
         match found {
-            Found::Blob(blob) => self.open(pending.open, blob),
-            Found::Never(errno) => match known_len(&pending.open.sink) {
+            Found::Blob(blob) => self.open(pending, blob),
+            Found::Never(errno) => match known_len(pending.open.sink.as_fd()) {
                 // It was served by an earlier daemon: as in `is_gone`.
-                Some(len_bytes) if errno == Errno::ENOENT => self.open(pending.open, Arc::new(LostBlob { len_bytes })),
+                Some(len_bytes) if errno == Errno::ENOENT => self.open(pending, Arc::new(LostBlob { len_bytes })),
                 _ => self.refuse(pending.open.ticket, errno),
             },
             Found::Later(why, errno) => match self.opens.again(pending) {
-                Ok(pause) => tracing::warn!("{why}; trying again in {} ms", pause.as_millis()),
-                Err(pending) => {
+                None => tracing::warn!("{why}; trying again"),
+                Some(pending) => {
                     if self.shared.may_log_failure() {
                         tracing::error!("{why}; its mount or its reads fail");
                     }
@@ -111,8 +111,9 @@ impl Opener {
         }
     }
 
-    fn open(&self, open: OpenRequest, blob: Arc<dyn Blob>) {
-        let OpenRequest { object, key, ticket, sink } = open;
+    fn open(&self, pending: Pending, blob: Arc<dyn Blob>) {
+        let Pending { open: OpenRequest { object, key, ticket, sink }, mut charge, .. } = pending;
+        charge.set(1 + blob.files().len() as u64);
         let len_bytes = blob.len_bytes();
         self.remember(&key, len_bytes);
         let shard = &self.shards[owner(object, self.shards.len())];
@@ -120,7 +121,7 @@ impl Opener {
         // closed fails the open.
         let _open = Arc::clone(&sink);
         // The shard must know the object before the kernel hears that it is open: its requests follow at once.
-        let adopted = Adopted { object, key: Arc::new(key), blob, sink };
+        let adopted = Adopted { object, key: Arc::new(key), blob, sink, charge };
         if let Err(message) = shard.send(Message::Adopt(adopted)) {
             self.refuse(ticket, Errno::ECANCELED);
             return drop(message);
@@ -198,7 +199,7 @@ impl Opener {
 
 /// The length of an object that was open before, rounded up to what its sink is made of. One that is opened for the
 /// first time has no file yet (`cachefiles_ondemand_fd_llseek`, fs/cachefiles/ondemand.c: `ENOBUFS`).
-fn known_len(sink: &OwnedFd) -> Option<u64> {
+fn known_len(sink: BorrowedFd<'_>) -> Option<u64> {
     let len_bytes = lseek(sink, 0, Whence::SeekEnd).ok()?;
     u64::try_from(len_bytes).ok().filter(|len_bytes| *len_bytes > 0)
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 
+use super::fds::Charge;
 use crate::front::OpenRequest;
 use crate::key::Key;
 
@@ -26,6 +27,7 @@ const IDLE_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) open: OpenRequest,
+    pub(super) charge: Charge,
     /// When it is refused if it still has no answer.
     deadline: Instant,
     pause: Duration,
@@ -109,12 +111,12 @@ impl Opens {
     }
 
     /// Takes an open, or gives it back if there are too many, or if the engine ends.
-    pub(super) fn push(&self, open: OpenRequest) -> Result<(), OpenRequest> {
+    pub(super) fn push(&self, open: OpenRequest, charge: Charge) -> Result<(), (OpenRequest, Charge)> {
         let mut state = self.lock();
         if state.ended || state.len() >= OPENS_MAX {
-            return Err(open);
+            return Err((open, charge));
         }
-        state.queued.push_back(Pending { open, deadline: Instant::now() + self.timeout, pause: PAUSE_MIN });
+        state.queued.push_back(Pending { open, charge, deadline: Instant::now() + self.timeout, pause: PAUSE_MIN });
         self.work.notify_one();
         // Its deadline is to be watched, and perhaps there is no thread for it.
         self.news.notify_one();
@@ -142,18 +144,17 @@ impl Opens {
         self.lock().running.try_remove(place).flatten()
     }
 
-    /// Tries an open again after a pause, which this returns; or gives it back if its time or the engine ends
-    /// before that.
-    pub(super) fn again(&self, mut pending: Pending) -> Result<Duration, Pending> {
+    /// Tries an open again after a pause. Gives it back if its time or the engine ends before that.
+    pub(super) fn again(&self, mut pending: Pending) -> Option<Pending> {
         let mut state = self.lock();
-        let (pause, at) = (pending.pause, Instant::now() + pending.pause);
+        let at = Instant::now() + pending.pause;
         if state.ended || at >= pending.deadline {
-            return Err(pending);
+            return Some(pending);
         }
-        pending.pause = (pause * 2).min(PAUSE_MAX);
+        pending.pause = (pending.pause * 2).min(PAUSE_MAX);
         state.later.push((at, pending));
         self.news.notify_one();
-        Ok(pause)
+        None
     }
 
     /// Threads that were wanted could not be started.

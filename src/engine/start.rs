@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -13,17 +13,18 @@ use nix::unistd::Pid;
 use super::blocking::Blocking;
 use super::buffers::Buffers;
 use super::clock::Clock;
+use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
 use super::machine::{Limits, Machine};
 use super::mailbox::{Inbox, Mailbox};
 use super::opener::Opener;
 use super::opens::Opens;
 use super::ring::{self, Ring};
-use super::router::Router;
-use super::shard::{Parts, Shard};
+use super::router::{BATCH_MAX, Router};
+use super::shard::{Intake, Parts, Shard};
 use super::stats::Snapshot;
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
-use crate::front::FrontEnd;
+use crate::front::{FrontEnd, MESSAGE_MAX_BYTES};
 use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
@@ -61,6 +62,7 @@ struct Plan {
     shared: Arc<Shared>,
     clock: Clock,
     inbox: Inbox,
+    offers: Sender<Offer>,
 }
 
 impl Engine {
@@ -76,7 +78,7 @@ impl Engine {
         }
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
-        let shared = Arc::new(Shared::new(bells).map_err(EngineError::Resources)?);
+        let shared = Arc::new(Shared::new(bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
         let opens = Arc::new(Opens::new(settings.open_timeout));
         let opener = Opener {
             shared: Arc::clone(&shared),
@@ -86,7 +88,8 @@ impl Engine {
             remembered: Arc::default(),
         };
         opener.start()?;
-        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens));
+        let (evictor, offers) = Evictor::new(Arc::clone(&shared));
+        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens, evictor));
         let cpus = usable_cpus();
         let (report, reports) = sync_channel(inboxes.len());
         let mut shards = Vec::new();
@@ -100,6 +103,7 @@ impl Engine {
                 shared: Arc::clone(&shared),
                 clock,
                 inbox,
+                offers: offers.clone(),
             };
             shards.push(plan.spawn(report.clone()).inspect_err(|_| shared.abandon())?);
         }
@@ -230,12 +234,12 @@ impl Plan {
         if self.settings.kind == EngineKind::Blocking {
             return Ok(None);
         }
-        let settings = ring::Settings { depth: self.settings.slots, workers: self.settings.workers };
+        let settings = ring::Settings { depth: self.settings.slots, receives: BATCH_MAX, workers: self.settings.workers };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 
     fn watch(&self) -> Watch<'_> {
-        Watch { requests: self.router.as_ref().map(|_| self.front.poll_fd()), wake: self.inbox.fd() }
+        Watch { requests: self.router.as_ref().map(|_| self.front.requests()), wake: self.inbox.fd() }
     }
 
     fn serve_blocking(
@@ -257,6 +261,11 @@ impl Plan {
         io: I,
         buffers: Buffers,
     ) -> Result<(), EngineError> {
+        let intake = match self.router.map(|router| (router, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
+            None => None,
+            Some((router, Ok(messages))) => Some(Intake { front: Arc::clone(&self.front), router, messages }),
+            Some((_, Err(error))) => return drop_report(report, EngineError::Resources(error)),
+        };
         let caps = self.front.caps();
         let limits = Limits {
             page_bytes: caps.align_bytes,
@@ -274,7 +283,8 @@ impl Plan {
             shared: self.shared,
             clock: self.clock,
             inbox: self.inbox,
-            receiver: self.router.map(|router| (self.front, router)),
+            offers: self.offers,
+            intake,
             machine: Machine::new(limits),
             tracer: self.settings.tracer,
             io,

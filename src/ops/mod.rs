@@ -1,6 +1,7 @@
-//! What an operator meets: the doctor, limits, signals, the log, exit codes, who holds the device, and who
-//! keeps it over a restart.
+//! What an operator meets: confinement, the doctor, limits, signals, the log, exit codes, who holds the device, and
+//! who keeps it over a restart.
 
+pub mod confine;
 pub mod doctor;
 pub mod erofs;
 pub mod exit;

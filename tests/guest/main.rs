@@ -8,6 +8,9 @@
 //! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored): building the kernels takes some
 //! minutes the first time, and needs Debian's source packages.
 
+mod bad_disk;
+mod confine;
+mod disturbances;
 mod failures;
 mod fixtures;
 mod guest;
@@ -18,6 +21,7 @@ mod restart;
 mod runner;
 mod seed;
 mod serve;
+mod sources;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -32,7 +36,10 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS, restart::TESTS].into_iter().flatten().copied()
+    [serve::TESTS, sources::TESTS, failures::TESTS, disturbances::TESTS, confine::TESTS, lifecycle::TESTS, seed::TESTS, restart::TESTS]
+        .into_iter()
+        .flatten()
+        .copied()
 }
 
 fn main() -> ExitCode {

@@ -168,7 +168,8 @@ fn the_keeper() -> Result<i32> {
 fn dead_keeper_is_replaced(guest: &mut Guest) -> Outcome {
     let _released = Released(guest);
     guest.stock(&["one.img", "one.blob"])?;
-    guest.serve_with(&keeping(guest))?;
+    // A confined daemon cannot start processes.
+    guest.serve_with(&guest.serve_arguments(&["--keep=keeper", "--confine=off"]))?;
     let at = guest.mount(&with_blob("one.img", "one.blob"))?;
     let first = the_keeper()?;
     kill(Pid::from_raw(first), Signal::SIGKILL)?;

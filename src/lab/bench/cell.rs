@@ -1,6 +1,7 @@
 //! The guest's side: one cell from its disks to its result.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -50,6 +51,9 @@ pub fn run() -> Result<()> {
     meter::count_reads()?;
     let daemon = Daemon::start(&cell.argv)?;
     drop_caches()?;
+    if cell.warm_source {
+        warm_source()?;
+    }
     let measured = Measured { daemon: daemon.as_ref().map(|d| d.0.id().cast_signed()) };
     let result = measured.phases(&plan);
     if result.is_err() {
@@ -96,6 +100,16 @@ fn drop_caches() -> Result<()> {
     sync();
     fs::write("/proc/sys/vm/drop_caches", "3").trying(|| "cannot drop the caches")?;
     std::thread::sleep(QUIET);
+    Ok(())
+}
+
+/// Brings the store's files into the page cache.
+fn warm_source() -> Result<()> {
+    for name in [IMAGE, BLOB] {
+        let path = Path::new(STORE_DIR).join(name);
+        let copied = File::open(&path).and_then(|mut file| io::copy(&mut file, &mut io::sink()));
+        copied.trying(|| format!("cannot read {}", path.display()))?;
+    }
     Ok(())
 }
 

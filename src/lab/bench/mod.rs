@@ -113,6 +113,8 @@ pub struct Cell {
     pub cache_fs: CacheFs,
     /// Time from a request to its completion, of both disks.
     pub disk_latency_ns: u64,
+    /// The store's files are in the page cache when the cold read begins.
+    pub warm_source: bool,
 }
 
 /// What happened in one phase.

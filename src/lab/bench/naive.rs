@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -15,14 +15,14 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::front::cachefiles::{BindOptions, Device};
-use crate::front::{FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request};
+use crate::front::{FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Sink};
 use crate::lab::{LabError, Result, Trying};
 
 /// Longest copy at a time.
 const BUFFER_BYTES: usize = 1 << 20;
 
 struct Object {
-    sink: Arc<OwnedFd>,
+    sink: Arc<dyn Sink>,
     blob: File,
     len_bytes: u64,
 }
@@ -43,7 +43,7 @@ pub fn serve(cache_dir: &Path, store: &Path) -> Result<Infallible> {
     let buffer = MmapMut::map_anon(BUFFER_BYTES).trying(|| "cannot have a buffer")?;
     let mut naive = Naive { store, objects: HashMap::new(), buffer };
     loop {
-        let mut fds = [PollFd::new(device.poll_fd(), PollFlags::POLLIN)];
+        let mut fds = [PollFd::new(device.requests(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::NONE).trying(|| "cannot wait for requests")?;
         while let Some(request) = device.next().map_err(|e| LabError::Failed(e.to_string()))? {
             naive.handle(request);

@@ -240,7 +240,14 @@ mod tests {
     use super::*;
 
     fn cell() -> Cell {
-        Cell { daemon: "x".into(), argv: Vec::new(), scenario: Scenario::Seq1, cache_fs: CacheFs::Xfs, disk_latency_ns: 0 }
+        Cell {
+            daemon: "x".into(),
+            argv: Vec::new(),
+            scenario: Scenario::Seq1,
+            cache_fs: CacheFs::Xfs,
+            disk_latency_ns: 0,
+            warm_source: false,
+        }
     }
 
     #[test]
