@@ -103,6 +103,14 @@ fn the_doctor_speaks_json() {
 }
 
 #[test]
+fn there_is_nothing_to_release_and_a_keeper_is_not_started_by_hand() {
+    let dir = tempfile::tempdir().expect("a scratch directory");
+    let state = dir.path().join("state");
+    refused(&["release", "--state-dir", state.to_str().expect("text")], 1, &["nothing to release", "/state"]);
+    refused(&["keeper"], 1, &["infill serve"]);
+}
+
+#[test]
 fn a_user_that_does_not_exist_is_named() {
     refused(&["serve", "--store", "dir:/tmp", "--user", "no-such-user"], 78, &["no-such-user", "UID:GID"]);
     refused(&["serve", "--store", "dir:/tmp", "--user", "root:wheel"], 78, &["user = root:wheel", "number of a group"]);

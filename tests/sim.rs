@@ -72,6 +72,7 @@ fn every_world_keeps_the_rules() {
         Err(report) => panic!("{report}"),
     };
     println!("{seen:?}");
+    assert!(seen.restarts > 0, "no daemon ended: {seen:?}");
     assert!(seen.readers_served > seen.readers_failed, "the worlds are too hostile to show much: {seen:?}");
 }
 

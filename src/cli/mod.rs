@@ -4,6 +4,7 @@ pub mod bench;
 pub mod demo;
 pub mod doctor;
 pub mod prefetch;
+pub mod release;
 pub mod serve;
 
 use std::process::ExitCode;
@@ -23,6 +24,7 @@ enum Verb {
     /// Answer the kernel's requests until told to stop
     Serve(Box<serve::ServeArgs>),
     Prefetch(prefetch::PrefetchArgs),
+    Release(release::ReleaseArgs),
     /// Find out whether this host can serve images, and what to do if not
     Doctor(doctor::DoctorArgs),
     /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
@@ -30,6 +32,9 @@ enum Verb {
     /// Measure: one command for each published table
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// The process that keeps the device between two daemons
+    #[command(hide = true)]
+    Keeper,
     /// First process of a lab guest
     #[command(hide = true)]
     LabInit,
@@ -57,6 +62,10 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Serve(args) => serve::run(*args),
         Verb::Prefetch(args) => prefetch::run(&args),
+        Verb::Release(args) => release::run(&args),
+        Verb::Keeper => crate::ops::keeper::main().map_err(|e| {
+            Failure::new(crate::ops::exit::FAILED, format!("the keeper is started by infill serve; there is no other use for it: {e}"))
+        }),
         Verb::Doctor(args) => return doctor::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(what) => bench::run(&what),

@@ -20,6 +20,7 @@ use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, Device};
 use crate::front::sim::socket::SocketFront;
 use crate::ops::confine::{self, Kept, Mode, User};
+use crate::ops::keep::{Keep, KeepError, KeepMode};
 use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
@@ -73,19 +74,20 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
+    let claimed = claim(&config)?;
     let user = become_user(&config)?;
     let store = open_stores(&config)?;
-    let front = open_front(&config, sim_socket)?;
+    let (front, mut keep) = open_front(&config, claimed, sim_socket)?;
     seed(&config, &*store);
     let store = confine_to(&config, user.as_ref(), store)?;
     let (tracer, printer) = start_tracer(trace_requests)?;
     let engine = start_engine(&config, raised, &front, &store, tracer)?;
     seal(&config);
-    announce(&config, &*front, &engine);
+    announce(&config, &*front, &engine, keep.as_ref());
     let started = engine.started().clone();
-    let result = serve(&config, engine, &signals);
+    let result = serve(&config, engine, &signals, &*front, keep.as_mut());
     finish(printer);
-    // The kernel fails what still waits, and unbinds, when the device is closed.
+    // If nobody else keeps the device, the kernel now fails what still waits, and unbinds.
     drop(front);
     report(&started, result, json)
 }
@@ -95,23 +97,50 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
     Ok(Arc::new(stores))
 }
 
-fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Arc<dyn FrontEnd>, Failure> {
-    match (config.front_end, sim_socket) {
-        (FrontEndKind::Sim, Some(0)) => {
+/// Makes this process the one that serves this kernel; with the rights of whoever starts it, whose directory that is.
+fn claim(config: &Config) -> Result<Option<Keep>, Failure> {
+    if config.front_end == FrontEndKind::Sim {
+        return Ok(None);
+    }
+    Keep::claim(&config.state_dir).map(Some).map_err(|error| Failure::new(error.exit_code(), error))
+}
+
+/// The kernel interface, and for the one of a real kernel the hold on it that outlives this process.
+fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -> Result<(Arc<dyn FrontEnd>, Option<Keep>), Failure> {
+    match (claimed, sim_socket) {
+        (None, Some(0)) => {
             let front = SocketFront::from_stdin(&config.cache_dir)
                 .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-            Ok(Arc::new(front))
+            Ok((Arc::new(front), None))
         }
-        (FrontEndKind::Sim, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
-        (FrontEndKind::Auto | FrontEndKind::Cachefiles, _) => {
+        (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
+        (Some(mut keep), _) => {
             let mut options = BindOptions::new(&config.cache_dir);
             options.tag.clone_from(&config.tag);
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
-            let device = Device::bind(&options).map_err(|error| Failure::new(error.exit_code(), error))?;
-            Ok(device)
+            let device = open_device(config, &options, &mut keep)?;
+            Ok((device, Some(keep)))
         }
     }
+}
+
+/// Takes over the device that an earlier daemon had, or binds it.
+fn open_device(config: &Config, options: &BindOptions, keep: &mut Keep) -> Result<Arc<Device>, Failure> {
+    let failed = |error: KeepError| Failure::new(error.exit_code(), error);
+    let device = match keep.find().map_err(failed)? {
+        Some(kept) => Device::take_over(kept, options, &keep.noted_cache())
+            .inspect(|_| tracing::info!("took over the device of an earlier daemon: mounted images go on, unanswered requests come again")),
+        None => Device::bind(options),
+    };
+    let device = device.map_err(|error| Failure::new(error.exit_code(), error))?;
+    // A kernel that does not repeat requests would leave readers and mounts hanging, for whom errors are better.
+    let mode = if device.caps().reopens { config.keep } else { KeepMode::Off };
+    match keep.hold(mode, device.requests(), &config.cache_dir) {
+        Err(error) if mode == KeepMode::Auto => tracing::warn!("nobody keeps the device over a restart: {error}"),
+        result => result.map_err(failed)?,
+    }
+    Ok(device)
 }
 
 /// Shares the blobs that are configured with the cache: after binding, when the cache is checked and ours, and before
@@ -193,8 +222,9 @@ fn start_engine(
     })
 }
 
-/// Says that requests are being answered: in the log, and on standard output for whoever waits for it.
-fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine) {
+/// Says that requests are being answered: in the log, to the service manager, and on standard output for whoever waits
+/// for it.
+fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine, keep: Option<&Keep>) {
     let started = engine.started();
     if started.kind == "blocking" && started.detail != "as set" {
         tracing::warn!("serving with blocking threads: {}", started.detail);
@@ -209,21 +239,34 @@ fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine) {
         engine = started.kind,
         detail = started.detail,
         reopens = caps.reopens,
+        kept_by = keep.and_then(Keep::by).unwrap_or("nobody"),
         "serving"
     );
     if !caps.reopens {
         tracing::warn!(
-            "this kernel cannot restore requests: if infill dies, readers that wait get no answer until it is started again, and mounted images must be mounted again; Linux 6.1.95, 6.6.35 and 6.8 can"
+            "this kernel cannot repeat requests to a new daemon, so the device is not kept: if infill ends, for whatever reason, mounted images give I/O errors until they are mounted anew; Linux 6.1.95, 6.6.35 and 6.8 can"
         );
     }
+    keep.inspect(|keep| keep.ready());
     // Nobody listening is fine.
     let _ = writeln!(std::io::stdout(), "infill: ready ({}, {} x {})", front.name(), started.shards, started.kind);
 }
 
-/// Waits for signals, or for the engine to die.
-fn serve(config: &Config, engine: Engine, signals: &Signals) -> Result<Snapshot, EngineError> {
+/// Waits for signals, for the engine or the keeper to die.
+fn serve(
+    config: &Config,
+    engine: Engine,
+    signals: &Signals,
+    front: &dyn FrontEnd,
+    mut keep: Option<&mut Keep>,
+) -> Result<Snapshot, EngineError> {
+    let is_kept = |keep: &Option<&mut Keep>| keep.as_ref().is_some_and(|keep| keep.by().is_some());
+    engine.leave_rest(is_kept(&keep));
     while !engine.has_failed() {
-        wait_for(signals, &engine);
+        if wait_for(signals, &engine, keep.as_deref()) {
+            keep.iter_mut().for_each(|keep| renew(keep, front));
+            engine.leave_rest(is_kept(&keep));
+        }
         match signals.next() {
             Some(Event::Stop) => {
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
@@ -234,20 +277,41 @@ fn serve(config: &Config, engine: Engine, signals: &Signals) -> Result<Snapshot,
             None => {}
         }
     }
-    let open = engine.snapshot().objects;
-    if open > 0 {
-        tracing::warn!(
-            objects = open,
-            "images are still mounted: what they have not read yet gives I/O errors until infill serves again and they are mounted anew"
-        );
-    }
+    say_what_becomes(engine.snapshot().objects, keep.as_deref());
     engine.stop(config.drain_timeout, || signals.next() == Some(Event::Stop))
 }
 
-fn wait_for(signals: &Signals, engine: &Engine) {
-    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(engine.ended(), PollFlags::POLLIN)];
+/// Says what becomes of images that are mounted when the daemon ends.
+fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
+    keep.inspect(|keep| keep.stopping());
+    match keep.and_then(Keep::by) {
+        Some(by) => tracing::info!(
+            objects,
+            "images stay mounted, because {by} keeps the device: what is asked from now on waits until infill serves again (`infill release` gives it up)"
+        ),
+        None if objects > 0 => tracing::warn!(
+            objects,
+            "images are still mounted: what they have not read yet gives I/O errors until infill serves again and they are mounted anew"
+        ),
+        None => {}
+    }
+}
+
+/// Starts another keeper.
+fn renew(keep: &mut Keep, front: &dyn FrontEnd) {
+    match keep.renew(front.requests()) {
+        Ok(()) => tracing::warn!("the keeper had died; another one keeps the device now"),
+        Err(error) => tracing::error!("the keeper has died, and nobody keeps the device over a restart now: {error}"),
+    }
+}
+
+/// Waits until there is something to do; `true`: the keeper has died.
+fn wait_for(signals: &Signals, engine: &Engine, keep: Option<&Keep>) -> bool {
+    let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(engine.ended(), PollFlags::POLLIN)];
+    fds.extend(keep.and_then(Keep::watch).map(|keeper| PollFd::new(keeper, PollFlags::POLLIN)));
     // An interrupted wait is looked at like any other.
     let _ = poll(&mut fds, PollTimeout::NONE);
+    fds.get(2).and_then(PollFd::any).unwrap_or(false)
 }
 
 /// Waits until all traced requests are printed. Not for ever: a shard that hangs keeps its tracer, and whoever

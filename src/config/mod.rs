@@ -20,6 +20,8 @@ use crate::engine::{EngineKind, usable_cpus};
 use crate::front::cachefiles::{CullLimits, command};
 use crate::key::Key;
 use crate::ops::confine::{self, Account};
+use crate::ops::keep::KeepMode;
+use crate::ops::state::DEFAULT_STATE_DIR;
 use crate::range::page_bytes;
 use crate::store::{SourceMode, StoreSpec};
 
@@ -101,6 +103,10 @@ pub struct Config {
     pub open_timeout: Duration,
     /// How long a stop waits.
     pub drain_timeout: Duration,
+    /// Who keeps the device over a restart.
+    pub keep: KeepMode,
+    /// Where the lock and the keeper's socket are.
+    pub state_dir: PathBuf,
     /// User to become.
     pub user: Option<Account>,
     /// What is given up after the start.
@@ -152,6 +158,8 @@ impl Options {
             fd_budget: self.fd_budget,
             open_timeout: Duration::from_millis(self.open_timeout_ms.unwrap_or(DEFAULT_OPEN_TIMEOUT_MS)),
             drain_timeout: Duration::from_millis(self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
+            keep: self.keep.unwrap_or_default(),
+            state_dir: self.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
             user,
             confine: self.confine.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_default(),

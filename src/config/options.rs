@@ -10,6 +10,7 @@ use super::{Config, ConfigError};
 use crate::engine::EngineKind;
 use crate::engine::plan::Complete;
 use crate::ops::confine;
+use crate::ops::keep::KeepMode;
 use crate::store::SourceMode;
 
 /// Version of the file format.
@@ -99,6 +100,12 @@ pub struct Options {
     /// How long a stop waits for reads that have begun [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_DRAIN_TIMEOUT_MS")]
     pub(super) drain_timeout_ms: Option<u64>,
+    /// Who keeps the device while no daemon serves, so that images stay mounted over a restart [default: auto]
+    #[arg(long, value_enum, env = "INFILL_KEEP")]
+    pub(super) keep: Option<KeepMode>,
+    /// Directory for what must outlive the daemon: its lock and the keeper's socket [default: /run/infill]
+    #[arg(long, value_name = "DIR", env = "INFILL_STATE_DIR")]
+    pub(super) state_dir: Option<PathBuf>,
     /// User to become once the device is bound: NAME or UID, perhaps with :GID; other groups are left [default: stay]
     #[arg(long, value_name = "NAME|UID[:GID]", env = "INFILL_USER")]
     pub(super) user: Option<String>,
@@ -180,6 +187,8 @@ impl Options {
             fd_budget,
             open_timeout_ms,
             drain_timeout_ms,
+            keep,
+            state_dir,
             user,
             confine,
             log_level,

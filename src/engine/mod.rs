@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 use self::fds::Budget;
 use self::mailbox::Bell;
 use self::stats::{ShardStats, Snapshot};
-use crate::front::{FrontError, unanswered_tickets};
+use crate::front::{FrontError, left_tickets, unanswered_tickets};
 
 pub use self::start::{Engine, Started, usable_cpus};
 
@@ -119,6 +119,8 @@ struct Shared {
     received_all: AtomicBool,
     /// Fail what is left.
     out_of_time: AtomicBool,
+    /// Do not fail it: another daemon gets it.
+    leaves_rest: AtomicBool,
     /// The front end may have something although it woke nobody.
     look_again: AtomicBool,
     opens: AtomicU64,
@@ -142,6 +144,7 @@ impl Shared {
             stopping: AtomicBool::new(false),
             received_all: AtomicBool::new(false),
             out_of_time: AtomicBool::new(false),
+            leaves_rest: AtomicBool::new(false),
             look_again: AtomicBool::new(false),
             opens: AtomicU64::new(0),
             opens_failed: AtomicU64::new(0),
@@ -163,6 +166,10 @@ impl Shared {
     fn look_again(&self) {
         self.look_again.store(true, Ordering::Release);
         self.bells[0].wake();
+    }
+
+    fn leaves_rest(&self) -> bool {
+        self.leaves_rest.load(Ordering::Acquire)
     }
 
     fn wake_all(&self) {
@@ -192,6 +199,7 @@ impl Shared {
         snapshot.fds_budget = self.budget.limit();
         snapshot.malformed = self.malformed.load(Ordering::Relaxed);
         snapshot.unanswered = unanswered_tickets();
+        snapshot.left = left_tickets();
         snapshot
     }
 }

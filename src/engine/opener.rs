@@ -3,10 +3,13 @@
 //! Threads come and go with the work; one that hangs in a store holds up neither its open nor the others'.
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Builder;
 
 use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 
 use super::mailbox::{Adopted, Mailbox, Message};
 use super::metadata;
@@ -92,7 +95,11 @@ impl Opener {
     fn finish(&self, pending: Pending, found: Found) {
         match found {
             Found::Blob(blob) => self.open(pending, blob),
-            Found::Never(errno) => self.refuse(pending.open.ticket, errno),
+            Found::Never(errno) => match known_len(pending.open.sink.as_fd()) {
+                // It was served by an earlier daemon: as in `is_gone`.
+                Some(len_bytes) if errno == Errno::ENOENT => self.open(pending, Arc::new(LostBlob { len_bytes })),
+                _ => self.refuse(pending.open.ticket, errno),
+            },
             Found::Later(why, errno) => match self.opens.again(pending) {
                 None => tracing::warn!("{why}; trying again"),
                 Some(pending) => {
@@ -111,6 +118,9 @@ impl Opener {
         let len_bytes = blob.len_bytes();
         self.remember(&key, len_bytes);
         let shard = &self.shards[owner(object, self.shards.len())];
+        // Open until the kernel has its answer, whatever becomes of the shard: an answer that finds the descriptor
+        // closed fails the open.
+        let _open = Arc::clone(&sink);
         // The shard must know the object before the kernel hears that it is open: its requests follow at once.
         let metadata = metadata::of(&*blob);
         let adopted = Adopted { object, key: Arc::new(key), blob, metadata, sink, charge };
@@ -129,6 +139,11 @@ impl Opener {
     }
 
     fn refuse(&self, ticket: Ticket, errno: Errno) {
+        // A refusal is final, and the next daemon may find what this one had no time to look for.
+        let ends = errno == Errno::ECANCELED || self.shared.stopping.load(Ordering::Acquire);
+        if ends && self.shared.leaves_rest() {
+            return ticket.leave();
+        }
         Shared::count(&self.shared.opens_failed);
         if let Err(error) = ticket.answer(Outcome::Failed(errno))
             && self.shared.may_log_failure()
@@ -182,4 +197,11 @@ impl Opener {
             tracing::error!("{}", what());
         }
     }
+}
+
+/// The length of an object that was open before, rounded up to what its sink is made of. One that is opened for the
+/// first time has no file yet (`cachefiles_ondemand_fd_llseek`, fs/cachefiles/ondemand.c: `ENOBUFS`).
+fn known_len(sink: BorrowedFd<'_>) -> Option<u64> {
+    let len_bytes = lseek(sink, 0, Whence::SeekEnd).ok()?;
+    u64::try_from(len_bytes).ok().filter(|len_bytes| *len_bytes > 0)
 }

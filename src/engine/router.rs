@@ -193,7 +193,7 @@ impl Router {
         Ok(())
     }
 
-    /// Answers what it still holds, when the engine stops.
+    /// Answers what it still holds, or leaves it, when the engine stops.
     pub(super) fn give_up(&mut self) {
         self.opens.end();
         self.evictor.give_back(|shard, message| self.held.push_back(Held::Message(shard, message)));
@@ -207,6 +207,10 @@ impl Router {
                     continue;
                 }
             };
+            if self.shared.leaves_rest() {
+                ticket.leave();
+                continue;
+            }
             // The engine ends: a refusal by the kernel changes nothing.
             let _ = ticket.answer(Outcome::Failed(Errno::ECANCELED));
         }

@@ -455,7 +455,7 @@ impl<I: Io> Shard<I> {
         self.machine.object_count() == 0 || self.shared.out_of_time.load(Ordering::Acquire)
     }
 
-    /// Closes every object and answers what waited for it.
+    /// Closes every object and answers what waited for it; what fails only by that may be left instead.
     fn fail_rest(&mut self) {
         self.machine.close_all();
         // Their objects are gone, so they are answered at once.
@@ -463,6 +463,10 @@ impl<I: Io> Shard<I> {
             self.machine.need(object, range, ticket, since_ns);
         }
         self.act();
+        if self.shared.leaves_rest() {
+            let unfinished = |answered: &mut Answered<Ticket>| answered.outcome == Outcome::Failed(Errno::ECANCELED);
+            self.answers.extract_if(.., unfinished).for_each(|answered| answered.ticket.leave());
+        }
         self.answer();
     }
 }

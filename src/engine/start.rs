@@ -136,8 +136,14 @@ impl Engine {
         self.shared.ended.as_fd()
     }
 
+    /// Says whether what is unfinished when the engine ends, for whatever reason, is left to the next daemon instead
+    /// of failed: only where somebody keeps the front end's interface open, and the kernel repeats its requests.
+    pub fn leave_rest(&self, leaves: bool) {
+        self.shared.leaves_rest.store(leaves, Ordering::Release);
+    }
+
     /// Stops: takes nothing new, finishes what has begun, for at most `timeout` or until `hurry` says so; then
-    /// fails the rest.
+    /// fails the rest, or leaves it.
     ///
     /// # Errors
     /// What a shard died of.

@@ -139,6 +139,8 @@ macro_rules! published {
             pub malformed: u64,
             /// Requests that were dropped unanswered: a bug if not 0.
             pub unanswered: u64,
+            /// Requests that were left to the next daemon when this one ended.
+            pub left: u64,
             /// Half of the answers took at most this long, in microseconds.
             pub p50_us: u64,
             /// 99 of 100 answers took at most this long, in microseconds.

@@ -95,11 +95,18 @@ pub trait Answer: Send + Sync {
 }
 
 static UNANSWERED: AtomicU64 = AtomicU64::new(0);
+static LEFT: AtomicU64 = AtomicU64::new(0);
 
 /// How many tickets were dropped without an answer since the process started; anything but 0 is a bug.
 #[must_use]
 pub fn unanswered_tickets() -> u64 {
     UNANSWERED.load(Ordering::Relaxed)
+}
+
+/// How many tickets were left to the next daemon since the process started ([`Ticket::leave`]).
+#[must_use]
+pub fn left_tickets() -> u64 {
+    LEFT.load(Ordering::Relaxed)
 }
 
 /// The right and the duty to answer one request. Dropping it unanswered answers with `EIO`, so that no
@@ -122,6 +129,15 @@ impl Ticket {
     /// See [`Answer::answer`].
     pub fn answer(mut self, outcome: Outcome) -> io::Result<bool> {
         self.to.take().map_or(Ok(false), |to| to.answer(self.token, outcome))
+    }
+
+    /// Leaves the request to the daemon that comes after this one: the kernel hands it out again when that one sends
+    /// `restore`. Only for a process that is about to end and whose kernel interface somebody keeps open; a request
+    /// that is left by any other waits for ever.
+    pub fn leave(mut self) {
+        if self.to.take().is_some() {
+            LEFT.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// The front end's name for the request, for logs.

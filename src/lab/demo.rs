@@ -190,7 +190,7 @@ impl Daemon {
         let log = cache_dir.with_extension("log");
         let log_file = fs::File::create(&log).trying(|| format!("cannot write {}", log.display()))?;
         let mut command = Command::new(infill);
-        command.args(["serve", "--front-end=cachefiles", "--trace-requests", "--json"]);
+        command.args(["serve", "--front-end=cachefiles", "--keep=off", "--trace-requests", "--json"]);
         command.arg("--cache-dir").arg(cache_dir);
         command.arg("--store").arg(format!("dir:{}", data.display()));
         println!("  infill serve --front-end cachefiles --cache-dir {} --store dir:{}", cache_dir.display(), data.display());

@@ -1,4 +1,5 @@
-//! What an operator meets: confinement, the doctor, limits, signals, the log, exit codes, and who holds the device.
+//! What an operator meets: confinement, the doctor, limits, signals, the log, exit codes, who holds the device, and
+//! who keeps it over a restart.
 
 pub mod confine;
 pub mod doctor;
@@ -6,9 +7,14 @@ pub mod erofs;
 pub mod exit;
 pub mod extsize;
 pub mod holder;
+pub mod keep;
+pub mod keeper;
 pub mod limits;
 pub mod log;
+pub mod notify;
+pub mod passing;
 pub mod reflink;
 pub mod seeding;
 pub mod signals;
+pub mod state;
 pub mod xattr;

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::error::Error;
 use std::fs::{self, File};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -94,18 +95,36 @@ impl Guest {
 
     /// The same with arguments of the caller's own.
     pub(crate) fn serve_with(&self, arguments: &[String]) -> Result<()> {
-        let mut daemon = self.launch(arguments)?;
+        *self.daemon.borrow_mut() = Some(self.launch(arguments)?);
+        self.await_ready()
+    }
+
+    /// Starts a daemon by a command of the caller's own, with a descriptor as its standard input.
+    pub(crate) fn start(&self, command: &mut Command, arguments: &[String], stdin: Option<BorrowedFd<'_>>) -> Result<()> {
+        let stdin = stdin.map(|fd| fd.try_clone_to_owned()).transpose()?.map_or_else(Stdio::null, Stdio::from);
+        *self.daemon.borrow_mut() = Some(self.launch_by(command.args(arguments).stdin(stdin))?);
+        Ok(())
+    }
+
+    /// Waits until the daemon is ready.
+    pub(crate) fn await_ready(&self) -> Result<()> {
+        let mut daemon = self.daemon.borrow_mut();
+        let running = daemon.as_mut().ok_or("no daemon runs")?;
         let began = Instant::now();
-        while !daemon.output().contains(READY) {
-            if let Some(status) = daemon.child.try_wait()? {
-                return Err(format!("the daemon ended ({status}):\n{}", daemon.logged()).into());
-            }
-            if began.elapsed() > START_LIMIT {
-                return Err(format!("the daemon is not ready:\n{}", daemon.logged()).into());
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        while !running.output().contains(READY) {
+            let said = match running.child.try_wait()? {
+                Some(status) => format!("the daemon ended ({status}):\n{}", running.logged()),
+                None if began.elapsed() > START_LIMIT => format!("the daemon is not ready:\n{}", running.logged()),
+                None => {
+                    std::thread::sleep(Duration::from_millis(5));
+                    continue;
+                }
+            };
+            let _ = running.child.kill();
+            let _ = running.child.wait();
+            *daemon = None;
+            return Err(said.into());
         }
-        *self.daemon.borrow_mut() = Some(daemon);
         Ok(())
     }
 
@@ -115,18 +134,24 @@ impl Guest {
         arguments.push(format!("--cache-dir={}", self.cache.display()));
         arguments.push(format!("--store=dir:{}", self.store.display()));
         arguments.push("--json".to_owned());
+        if !more.iter().any(|argument| argument.starts_with("--keep")) {
+            // A test that ends leaves nothing behind.
+            arguments.push("--keep=off".to_owned());
+        }
         arguments.extend(more.iter().map(|&s| s.to_owned()));
         arguments
     }
 
     /// Starts infill with any arguments.
     pub(crate) fn launch(&self, arguments: &[String]) -> Result<Daemon> {
+        self.launch_by(Command::new(INFILL).args(arguments).stdin(Stdio::null()))
+    }
+
+    fn launch_by(&self, command: &mut Command) -> Result<Daemon> {
         let log = PathBuf::from(format!("/tmp/{}.log", self.name));
         let out = PathBuf::from(format!("/tmp/{}.out", self.name));
-        let mut command = Command::new(INFILL);
-        command.args(arguments);
         command.stdout(File::create(&out)?).stderr(File::options().create(true).append(true).open(&log)?);
-        let child = command.stdin(Stdio::null()).spawn()?;
+        let child = command.spawn()?;
         Ok(Daemon { child, out, log })
     }
 
@@ -177,6 +202,13 @@ impl Guest {
         Ok(Ended { status, json: serde_json::from_str(last).unwrap_or(serde_json::Value::Null) })
     }
 
+    /// Kills the daemon and waits for its end.
+    pub(crate) fn kill(&self) -> Result<()> {
+        let mut daemon = self.daemon.borrow_mut().take().ok_or("no daemon runs")?;
+        daemon.child.kill()?;
+        wait_limited(&mut daemon.child, STOP_LIMIT).map(drop).ok_or_else(|| "the daemon does not die".into())
+    }
+
     /// Mounts an image; gives the mount point.
     pub(crate) fn mount(&self, options: &str) -> Result<PathBuf> {
         let at = PathBuf::from(format!("/mnt/{}", options.replace(['/', ','], "_")));
@@ -202,6 +234,17 @@ impl Guest {
         self.stop()
     }
 
+    /// Mounts go first, while there may still be a daemon.
+    pub(crate) fn end_mounts_and_daemon(&self) {
+        for at in self.mounts.borrow_mut().drain(..).rev() {
+            let _ = umount2(&at, MntFlags::MNT_DETACH);
+        }
+        if let Some(mut daemon) = self.daemon.borrow_mut().take() {
+            let _ = daemon.child.kill();
+            let _ = wait_limited(&mut daemon.child, STOP_LIMIT);
+        }
+    }
+
     /// Prints what the daemon logged, for a failed test.
     pub(crate) fn print_logs(&self) {
         for kind in ["out", "log"] {
@@ -213,16 +256,10 @@ impl Guest {
     }
 }
 
-/// Whatever happened, nothing of a test stays: mounts go first, while there may still be a daemon.
+/// Whatever happened, nothing of a test stays.
 impl Drop for Guest {
     fn drop(&mut self) {
-        for at in self.mounts.borrow().iter().rev() {
-            let _ = umount2(at, MntFlags::MNT_DETACH);
-        }
-        if let Some(mut daemon) = self.daemon.borrow_mut().take() {
-            let _ = daemon.child.kill();
-            let _ = wait_limited(&mut daemon.child, STOP_LIMIT);
-        }
+        self.end_mounts_and_daemon();
     }
 }
 

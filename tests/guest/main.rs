@@ -18,6 +18,7 @@ mod host;
 mod lifecycle;
 mod matrix;
 mod readers;
+mod restart;
 mod runner;
 mod seed;
 mod serve;
@@ -36,10 +37,20 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, sources::TESTS, matrix::TESTS, failures::TESTS, disturbances::TESTS, confine::TESTS, lifecycle::TESTS, seed::TESTS]
-        .into_iter()
-        .flatten()
-        .copied()
+    [
+        serve::TESTS,
+        sources::TESTS,
+        matrix::TESTS,
+        failures::TESTS,
+        disturbances::TESTS,
+        confine::TESTS,
+        lifecycle::TESTS,
+        seed::TESTS,
+        restart::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
 }
 
 fn main() -> ExitCode {
@@ -49,6 +60,7 @@ fn main() -> ExitCode {
         Some((role, rest)) if role == runner::ONE => runner::run_one(&rest[0]),
         Some((role, rest)) if role == readers::READER => readers::reader_main(rest),
         Some((role, _)) if role == readers::HOLDER => readers::holder_main(),
+        Some((role, rest)) if role == restart::AS_SERVICE => restart::as_service_main(rest),
         _ => host::main(),
     }
 }

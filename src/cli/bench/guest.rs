@@ -213,7 +213,9 @@ fn cells(args: &GuestArgs, profiles: &[Profile]) -> Vec<Cell> {
 
 fn services(kind: DaemonKind, args: &GuestArgs) -> Vec<Service> {
     let own = |words: &[&str]| -> Vec<String> { [INIT_PROGRAM].iter().chain(words).map(|&word| word.to_owned()).collect() };
-    let serve = |store: &str| own(&["serve", "--front-end", "cachefiles", "--cache-dir", CACHE_DIR, "--store", &format!("dir:{store}")]);
+    let serve = |store: &str| {
+        own(&["serve", "--front-end", "cachefiles", "--keep", "off", "--cache-dir", CACHE_DIR, "--store", &format!("dir:{store}")])
+    };
     match kind {
         DaemonKind::Infill if args.serve_flags.is_empty() => vec![Service::own(targets::INFILL, serve(STORE_DIR))],
         DaemonKind::Infill => {

@@ -1,6 +1,7 @@
 //! `infill bench`: measurements, one command for each published table.
 
 mod guest;
+mod restart;
 
 use std::path::PathBuf;
 
@@ -26,6 +27,8 @@ pub enum Bench {
         #[arg(long, hide = true)]
         pass: Option<u64>,
     },
+    /// What readers notice when the daemon is killed and started anew, again and again, on a real kernel
+    Restart(restart::RestartArgs),
     /// One cell, inside a guest
     #[command(hide = true)]
     Cell,
@@ -60,6 +63,7 @@ pub fn run(bench: &Bench) -> Result<(), Failure> {
             }
             Ok(())
         }
+        Bench::Restart(args) => restart::run(args),
         Bench::Cell => cell::run().map_err(failed),
         Bench::Naive { cache_dir, store, all } => match naive::serve(cache_dir, store, *all) {
             Ok(never) => match never {},

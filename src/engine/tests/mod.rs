@@ -385,3 +385,22 @@ fn the_descriptor_of_a_closed_object_is_closed_everywhere() {
         engine.stop(PATIENCE, || false).unwrap();
     });
 }
+
+#[test]
+fn what_is_unfinished_is_left_to_the_next_daemon_and_what_is_finished_is_answered() {
+    with_each_engine(2, |engine, kernel, store| {
+        engine.leave_rest(true);
+        let (_file, fd) = sink();
+        kernel.then([kernel.open(1, 8, &fd), Step::Await(1), kernel.need(2, 8, 0..4096)]);
+        assert_eq!(kernel.answers.of(2), Outcome::Done);
+        store.shut.store(true, Ordering::Relaxed);
+        kernel.then([kernel.open(3, 9, &fd)]);
+        wait_until(|| engine.snapshot().opens == 2);
+        engine.stop(PATIENCE, || false).unwrap();
+        // The lookup ends after the shards have: nobody could adopt the object.
+        store.shut.store(false, Ordering::Relaxed);
+        wait_until(|| Arc::strong_count(&fd) == 1);
+        let given = kernel.answers.given.lock().unwrap();
+        assert_eq!(given.iter().map(|answer| answer.0).collect::<Vec<_>>(), [1, 2]);
+    });
+}

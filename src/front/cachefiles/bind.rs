@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::stat::{major, minor};
+use nix::fcntl::{self, OFlag};
+use nix::sys::stat::{Mode, SFlag, fstat, major, minor};
+use nix::unistd::{chdir, fchdir};
 
 use super::cache_dir::{self, CacheDirError};
 use super::command::{self, CommandError};
@@ -157,6 +159,35 @@ pub enum BindError {
         .0.display()
     )]
     NoOnDemand(PathBuf),
+    /// What was kept is something else.
+    #[error(
+        "what was kept over the restart as the cachefiles device is {0}: end whoever keeps it (`infill release`, or stop the unit), then start again"
+    )]
+    KeptIsNotTheDevice(&'static str),
+    /// What was kept serves another cache.
+    #[error(
+        "the device that was kept over the restart is bound to {noted}, not to {}: with that directory it goes on; to use another one, unmount the images and give the device up with `infill release`, or all that they have not read yet fails",
+        cache_dir.display()
+    )]
+    KeptForAnother {
+        /// The directory that was asked for.
+        cache_dir: PathBuf,
+        /// The directory of the kept device, as far as it is known.
+        noted: String,
+    },
+    /// Its cache has failed.
+    #[error(
+        "the cache of the device that was kept over the restart has failed (`dmesg` says why): unmount the images, give the device up with `infill release`, and start again"
+    )]
+    KeptIsDead,
+    /// It cannot be asked.
+    #[error("cannot ask the device that was kept over the restart whether it is bound to {}: {errno}", cache_dir.display())]
+    Kept {
+        /// The directory that was asked for.
+        cache_dir: PathBuf,
+        /// The reason.
+        errno: Errno,
+    },
     /// The kernel refused to make a cache of the directory.
     #[error("{}: the kernel refused to use this cache directory: {errno}: {}", cache_dir.display(), bind_advice(*errno))]
     CacheDir {
@@ -181,7 +212,8 @@ impl BindError {
                 _ => exit::BAD_CONFIGURATION,
             },
             Self::Directory(error) => error.exit_code(),
-            Self::Open { .. } => exit::FAILED,
+            Self::KeptIsNotTheDevice(_) | Self::KeptForAnother { .. } => exit::BAD_CONFIGURATION,
+            Self::KeptIsDead | Self::Kept { .. } | Self::Open { .. } => exit::FAILED,
         }
     }
 }
@@ -245,6 +277,51 @@ pub(super) fn bind(options: &BindOptions) -> Result<Bound, BindError> {
     }
     let reopens = command::give(devnode.as_fd(), b"restore").is_ok();
     Ok(Bound { devnode, reopens })
+}
+
+/// Takes over a device that was bound by another process, and asks for what that one left unanswered. Nothing is tidied
+/// in the cache directory, because the kernel works in it. To be called before there are threads: the process's
+/// directory changes for a moment.
+pub(super) fn take_over(devnode: OwnedFd, options: &BindOptions, noted: &str) -> Result<Bound, BindError> {
+    let found = fstat(&devnode).map_err(|errno| BindError::Kept { cache_dir: options.cache_dir.clone(), errno })?;
+    if SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT != SFlag::S_IFCHR || !is_cachefiles(found.st_rdev) {
+        return Err(BindError::KeptIsNotTheDevice("something else"));
+    }
+    match is_bound_to(&devnode, &options.cache_dir) {
+        Ok(true) => {}
+        Ok(false) => return Err(BindError::KeptForAnother { cache_dir: options.cache_dir.clone(), noted: noted.to_owned() }),
+        // A cache that failed refuses every command; one that was never bound knows at least its mode, or none.
+        Err(Errno::EIO) if command::give(devnode.as_fd(), b"copen x") == Err(Errno::EIO) => return Err(BindError::KeptIsDead),
+        Err(Errno::EIO) => return Err(BindError::KeptIsNotTheDevice("not bound to any directory")),
+        Err(errno) => return Err(BindError::Kept { cache_dir: options.cache_dir.clone(), errno }),
+    }
+    let reopens = command::give(devnode.as_fd(), b"restore").is_ok();
+    Ok(Bound { devnode, reopens })
+}
+
+/// Whether a device's cache is in `dir`. The kernel marks the directories of a cache (`S_KERNEL_FILE`), and its command
+/// `inuse`, which looks in the directory that the process is in, says `EBUSY` of what is marked so
+/// (`cachefiles_get_directory`, `cachefiles_lookup_for_cull`, fs/cachefiles/namei.c). As only one process can have
+/// opened the device, and cachefiles alone makes such marks, the mark is this device's.
+fn is_bound_to(devnode: &OwnedFd, dir: &Path) -> Result<bool, Errno> {
+    let back = open_dir(Path::new("."));
+    match chdir(dir) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(false),
+        result => result?,
+    }
+    let answer = command::give(devnode.as_fd(), b"inuse cache");
+    if let Ok(back) = back {
+        fchdir(back)?;
+    }
+    match answer {
+        Err(Errno::EBUSY) => Ok(true),
+        Ok(()) | Err(Errno::ENOENT | Errno::ESTALE) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn open_dir(path: &Path) -> Result<OwnedFd, Errno> {
+    fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
 }
 
 /// Removes what would make mounts fail, and says so.

@@ -24,7 +24,7 @@ const ALIGN_MIN_BYTES: u64 = 4096;
 const _: () = assert!(wire::MSG_MAX_BYTES <= MESSAGE_MAX_BYTES, "the kernel refuses a shorter read");
 
 /// `/dev/cachefiles`, bound in on-demand mode. Dropping it closes the device, and with that every mounted
-/// image fails; tickets of unanswered OPENs keep it open.
+/// image fails, unless somebody else keeps it open ([`crate::ops::keep`]); tickets of unanswered OPENs do for a while.
 pub struct Device {
     devnode: Arc<Devnode>,
     objects: Objects,
@@ -45,6 +45,15 @@ impl Device {
     /// See [`BindError`]; nothing is left open then.
     pub fn bind(options: &BindOptions) -> Result<Arc<Self>, BindError> {
         bind::bind(options).map(Self::new)
+    }
+
+    /// Goes on with a device that another process has bound to the same directory, and gets again what that one left
+    /// unanswered. `noted` says what is known of its directory, for messages.
+    ///
+    /// # Errors
+    /// See [`BindError`]. The device is closed then; whoever kept it still has it.
+    pub fn take_over(devnode: OwnedFd, options: &BindOptions, noted: &str) -> Result<Arc<Self>, BindError> {
+        bind::take_over(devnode, options, noted).map(Self::new)
     }
 
     /// `bound.devnode` must be the kernel's device, or a test's stand-in that is as careful: a descriptor

@@ -23,4 +23,6 @@ pub use bind::{BindError, BindOptions};
 pub use command::CommandError;
 pub use counters::Counts;
 pub use device::Device;
+pub(crate) use object::take_over;
+
 pub use limits::{BadLimits, CullLimits};

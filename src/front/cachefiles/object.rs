@@ -32,12 +32,12 @@ mod sys {
 /// Takes over the descriptor that the kernel installed for an OPEN, and sets `FD_CLOEXEC`, which the kernel
 /// does not: a descriptor that leaks into a child keeps the cache bound. `O_NONBLOCK` stays off.
 ///
-/// The caller must have `raw` from a message that the kernel has just handed to this process, and must pass it
-/// only once: nobody else owns it then.
+/// The caller must have `raw` from a message that the kernel has just handed to this process, or from who started
+/// it, and must pass it only once: nobody else owns it then.
 ///
 /// # Errors
 /// `EBADF`: there is no such descriptor; nothing was taken.
-pub(super) fn take_over(raw: RawFd) -> Result<OwnedFd, Errno> {
+pub(crate) fn take_over(raw: RawFd) -> Result<OwnedFd, Errno> {
     // SAFETY: the kernel installed this number in our table for this message alone and tells nobody else, so
     // it is ours to own; the wire module gives no negative number.
     let fd = unsafe { OwnedFd::from_raw_fd(raw) };

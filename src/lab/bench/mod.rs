@@ -1,5 +1,6 @@
 //! The benches. `infill bench guest`: what a daemon costs its readers, measured on a real kernel whose clock counts
-//! instructions. `infill bench engine`: what the engine costs without a kernel that asks.
+//! instructions. `infill bench engine`: what the engine costs without a kernel that asks. `infill bench restart`: what
+//! readers notice when the daemon is killed (`restart`, apart from all below).
 //!
 //! ```text
 //!  engine  engine    figures of the two below, and system calls counted by strace
@@ -36,6 +37,7 @@ pub mod peer;
 mod pump;
 mod readers;
 pub mod report;
+pub mod restart;
 mod stages;
 pub mod targets;
 

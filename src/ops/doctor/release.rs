@@ -198,10 +198,14 @@ fn bugs(running: &Running, version: Version) -> Check {
 
 fn reopen(running: &Running, version: Version) -> Check {
     const ID: &str = "kernel-reopen";
-    let without = "every mounted blob keeps a descriptor, and reads in flight fail when the daemon crashes";
-    let remedy = "boot 6.1.95, 6.6.35, 6.8 or later";
+    let without =
+        "every mounted blob keeps a descriptor, and when the daemon ends, mounted images give I/O errors until they are mounted anew";
+    let remedy = "unmount images before a restart, or boot 6.1.95, 6.6.35, 6.8 or later";
     if version.has(&REOPEN) {
-        Check::ok(ID, "the kernel opens blobs again on demand, and repeats unanswered requests to a daemon that asks (restore)")
+        Check::ok(
+            ID,
+            "the kernel opens blobs again on demand, and repeats unanswered requests to a daemon that asks (restore): images stay mounted over a restart",
+        )
     } else if running.exact {
         Check::warn(ID, format!("no re-opening: {without}"), remedy)
     } else {

@@ -50,6 +50,10 @@ pub(crate) struct World {
     armed: bool,
     /// No write finds room.
     full: bool,
+    /// A shard that stops leaves what it cannot finish.
+    leaving: bool,
+    /// Daemons that ended.
+    restarts: u64,
     sabotage: Option<Sabotage>,
     /// Readers to whom a request was answered with failure, or to whom the kernel lied.
     let_down: BTreeSet<usize>,
@@ -64,6 +68,8 @@ pub(crate) struct World {
 pub struct Seen {
     /// Steps taken.
     pub steps: u64,
+    /// Daemons that stopped or crashed while requests waited, each followed by another.
+    pub restarts: u64,
     /// Requests for data that the machines of the last daemon got.
     pub needs: u64,
     /// Of them, failed.
@@ -78,6 +84,7 @@ impl Seen {
     /// Adds what another world has seen.
     pub const fn add(&mut self, other: &Self) {
         self.steps += other.steps;
+        self.restarts += other.restarts;
         self.needs += other.needs;
         self.needs_failed += other.needs_failed;
         self.readers_served += other.readers_served;
@@ -149,6 +156,8 @@ impl World {
             ledger: Ledger::default(),
             armed: true,
             full: false,
+            leaving: false,
+            restarts: 0,
             sabotage,
             let_down: BTreeSet::new(),
             wild_steps: setup.steps,

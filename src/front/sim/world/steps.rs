@@ -240,6 +240,7 @@ impl World {
     /// The daemon ends, orderly or not, and a new one takes over with `restore`.
     fn restart(&mut self) -> Checked {
         let orderly = self.rng.chance(500);
+        self.restarts += 1;
         self.note(|| format!("the daemon {}", if orderly { "stops" } else { "crashes" }));
         for shard in 0..self.shards.len() {
             if orderly {
@@ -266,10 +267,10 @@ impl World {
         Ok(())
     }
 
-    /// Stops a shard while requests wait: all of them are answered and nothing is left.
+    /// Stops a shard while requests wait: what is not finished is left to the next daemon, and no reader notices.
     fn stop(&mut self, shard: usize) -> Checked {
         self.drain(shard)?;
-        self.ledger.excuse_all("the daemon stops");
+        self.leaving = true;
         for sink in self.shards[shard].sinks.values_mut() {
             sink.closed = true;
         }
@@ -279,6 +280,7 @@ impl World {
             self.end_operation(shard, 0, false)?;
             self.drain(shard)?;
         }
+        self.leaving = false;
         self.shards[shard].check_empty()
     }
 
@@ -353,6 +355,7 @@ impl World {
         let counters = || self.shards.iter().map(|shard| shard.machine.counters());
         Seen {
             steps: self.step,
+            restarts: self.restarts,
             needs: counters().map(|counters| counters.needs).sum(),
             needs_failed: counters().map(|counters| counters.needs_failed).sum(),
             readers_served: readers.iter().filter(|reader| reader.doing == Doing::Finished).count() as u64,

@@ -1,0 +1,212 @@
+//! Keeping the bound device while no daemon serves, so that images stay mounted over a restart: who keeps it, how the
+//! next daemon gets it, and how it is given up.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+
+use super::exit;
+use super::keeper::{Keeper, KeeperError};
+use super::notify::{self, Notify};
+use super::state::{StateDir, StateError};
+
+/// The device's name in systemd's store.
+const FD_NAME: &str = "cachefiles";
+/// A keeper that dies sooner is not replaced at once.
+const KEEPER_LIFE_MIN: Duration = Duration::from_secs(1);
+
+/// Who keeps the device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KeepMode {
+    /// systemd if it started this process and listens, else a keeper.
+    #[default]
+    Auto,
+    /// systemd's store of descriptors: FileDescriptorStoreMax= in the unit.
+    Systemd,
+    /// A small process of infill's own.
+    Keeper,
+    /// Nobody: when the daemon ends, mounted images fail.
+    Off,
+}
+
+/// Why the device could not be kept or given up.
+#[derive(Debug, thiserror::Error)]
+pub enum KeepError {
+    /// The state directory is of no use.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The keeper is of no use.
+    #[error("{0}; end it and start infill again: images that are mounted must then be mounted anew")]
+    Keeper(#[from] KeeperError),
+    /// Not started by systemd.
+    #[error("--keep systemd: systemd did not start this process with Type=notify (no NOTIFY_SOCKET); use --keep keeper without it")]
+    NoSystemd,
+    /// systemd does not listen.
+    #[error(
+        "systemd does not take the device to keep it ({0}); set NotifyAccess=main and FileDescriptorStoreMax=1 in the unit, or use --keep keeper"
+    )]
+    Systemd(#[source] io::Error),
+}
+
+impl KeepError {
+    /// The exit code of a process that ends for this reason.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::State(error) => error.exit_code(),
+            Self::NoSystemd => exit::BAD_CONFIGURATION,
+            Self::Keeper(_) | Self::Systemd(_) => exit::FAILED,
+        }
+    }
+}
+
+/// The hold on the device, beside the daemon's own.
+#[derive(Debug)]
+pub struct Keep {
+    state: StateDir,
+    notify: Option<Notify>,
+    /// systemd has passed the device to this process, so it has it.
+    is_stored: bool,
+    keeper: Option<Keeper>,
+    keeper_since: Instant,
+}
+
+impl Keep {
+    /// Makes this process the one that serves.
+    ///
+    /// # Errors
+    /// There is another, or something of the state directory cannot be used.
+    pub fn claim(state_dir: &Path) -> Result<Self, KeepError> {
+        let state = StateDir::claim(state_dir)?;
+        let keeper = Keeper::find(&state.keeper_socket())?;
+        Ok(Self { state, notify: Notify::from_env(), is_stored: false, keeper, keeper_since: Instant::now() })
+    }
+
+    /// The device that was kept, if one was.
+    ///
+    /// # Errors
+    /// There is a keeper that does not answer.
+    pub fn find(&mut self) -> Result<Option<OwnedFd>, KeepError> {
+        let stored = notify::passed().into_iter().find(|(name, _)| name == FD_NAME);
+        if let Some((_, device)) = stored {
+            self.is_stored = true;
+            return Ok(Some(device));
+        }
+        let Some(keeper) = &self.keeper else { return Ok(None) };
+        Ok(keeper.take()?)
+    }
+
+    /// The directory that a kept device was bound to, as far as it is known.
+    #[must_use]
+    pub fn noted_cache(&self) -> String {
+        self.state.noted_cache().map_or_else(|| "another directory".to_owned(), |dir| dir.display().to_string())
+    }
+
+    /// Has the device kept as the mode says, and by nobody else.
+    ///
+    /// # Errors
+    /// It is not kept. `Auto` takes whatever works.
+    pub fn hold(&mut self, mode: KeepMode, device: BorrowedFd<'_>, cache_dir: &Path) -> Result<(), KeepError> {
+        self.state.note_cache(cache_dir);
+        match mode {
+            KeepMode::Off => {
+                self.leave_systemd();
+                self.leave_keeper()
+            }
+            KeepMode::Systemd => self.hold_by_systemd(device),
+            KeepMode::Keeper => self.hold_by_keeper(device),
+            KeepMode::Auto if self.notify.is_some() => self.hold_by_systemd(device),
+            KeepMode::Auto => self.hold_by_keeper(device),
+        }
+    }
+
+    fn hold_by_systemd(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
+        let notify = self.notify.as_ref().ok_or(KeepError::NoSystemd)?;
+        if !self.is_stored {
+            notify.store(FD_NAME, device).map_err(|errno| KeepError::Systemd(errno.into()))?;
+            self.is_stored = true;
+            if !notify::says_it_stores() {
+                tracing::warn!(
+                    "systemd (before 254, or without FileDescriptorStoreMax=1 in the unit) does not say whether it keeps the device: without that, a restart breaks mounted images"
+                );
+            }
+        }
+        self.leave_keeper()
+    }
+
+    fn hold_by_keeper(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
+        let answers = |keeper: &Keeper| {
+            let kept = keeper.keep(device);
+            kept.inspect_err(|error| tracing::warn!("{error}; starting another one")).is_ok()
+        };
+        if !self.keeper.as_ref().is_some_and(answers) {
+            self.keeper = Some(Keeper::start(&self.state.keeper_socket(), device)?);
+            self.keeper_since = Instant::now();
+        }
+        self.leave_systemd();
+        Ok(())
+    }
+
+    fn leave_systemd(&mut self) {
+        if std::mem::take(&mut self.is_stored)
+            && let Some(Err(errno)) = self.notify.as_ref().map(|notify| notify.forget(FD_NAME))
+        {
+            tracing::warn!("systemd still keeps the device ({errno}); it lets go when the unit is stopped");
+        }
+    }
+
+    fn leave_keeper(&mut self) -> Result<(), KeepError> {
+        self.keeper.take().map_or(Ok(()), Keeper::release).map_err(KeepError::Keeper)
+    }
+
+    /// Who keeps the device; `None`: nobody.
+    #[must_use]
+    pub const fn by(&self) -> Option<&'static str> {
+        match (self.is_stored, &self.keeper) {
+            (true, _) => Some("systemd"),
+            (false, Some(_)) => Some("the keeper"),
+            (false, None) => None,
+        }
+    }
+
+    /// Becomes readable when the keeper has died.
+    #[must_use]
+    pub fn watch(&self) -> Option<BorrowedFd<'_>> {
+        self.keeper.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Starts another keeper in the place of one that has died.
+    ///
+    /// # Errors
+    /// It could not be started: nobody keeps the device now.
+    pub fn renew(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
+        if let Some(dead) = self.keeper.take() {
+            dead.bury();
+        }
+        std::thread::sleep(KEEPER_LIFE_MIN.saturating_sub(self.keeper_since.elapsed()));
+        self.hold_by_keeper(device)
+    }
+
+    /// Tells the service manager, if there is one, that requests are being answered.
+    pub fn ready(&self) {
+        self.notify.iter().for_each(Notify::ready);
+    }
+
+    /// Tells it that the daemon ends.
+    pub fn stopping(&self) {
+        self.notify.iter().for_each(Notify::stopping);
+    }
+
+    /// Gives a kept device up, when no daemon serves.
+    ///
+    /// # Errors
+    /// The keeper does not answer.
+    pub fn give_up(mut self) -> Result<(), KeepError> {
+        self.leave_systemd();
+        self.leave_keeper()
+    }
+}
