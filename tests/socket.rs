@@ -63,6 +63,7 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         slots: 4,
         workers: 2,
         open_timeout: Duration::from_secs(1),
+        no_room: None,
         tracer: None,
     }
 }

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::Failure;
 use crate::config::{Config, FrontEndKind, Options};
+use crate::engine::room::NoRoom;
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings, Started};
@@ -21,6 +22,7 @@ use crate::front::cachefiles::{BindOptions, Device};
 use crate::front::sim::socket::SocketFront;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
+use crate::ops::space::{self, Keeper};
 use crate::ops::{erofs, exit, limits, log};
 use crate::store::{Store, Stores};
 
@@ -72,17 +74,19 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
     let store = open_stores(&config)?;
-    let front = open_front(&config, sim_socket)?;
+    let (front, device) = open_front(&config, sim_socket)?;
     seed(&config, &*store);
     let (tracer, printer) = start_tracer(trace_requests)?;
-    let engine = start_engine(&config, &front, &store, tracer)?;
+    let (keeper, no_room) = start_keeper(&config, device)?.unzip();
+    let engine = start_engine(&config, &front, &store, tracer, no_room)?;
     announce(&config, &*front, &engine);
     let started = engine.started().clone();
-    let result = serve(&config, engine, &signals);
+    let result = serve(&config, engine, keeper.as_ref(), &signals);
     finish(printer);
+    let space = keeper.map(Keeper::stop);
     // The kernel fails what still waits, and unbinds, when the device is closed.
     drop(front);
-    report(&started, result, json)
+    report(&started, result, space, json)
 }
 
 fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
@@ -90,12 +94,13 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
     Ok(Arc::new(stores))
 }
 
-fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Arc<dyn FrontEnd>, Failure> {
+/// The front end; and the device, if that is what it is.
+fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<(Arc<dyn FrontEnd>, Option<Arc<Device>>), Failure> {
     match (config.front_end, sim_socket) {
         (FrontEndKind::Sim, Some(0)) => {
             let front =
                 SocketFront::from_stdin().map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-            Ok(Arc::new(front))
+            Ok((Arc::new(front), None))
         }
         (FrontEndKind::Sim, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
         (FrontEndKind::Auto | FrontEndKind::Cachefiles, _) => {
@@ -104,7 +109,7 @@ fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Arc<dyn FrontE
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
             let device = Device::bind(&options).map_err(|error| Failure::new(error.exit_code(), error))?;
-            Ok(device)
+            Ok((Arc::clone(&device) as Arc<dyn FrontEnd>, Some(device)))
         }
     }
 }
@@ -134,7 +139,24 @@ fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>)
     Ok((Some(tracer), Some(printer)))
 }
 
-fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, tracer: Option<Tracer>) -> Result<Engine, Failure> {
+/// Starts to look after the space of a cache that is bound.
+fn start_keeper(config: &Config, device: Option<Arc<Device>>) -> Result<Option<(Keeper, NoRoom)>, Failure> {
+    let Some(device) = device else { return Ok(None) };
+    let settings = space::Settings { cache_dir: config.cache_dir.clone(), limits: config.cull, budget_bytes: config.cache_bytes };
+    let start = || {
+        let no_room = NoRoom::new()?;
+        Ok((Keeper::start(settings, device, no_room.clone())?, no_room))
+    };
+    start().map(Some).map_err(|error: std::io::Error| Failure::new(exit::FAILED, format!("cannot look after the cache's space: {error}")))
+}
+
+fn start_engine(
+    config: &Config,
+    front: &Arc<dyn FrontEnd>,
+    store: &Arc<dyn Store>,
+    tracer: Option<Tracer>,
+    no_room: Option<NoRoom>,
+) -> Result<Engine, Failure> {
     let settings = Settings {
         shards: config.shards,
         kind: config.engine,
@@ -144,6 +166,7 @@ fn start_engine(config: &Config, front: &Arc<dyn FrontEnd>, store: &Arc<dyn Stor
         workers: config.workers,
         open_timeout: config.open_timeout,
         tracer,
+        no_room,
     };
     Engine::start(front, store, &settings).map_err(|error| {
         let code = if matches!(error, EngineError::NoRing(_)) { exit::UNAVAILABLE } else { exit::FAILED };
@@ -179,7 +202,7 @@ fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine) {
 }
 
 /// Waits for signals, or for the engine to die.
-fn serve(config: &Config, engine: Engine, signals: &Signals) -> Result<Snapshot, EngineError> {
+fn serve(config: &Config, engine: Engine, keeper: Option<&Keeper>, signals: &Signals) -> Result<Snapshot, EngineError> {
     while !engine.has_failed() {
         wait_for(signals, &engine);
         match signals.next() {
@@ -187,7 +210,7 @@ fn serve(config: &Config, engine: Engine, signals: &Signals) -> Result<Snapshot,
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
                 break;
             }
-            Some(Event::Report) => tracing::info!("{}", json_text(engine.started(), &engine.snapshot())),
+            Some(Event::Report) => tracing::info!("{}", json_text(engine.started(), &engine.snapshot(), keeper.map(Keeper::statistics))),
             Some(Event::Reload) => tracing::warn!("settings are read at start only; restart infill to change them"),
             None => {}
         }
@@ -217,11 +240,11 @@ fn finish(printer: Option<JoinHandle<()>>) {
     }
 }
 
-fn report(started: &Started, result: Result<Snapshot, EngineError>, json: bool) -> Result<(), Failure> {
+fn report(started: &Started, result: Result<Snapshot, EngineError>, space: Option<space::Statistics>, json: bool) -> Result<(), Failure> {
     let snapshot = result.map_err(|error| Failure::new(exit::FAILED, error))?;
     tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
     if json {
-        let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot));
+        let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot, space));
     }
     Ok(())
 }
@@ -233,9 +256,11 @@ struct Statistics<'a> {
     shards: usize,
     #[serde(flatten)]
     counts: &'a Snapshot,
+    #[serde(flatten)]
+    space: Option<space::Statistics>,
 }
 
-fn json_text(started: &Started, counts: &Snapshot) -> String {
-    let statistics = Statistics { engine: started.kind, shards: started.shards, counts };
+fn json_text(started: &Started, counts: &Snapshot, space: Option<space::Statistics>) -> String {
+    let statistics = Statistics { engine: started.kind, shards: started.shards, counts, space };
     serde_json::to_string(&statistics).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
 }

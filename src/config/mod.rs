@@ -72,6 +72,8 @@ pub struct Config {
     pub secctx: Option<String>,
     /// How full the cache's file system may become.
     pub cull: CullLimits,
+    /// How much the objects in the cache may take together; `None`: as much as `cull` allows.
+    pub cache_bytes: Option<u64>,
     /// Event loops.
     pub shards: usize,
     /// How reads and writes are done.
@@ -119,6 +121,7 @@ impl Options {
                 fcull_percent: self.fcull,
                 fstop_percent: self.fstop,
             },
+            cache_bytes: self.cache_bytes.map(|bytes| bytes.0),
             shards,
             engine: self.engine.unwrap_or_default(),
             source: self.source.unwrap_or_default(),

@@ -55,6 +55,10 @@ pub struct Options {
     /// As --bstop, for free files
     #[arg(long, value_name = "PERCENT")]
     pub(super) fstop: Option<u8>,
+    /// How much the blobs in the cache may take together; beyond it those used least recently are removed, if they are
+    /// not mounted [default: as much as --brun and --bcull allow]
+    #[arg(long, value_name = "SIZE", env = "INFILL_CACHE_BYTES")]
+    pub(super) cache_bytes: Option<Bytes>,
     /// Event loops, each on a core of its own [default: the usable cores]
     #[arg(long, env = "INFILL_SHARDS")]
     pub(super) shards: Option<NonZeroUsize>,
@@ -148,6 +152,7 @@ impl Options {
             frun,
             fcull,
             fstop,
+            cache_bytes,
             shards,
             engine,
             source,

@@ -10,6 +10,7 @@
 //! | `probe` | what a sink already holds |
 //! | `io` | reads and writes: `ring` (io_uring) or `blocking` (threads) |
 //! | `buffers` | memory that operations use |
+//! | `room` | the bell for writes that found no room |
 //! | `stats`, `trace` | what is counted and what is shown |
 
 pub mod blocking;
@@ -24,6 +25,7 @@ pub mod plan;
 pub mod presence;
 mod probe;
 pub mod ring;
+pub mod room;
 mod router;
 mod shard;
 mod start;
@@ -73,6 +75,8 @@ pub struct Settings {
     pub workers: u32,
     /// How long the lookup of a blob that may be found later is tried.
     pub open_timeout: Duration,
+    /// To be told of writes that found no room.
+    pub no_room: Option<room::NoRoom>,
     /// Records every answer.
     pub tracer: Option<trace::Tracer>,
 }

@@ -285,6 +285,7 @@ impl Plan {
             receiver: self.router.map(|router| (self.front, router)),
             machine: Machine::new(limits),
             tracer: self.settings.tracer,
+            no_room: self.settings.no_room,
             io,
             buffers,
         };

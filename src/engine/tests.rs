@@ -170,6 +170,7 @@ fn with_each_engine(shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
             slots: 4,
             workers: 2,
             open_timeout: Duration::from_secs(1),
+            no_room: None,
             tracer: None,
         };
         let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, Arc::clone(&store) as Arc<dyn Store>);

@@ -1,4 +1,4 @@
-//! What an operator meets: the doctor, limits, signals, the log, exit codes, and who holds the device.
+//! What an operator meets: the doctor, limits, space, signals, the log, exit codes, and who holds the device.
 
 pub mod doctor;
 pub mod erofs;
@@ -10,4 +10,5 @@ pub mod log;
 pub mod reflink;
 pub mod seeding;
 pub mod signals;
+pub mod space;
 pub mod xattr;

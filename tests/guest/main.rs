@@ -17,6 +17,7 @@ mod readers;
 mod runner;
 mod seed;
 mod serve;
+mod space;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -31,7 +32,7 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS].into_iter().flatten().copied()
+    [serve::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS, space::TESTS].into_iter().flatten().copied()
 }
 
 fn main() -> ExitCode {

@@ -65,6 +65,11 @@ impl Device {
         self.counters.snapshot()
     }
 
+    /// Gives the kernel a command that is no answer. It takes one at a time: a slow one delays answers to OPENs.
+    pub(super) fn command(&self, command: &[u8]) -> Result<(), Errno> {
+        command::give(self.devnode.fd.as_fd(), command)
+    }
+
     /// One message, or `None` if there is none now. read(2) of the device never waits.
     fn read_message<'b>(&self, buffer: &'b mut [u8]) -> Result<Option<&'b [u8]>, FrontError> {
         loop {
@@ -216,7 +221,7 @@ impl Answer for Devnode {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs::File;
     use std::io::Read;
     use std::os::fd::{AsRawFd, IntoRawFd};
@@ -228,9 +233,9 @@ mod tests {
     use super::*;
 
     /// The kernel's end of a stand-in for the device: it keeps the borders between messages, too.
-    struct Kernel(OwnedFd);
+    pub(in super::super) struct Kernel(OwnedFd);
 
-    fn device() -> (Arc<Device>, Kernel) {
+    pub(in super::super) fn device() -> (Arc<Device>, Kernel) {
         let (devnode, kernel) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC).unwrap();
         let reopens = true;
@@ -253,7 +258,7 @@ mod tests {
             self.message(msg_id, object_id, Body::Open { fd, key });
         }
 
-        fn command(&self) -> String {
+        pub(in super::super) fn command(&self) -> String {
             let mut buffer = [0; command::COMMAND_MAX_BYTES];
             let len = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
             str::from_utf8(&buffer[..len]).unwrap().to_owned()

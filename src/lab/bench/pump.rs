@@ -178,6 +178,7 @@ fn settings() -> Settings {
         slots: 16,
         workers: 8,
         open_timeout: Duration::from_secs(10),
+        no_room: None,
         tracer: None,
     }
 }
