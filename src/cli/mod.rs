@@ -24,7 +24,7 @@ enum Verb {
     Serve(Box<serve::ServeArgs>),
     Prefetch(prefetch::PrefetchArgs),
     /// Find out whether this host can serve images, and what to do if not
-    Doctor(doctor::DoctorArgs),
+    Doctor(Box<doctor::DoctorArgs>),
     /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
     Demo(demo::DemoArgs),
     /// Measure: one command for each published table
@@ -57,7 +57,10 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Serve(args) => serve::run(*args),
         Verb::Prefetch(args) => prefetch::run(&args),
-        Verb::Doctor(args) => return doctor::run(&args),
+        Verb::Doctor(args) => match doctor::run(*args) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(what) => bench::run(&what),
         Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(crate::ops::exit::FAILED, e)),

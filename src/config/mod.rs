@@ -103,6 +103,11 @@ impl Options {
         if self.store.is_empty() {
             return Err(ConfigError::NoStore);
         }
+        self.values()
+    }
+
+    /// The checked values, with or without a store.
+    pub(super) fn values(self) -> Result<Config, ConfigError> {
         let stores = self.store.iter().map(|spec| spec.parse().map_err(|error| value("store", spec, &error)));
         let seed = self.seed.iter().map(|blob| blob.parse().map_err(|error| value("seed", blob, &error)));
         let shards = self.shards.map_or_else(|| usable_cpus().len().max(1), NonZeroUsize::get);

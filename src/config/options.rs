@@ -129,12 +129,24 @@ impl Options {
     /// # Errors
     /// A file that cannot be read or understood, or a value that cannot be used; the message names it.
     pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        self.with_file(file)?.check()
+    }
+
+    /// The same for a look at the settings: there need not be a store.
+    ///
+    /// # Errors
+    /// As [`Options::resolve`].
+    pub fn look(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        self.with_file(file)?.values()
+    }
+
+    fn with_file(self, file: Option<&Path>) -> Result<Self, ConfigError> {
         let from_file = match file {
             Some(path) => read_file(path)?,
             None if Path::new(DEFAULT_FILE).exists() => read_file(Path::new(DEFAULT_FILE))?,
             None => Self::default(),
         };
-        self.or(from_file).check()
+        Ok(self.or(from_file))
     }
 
     pub(super) fn or(self, second: Self) -> Self {
