@@ -42,7 +42,7 @@ const OVERHEAD_BYTES_MAX: u64 = 1 << 20;
 /// How often seeding and mounting race for a new domain.
 const RACES: u32 = 16;
 /// How long the kernel may take for what it does after an unmounting or the daemon's end.
-const COMMIT_LIMIT: Duration = Duration::from_secs(20);
+const COMMIT_LIMIT: Duration = Duration::from_secs(60);
 /// The mode of a regular file without any permission.
 const S_IFREG: u32 = nix::libc::S_IFREG;
 /// Bytes of a page, the unit in which the kernel asks.

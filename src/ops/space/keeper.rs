@@ -31,8 +31,8 @@ use crate::ops::doctor::release::{Running, may_cull};
 pub const POLL: Duration = Duration::from_secs(5);
 /// Longest time for which the statistics tell an old size of the cache.
 const CENSUS_AGE_MAX: Duration = Duration::from_secs(60);
-/// Shortest pause between two rounds that remove something: the file system may free the blocks of the first one some
-/// time later (XFS does so in the background), and they must not be missed twice.
+/// Shortest time from one look to the next, however many fills find no room: the file system may free the blocks of
+/// what was removed some time later (XFS does so in the background), and they must not be missed twice.
 const SETTLE: Duration = Duration::from_millis(200);
 /// For how long a round that could remove nothing counts: fills that find no room meanwhile fail at once.
 const IN_VAIN: Duration = Duration::from_secs(1);
@@ -162,8 +162,8 @@ struct Worker {
     culling: bool,
     /// The last count, and the free space then.
     counted: Option<(Instant, u64)>,
-    /// When something was last removed.
-    removed: Option<Instant>,
+    /// When it last looked.
+    looked: Instant,
     /// What was last said about room that cannot be made.
     said: String,
 }
@@ -186,7 +186,7 @@ impl Worker {
             uses: Uses::default(),
             culling: false,
             counted: None,
-            removed: None,
+            looked: Instant::now(),
             said: String::new(),
         })
     }
@@ -195,7 +195,9 @@ impl Worker {
     fn work(&mut self, stop: &EventFd) {
         loop {
             let starved = self.no_room.was_rung();
-            if let Err(error) = self.turn(starved) {
+            let turn = self.turn(starved);
+            self.looked = Instant::now();
+            if let Err(error) = turn {
                 self.say(format!("cannot look after the cache's space: {error}"));
             }
             if self.wait(stop) {
@@ -207,9 +209,7 @@ impl Worker {
 
     /// Waits until there is something to do; says whether that is to stop.
     fn wait(&self, stop: &EventFd) -> bool {
-        if let Some(pause) = self.removed.and_then(|removed| SETTLE.checked_sub(removed.elapsed())) {
-            std::thread::sleep(pause);
-        }
+        std::thread::sleep(SETTLE.saturating_sub(self.looked.elapsed()));
         let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN), PollFd::new(self.no_room.as_fd(), PollFlags::POLLIN)];
         // An interrupted wait is a look that comes early.
         let _ = poll(&mut fds, PollTimeout::try_from(POLL).unwrap_or(PollTimeout::NONE));
@@ -218,7 +218,7 @@ impl Worker {
 
     /// One look at the cache, after a fill found no room if it is `starved`.
     fn turn(&mut self, starved: bool) -> Result<(), CacheDirError> {
-        self.uses.update(&self.cache)?;
+        let closed = self.uses.update(&self.cache)?;
         let now = room(&self.root).map_err(CacheDirError::io(self.root.path(), "query its file system"))?;
         lock(&self.statistics).cache_free_bytes = now.bytes.free;
         self.culling = match self.limits.level(&now) {
@@ -227,7 +227,7 @@ impl Worker {
             Level::Plenty => false,
         };
         empty_graveyard(&self.root)?;
-        if self.culling || self.must_count(now.bytes.free) {
+        if self.culling || self.must_count(closed, now.bytes.free) {
             let found = census(&self.root)?;
             self.counted = Some((Instant::now(), now.bytes.free));
             self.keep(&found, &now, starved)?;
@@ -235,9 +235,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Whether the last count says too little. Without a budget it is only for the statistics.
-    fn must_count(&self, free_bytes: u64) -> bool {
-        self.counted.is_none_or(|(at, free)| at.elapsed() > CENSUS_AGE_MAX || self.budget_bytes.is_some() && free != free_bytes)
+    /// Whether the last count says too little: objects were filled, or closed and named. Without a budget it is only for
+    /// the statistics.
+    fn must_count(&self, closed: bool, free_bytes: u64) -> bool {
+        let changed = |free| self.budget_bytes.is_some() && (closed || free != free_bytes);
+        self.counted.is_none_or(|(at, free)| at.elapsed() > CENSUS_AGE_MAX || changed(free))
     }
 
     /// Removes what is too much of what was found.
@@ -260,7 +262,6 @@ impl Worker {
             ended?;
         }
         if removed.anything() {
-            self.removed = Some(Instant::now());
             let Removed { objects, bytes, volumes, .. } = removed;
             tracing::info!(objects, bytes, volumes, free_bytes = now.bytes.free, cache_bytes = used_bytes, "made room in the cache");
         } else if starved {

@@ -31,14 +31,16 @@ impl Uses {
         &self.live
     }
 
-    /// Looks what is open now, and notes the use of what no longer is. `cache` is the directory of the volumes.
-    pub(super) fn update(&mut self, cache: &Dir) -> Result<(), CacheDirError> {
+    /// Looks what is open now, and notes the use of what no longer is. `cache` is the directory of the volumes. Says
+    /// whether something was closed: then objects may have got their names.
+    pub(super) fn update(&mut self, cache: &Dir) -> Result<bool, CacheDirError> {
         let live = cookies::live()?;
         let closed = self.live.difference(&live).cloned();
         self.closed.extend(closed.map(|place| (place, 0)));
         self.live = live;
+        let any = !self.closed.is_empty();
         self.note(cache);
-        Ok(())
+        Ok(any)
     }
 
     /// Notes that all that is open was used until now.
