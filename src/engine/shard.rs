@@ -360,7 +360,9 @@ const fn index(value: u64) -> usize {
 fn advice(errno: Errno) -> &'static str {
     match errno {
         Errno::EIO => "its source cannot be read or was truncated; put the whole blob back and read again",
-        Errno::ENOSPC | Errno::ENOBUFS => "the cache file system has no room, and nothing in the cache is unused (see bstop and df); unmount images or free some, and read again",
+        Errno::ENOSPC | Errno::ENOBUFS => {
+            "the cache file system has no room, and nothing in the cache is unused (see bstop and df); unmount images or free some, and read again"
+        }
         Errno::ENXIO => "the image asks beyond the end of its blob; the blob in the store is not the image's",
         Errno::ENOENT => "the kernel asked for an object that is not open",
         Errno::EFAULT => "its mapped source was truncated; put the whole blob back and read again",

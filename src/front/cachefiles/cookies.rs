@@ -61,8 +61,7 @@ fn listed(volumes: &[u8], cookies: &[u8], key: &Key) -> bool {
 fn live_in(volumes: &[u8], cookies: &[u8]) -> HashSet<Place> {
     let marker = [b" ", VOLUME_PREFIX].concat();
     let domain = |line: &[u8]| line.windows(marker.len()).position(|part| part == marker).map(|at| line[at + marker.len()..].to_vec());
-    let domains: HashMap<_, _> =
-        lines(volumes).filter_map(|line| Some((fields(line).next()?.to_vec(), domain(line)?))).collect();
+    let domains: HashMap<_, _> = lines(volumes).filter_map(|line| Some((fields(line).next()?.to_vec(), domain(line)?))).collect();
     let place = |line| {
         let fields: Vec<_> = fields(line).collect();
         let [_, volume, _, _, _, state, _, key, ..] = fields[..] else { return None };

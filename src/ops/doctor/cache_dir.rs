@@ -121,12 +121,15 @@ fn space_check(room: &Room, limits: &CullLimits) -> Check {
             Check::fail(ID, Verdict::BadCacheDir, found, remedy)
         }
         Level::Cull => {
-            let found = format!("{percent} % of its {what} free: below {cull} % ({letter}cull) what is not mounted is removed from the cache");
+            let found =
+                format!("{percent} % of its {what} free: below {cull} % ({letter}cull) what is not mounted is removed from the cache");
             Check::warn(ID, found, remedy)
         }
-        Level::Low => {
-            Check::warn(ID, format!("{percent} % of its {what} free, less than the {run} % ({letter}run) that culling brings it to"), remedy)
-        }
+        Level::Low => Check::warn(
+            ID,
+            format!("{percent} % of its {what} free, less than the {run} % ({letter}run) that culling brings it to"),
+            remedy,
+        ),
         Level::Plenty => Check::ok(ID, format!("{bytes} % of space and {files} % of inodes free")),
     }
 }

@@ -231,6 +231,8 @@ impl Worker {
             let found = census(&self.root)?;
             self.counted = Some((Instant::now(), now.bytes.free));
             self.keep(&found, &now, starved)?;
+        } else if self.budget_bytes.is_none() {
+            self.said.clear();
         }
         Ok(())
     }
