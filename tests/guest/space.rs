@@ -51,15 +51,28 @@ impl Ballast {
         Ok(Self(File::create(BALLAST)?))
     }
 
-    /// Takes all but `leave` bytes of what is free for `whom`.
+    /// Takes all but `leave` bytes.
     fn leave(&self, leave: u64, full: Full) -> Outcome {
         nix::unistd::sync();
+        if full == Full::Disk {
+            return self.fill_up(leave);
+        }
         let stat = statvfs("/cache")?;
-        let free = match full {
-            Full::Stop => stat.blocks_available(),
-            Full::Disk => stat.blocks_free(),
-        };
-        let more = (free * stat.fragment_size()).checked_sub(leave).ok_or("the disk is too full already")?;
+        let more = (stat.blocks_available() * stat.fragment_size()).checked_sub(leave).ok_or("the disk is too full already")?;
+        Ok(self.grow(more)?)
+    }
+
+    /// Takes all that there is, and gives some back: what a file system keeps for itself is in no number.
+    fn fill_up(&self, give_back: u64) -> Outcome {
+        for step in [64 << 20, 1 << 20, 64 << 10] {
+            while self.grow(step).is_ok() {}
+        }
+        self.0.set_len(self.0.metadata()?.len().checked_sub(give_back).ok_or("there was no room")?)?;
+        nix::unistd::sync();
+        Ok(())
+    }
+
+    fn grow(&self, more: u64) -> Result<()> {
         let at = self.0.metadata()?.len();
         fallocate(&self.0, FallocateFlags::empty(), i64::try_from(at)?, i64::try_from(more)?)?;
         Ok(())
@@ -76,9 +89,9 @@ impl Drop for Ballast {
 /// What ends the room.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Full {
-    /// The kernel's stop mark, counted in what anybody may use: ENOBUFS.
+    /// The kernel's stop mark: ENOBUFS.
     Stop,
-    /// The disk, down to what is kept for root: ENOSPC.
+    /// The disk: ENOSPC.
     Disk,
 }
 

@@ -7,6 +7,7 @@ use std::ffi::{CString, OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use nix::dir;
 use nix::errno::Errno;
@@ -148,13 +149,14 @@ impl Dir {
         openat(&self.fd, name, flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC, Mode::empty())
     }
 
-    /// Notes that a file was used just now: in its access time, as the kernel does when it looks an object up
+    /// Notes that a file was used at that time: in its access time, as the kernel does when it looks an object up
     /// (`cachefiles_open_file`), only that a mount option cannot forbid it. `false`: there is no such file.
     ///
     /// # Errors
     /// It cannot be noted.
-    pub fn touch(&self, name: &OsStr) -> Result<bool, CacheDirError> {
-        match utimensat(&self.fd, name, &TimeSpec::UTIME_NOW, &TimeSpec::UTIME_OMIT, UtimensatFlags::NoFollowSymlink) {
+    pub fn touch(&self, name: &OsStr, at: SystemTime) -> Result<bool, CacheDirError> {
+        let at = TimeSpec::from_duration(at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+        match utimensat(&self.fd, name, &at, &TimeSpec::UTIME_OMIT, UtimensatFlags::NoFollowSymlink) {
             Ok(()) => Ok(true),
             Err(Errno::ENOENT) => Ok(false),
             Err(errno) => Err(CacheDirError::io(&self.path_of(name), "note its last use")(errno)),
@@ -285,8 +287,8 @@ mod tests {
 
         let before = found.objects[1].last_use;
         let fanout = root.sub(CACHE).unwrap().unwrap().sub("Ierofs,dom").unwrap().unwrap().sub("@4a").unwrap().unwrap();
-        assert!(fanout.touch("Dimg2".as_ref()).unwrap());
-        assert!(!fanout.touch("Dimg3".as_ref()).unwrap());
+        assert!(fanout.touch("Dimg2".as_ref(), SystemTime::now()).unwrap());
+        assert!(!fanout.touch("Dimg3".as_ref(), SystemTime::now()).unwrap());
         let stat = fanout.stat("Dimg2".as_ref()).unwrap().unwrap();
         assert!(last_use(&stat) >= before);
     }

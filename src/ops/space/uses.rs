@@ -7,6 +7,7 @@
 //! make its next one.
 
 use std::collections::{HashMap, HashSet};
+use std::time::SystemTime;
 
 use crate::front::cachefiles::cache_dir::CacheDirError;
 use crate::front::cachefiles::cookies;
@@ -18,11 +19,19 @@ use crate::front::cachefiles::tree::Dir;
 const TRIES_MAX: u8 = 3;
 
 /// What is in use, and what has just been.
-#[derive(Default, Debug)]
+#[derive(Debug)]
 pub(super) struct Uses {
     live: HashSet<Place>,
-    /// Closed objects whose use is still to be noted, and how often that was tried.
-    closed: HashMap<Place, u8>,
+    /// When that was looked up.
+    looked: SystemTime,
+    /// Closed objects whose use is still to be noted: when they were last seen open, and how often it was tried.
+    closed: HashMap<Place, (SystemTime, u8)>,
+}
+
+impl Default for Uses {
+    fn default() -> Self {
+        Self { live: HashSet::new(), looked: SystemTime::now(), closed: HashMap::new() }
+    }
 }
 
 impl Uses {
@@ -35,9 +44,11 @@ impl Uses {
     /// whether something was closed: then objects may have got their names.
     pub(super) fn update(&mut self, cache: &Dir) -> Result<bool, CacheDirError> {
         let live = cookies::live()?;
+        // As of the last look, when they were open for certain: others may have been used since, which only the kernel
+        // and the fills have noted.
         let closed = self.live.difference(&live).cloned();
-        self.closed.extend(closed.map(|place| (place, 0)));
-        self.live = live;
+        self.closed.extend(closed.map(|place| (place, (self.looked, 0))));
+        (self.live, self.looked) = (live, SystemTime::now());
         let any = !self.closed.is_empty();
         self.note(cache);
         Ok(any)
@@ -45,24 +56,24 @@ impl Uses {
 
     /// Notes that all that is open was used until now.
     pub(super) fn finish(&mut self, cache: &Dir) {
-        self.closed.extend(self.live.drain().map(|place| (place, 0)));
+        self.closed.extend(self.live.drain().map(|place| (place, (SystemTime::now(), 0))));
         self.note(cache);
     }
 
     /// A note that cannot be made costs nothing but a better choice, so it is no error.
     fn note(&mut self, cache: &Dir) {
-        self.closed.retain(|place, tries| {
+        self.closed.retain(|place, (at, tries)| {
             *tries += 1;
-            !touch(cache, place).unwrap_or(true) && *tries < TRIES_MAX
+            !touch(cache, place, *at).unwrap_or(true) && *tries < TRIES_MAX
         });
     }
 }
 
 /// `false`: there is no such object.
-fn touch(cache: &Dir, place: &Place) -> Result<bool, CacheDirError> {
+fn touch(cache: &Dir, place: &Place, at: SystemTime) -> Result<bool, CacheDirError> {
     let Some(volume) = cache.sub(&place.volume)? else { return Ok(false) };
     let Some(fanout) = volume.sub(fanout_name(place.fanout))? else { return Ok(false) };
-    fanout.touch(&place.object)
+    fanout.touch(&place.object, at)
 }
 
 #[cfg(test)]
@@ -88,7 +99,7 @@ mod tests {
         };
         make(&named);
         let cache = Dir::open(dir.path()).unwrap().unwrap();
-        let mut uses = Uses { live: HashSet::from([named.clone(), nameless.clone()]), closed: HashMap::new() };
+        let mut uses = Uses { live: HashSet::from([named.clone(), nameless.clone()]), ..Uses::default() };
         uses.finish(&cache);
         assert!(path(&named).metadata().unwrap().atime() > 0);
         assert_eq!(path(&named).metadata().unwrap().mtime(), 0);
