@@ -74,7 +74,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
     let store = open_stores(&config)?;
-    let (front, device) = open_front(&config, sim_socket)?;
+    let Opened { front, device } = open_front(&config, sim_socket)?;
     seed(&config, &*store);
     let (tracer, printer) = start_tracer(trace_requests)?;
     let (keeper, no_room) = start_keeper(&config, device)?.unzip();
@@ -94,13 +94,19 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
     Ok(Arc::new(stores))
 }
 
-/// The front end; and the device, if that is what it is.
-fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<(Arc<dyn FrontEnd>, Option<Arc<Device>>), Failure> {
+/// A front end.
+struct Opened {
+    front: Arc<dyn FrontEnd>,
+    /// The device, if that is what it is.
+    device: Option<Arc<Device>>,
+}
+
+fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Opened, Failure> {
     match (config.front_end, sim_socket) {
         (FrontEndKind::Sim, Some(0)) => {
             let front =
                 SocketFront::from_stdin().map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-            Ok((Arc::new(front), None))
+            Ok(Opened { front: Arc::new(front), device: None })
         }
         (FrontEndKind::Sim, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
         (FrontEndKind::Auto | FrontEndKind::Cachefiles, _) => {
@@ -109,7 +115,7 @@ fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<(Arc<dyn Front
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
             let device = Device::bind(&options).map_err(|error| Failure::new(error.exit_code(), error))?;
-            Ok((Arc::clone(&device) as Arc<dyn FrontEnd>, Some(device)))
+            Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device) })
         }
     }
 }
