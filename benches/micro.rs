@@ -73,11 +73,11 @@ fn main() -> ExitCode {
         case(rounds.parse().unwrap());
         return ExitCode::SUCCESS;
     }
-    let Some(valgrind) = packages::find("valgrind") else {
-        println!("micro: not run: valgrind is not installed");
+    if let Err(error) = packages::ensure(packages::BENCH_TOOLS) {
+        println!("micro: not run: {error}");
         return ExitCode::SUCCESS;
-    };
-    let count = |name: &str, rounds: u64| instructions(Command::new(&valgrind), name, rounds);
+    }
+    let count = |name: &str, rounds: u64| instructions(Command::new("valgrind"), name, rounds);
     let each = |name: &str| (count(name, ROUNDS.1) - count(name, ROUNDS.0)) as f64 / (ROUNDS.1 - ROUNDS.0) as f64;
     let found: BTreeMap<String, f64> = CASES.iter().map(|(name, _)| ((*name).to_owned(), each(name))).collect();
     judge(&found, args.iter().any(|arg| arg == "--record"))

@@ -101,3 +101,9 @@ fn the_doctor_speaks_json() {
     assert!(report["checks"].as_array().is_some_and(|checks| checks.len() > 5), "{report}");
     assert!(report["verdict"].is_string(), "{report}");
 }
+
+#[test]
+fn a_user_that_does_not_exist_is_named() {
+    refused(&["serve", "--store", "dir:/tmp", "--user", "no-such-user"], 78, &["no-such-user", "UID:GID"]);
+    refused(&["serve", "--store", "dir:/tmp", "--user", "root:wheel"], 78, &["user = root:wheel", "number of a group"]);
+}

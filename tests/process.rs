@@ -1,8 +1,11 @@
-//! The real binary against a kernel on a socket: signals, and a daemon that is killed while readers wait.
+//! The real binary against a kernel on a socket: signals, a daemon that is killed while readers wait, and one that has
+//! given up all that it does not need.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+use std::fs::Permissions;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -27,26 +30,29 @@ fn blob(dir: &Path) -> Vec<u8> {
     bytes
 }
 
-fn serve(dir: &Path, socket: OwnedFd) -> Child {
+/// A kernel that keeps its objects below `dir`, where any user may reach them.
+fn kernel(dir: &Path) -> (SocketKernel, OwnedFd) {
+    let sinks = tempfile::tempdir_in(dir).unwrap().keep();
+    std::fs::set_permissions(&sinks, Permissions::from_mode(0o755)).unwrap();
+    SocketKernel::new(&sinks).unwrap()
+}
+
+fn serve(dir: &Path, kernel: &SocketKernel, socket: OwnedFd, more: &[&str]) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("INFILL_")) {
         command.env_remove(name);
     }
-    command.args([
-        "serve",
-        "--front-end",
-        "sim",
-        "--sim-socket",
-        "0",
-        "--shards",
-        "2",
-        "--window",
-        "64K",
-        "--log-level",
-        "error",
-        "--store",
-    ]);
-    command.arg(format!("dir:{}", dir.display())).stdin(Stdio::from(socket)).stdout(Stdio::null()).spawn().unwrap()
+    command.args(["serve", "--front-end", "sim", "--sim-socket", "0", "--shards", "2", "--window", "64K", "--log-level", "error"]);
+    command
+        .args(more)
+        .arg("--store")
+        .arg(format!("dir:{}", dir.display()))
+        .arg("--cache-dir")
+        .arg(kernel.dir())
+        .stdin(Stdio::from(socket))
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 fn send(signal: Signal, child: &Child) {
@@ -57,8 +63,8 @@ fn send(signal: Signal, child: &Child) {
 fn survives(signal: Signal) {
     let dir = tempfile::tempdir().unwrap();
     let bytes = blob(dir.path());
-    let (kernel, socket) = SocketKernel::new().unwrap();
-    let mut daemon = serve(dir.path(), socket);
+    let (kernel, socket) = kernel(dir.path());
+    let mut daemon = serve(dir.path(), &kernel, socket, &[]);
     let object = kernel.open(&Key::new(b"dom", b"blob")).unwrap();
     thread::scope(|scope| {
         for seed in 0..READERS {
@@ -80,7 +86,7 @@ fn survives(signal: Signal) {
             let status = daemon.wait().unwrap();
             assert_eq!(status.success(), signal == Signal::SIGTERM, "{status}");
             let (socket, send_again) = kernel.restart().unwrap();
-            daemon = serve(dir.path(), socket);
+            daemon = serve(dir.path(), &kernel, socket, &[]);
             send_again().unwrap();
         }
     });
@@ -90,11 +96,72 @@ fn survives(signal: Signal) {
 }
 
 #[test]
-fn a_killed_daemon_costs_no_reader_a_byte() {
+fn fault_killed_daemon_costs_no_reader_a_byte() {
     survives(Signal::SIGKILL);
 }
 
 #[test]
 fn a_stopped_daemon_costs_no_reader_a_byte() {
     survives(Signal::SIGTERM);
+}
+
+/// All is given up, and all is served: with each engine and each way to read a source. As root, which may change the
+/// user and must then get along without the rights of root; else as who runs the tests.
+#[test]
+fn a_confined_daemon_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let bytes = blob(dir.path());
+    let confined: &[&str] = if nix::unistd::geteuid().is_root() {
+        // Not strict: Landlock may be switched off on the machine that builds.
+        &["--user=65534:65534"]
+    } else {
+        println!("not run: a change of user, for which root is needed");
+        &[]
+    };
+    for engine in ["--engine=uring", "--engine=blocking"] {
+        for source in ["--source=direct", "--source=buffered", "--source=mmap"] {
+            let (kernel, socket) = kernel(dir.path());
+            let mut daemon = serve(dir.path(), &kernel, socket, &[confined, &[engine, source]].concat());
+            // Opened twice: files are still found after the start.
+            for _ in 0..2 {
+                let object = kernel.open(&Key::new(b"dom", b"blob")).unwrap();
+                let got = kernel.read(object, &(0..BLOB_BYTES as u64), 8 * PAGE).unwrap();
+                assert!(got == bytes, "wrong bytes with {engine} {source}");
+                kernel.close(object).unwrap();
+            }
+            let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
+            for line in ["CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2", "Seccomp_filters:\t2"] {
+                assert!(status.contains(line), "{line} is not in: {status}");
+            }
+            send(Signal::SIGTERM, &daemon);
+            assert!(daemon.wait().unwrap().success());
+            assert_eq!(kernel.violations(), [""; 0]);
+        }
+    }
+}
+
+#[test]
+fn fault_kernel_interface_that_is_gone_ends_the_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    blob(dir.path());
+    let (kernel, socket) = kernel(dir.path());
+    let mut daemon = serve(dir.path(), &kernel, socket, &[]);
+    kernel.open(&Key::new(b"dom", b"blob")).unwrap();
+    drop(kernel);
+    assert_eq!(daemon.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn fault_no_memory_for_buffers_is_said_at_start() {
+    const ADDRESS_SPACE_KIB: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let (_kernel, socket) = kernel(dir.path());
+    let infill = env!("CARGO_BIN_EXE_infill");
+    let serve = "serve --front-end sim --sim-socket 0 --shards 4 --slots 1000 --slot-size 1M --log-level error";
+    let script = format!("ulimit -v {ADDRESS_SPACE_KIB}; exec '{infill}' {serve} --store 'dir:{}'", dir.path().display());
+    let output = Command::new("sh").args(["-c", &script]).stdin(Stdio::from(socket)).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("memory"), "{said}");
 }

@@ -90,7 +90,8 @@ fn every_mistake_is_found() {
             Sabotage::WrongPlace | Sabotage::NoPadding => &[Rule::RightBytes, Rule::NoOverlap],
             // The wrong place in a source may also lie behind its end.
             Sabotage::WrongSource => &[Rule::RightBytes, Rule::NoOverlap, Rule::FailureHasReason],
-            Sabotage::OneSlotForAll => &[Rule::SlotOwner],
+            // Two operations meet in the slot, or a write goes out from the one that its read should have filled.
+            Sabotage::OneSlotForAll => &[Rule::SlotOwner, Rule::RightBytes],
             Sabotage::ShortIsWhole => &[Rule::DoneMeansThere],
             Sabotage::EarlyRelease => &[Rule::Release],
             Sabotage::NoRelease => &[Rule::NothingLeft, Rule::Release],

@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use infill::engine::plan::Window;
+use infill::engine::stats::Snapshot;
 use infill::engine::{Engine, EngineError, EngineKind, Settings};
 use infill::front::cachefiles::wire::{self, Body, Message};
 use infill::front::sim::rng::Rng;
@@ -16,8 +18,10 @@ use infill::front::sim::socket::{ReadError, SocketFront, SocketKernel};
 use infill::front::{FrontEnd, unanswered_tickets};
 use infill::key::Key;
 use infill::store::dir::DirStore;
-use infill::store::{SourceMode, Store};
+use infill::store::{SourceMode, Store, resident};
 use nix::errno::Errno;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::unistd::{Whence, lseek};
 use tempfile::TempDir;
 
 const PAGE: u64 = 4096;
@@ -62,6 +66,7 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         slot_bytes: 64 << 10,
         slots: 4,
         workers: 2,
+        fd_budget: 1000,
         open_timeout: Duration::from_secs(1),
         no_room: None,
         tracer: None,
@@ -69,8 +74,8 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
 }
 
 /// Starts an engine on the daemon's end of a socket; `None` if this machine has no io_uring for us.
-fn start(end: std::os::fd::OwnedFd, store: &Arc<dyn Store>, settings: &Settings) -> Option<Engine> {
-    let front: Arc<dyn FrontEnd> = Arc::new(SocketFront::from_fd(end).unwrap());
+fn start(kernel: &SocketKernel, end: std::os::fd::OwnedFd, store: &Arc<dyn Store>, settings: &Settings) -> Option<Engine> {
+    let front: Arc<dyn FrontEnd> = Arc::new(SocketFront::from_fd(end, kernel.dir()).unwrap());
     match Engine::start(&front, store, settings) {
         Err(EngineError::NoRing(why)) => {
             println!("not run: no io_uring: {why}");
@@ -83,7 +88,7 @@ fn start(end: std::os::fd::OwnedFd, store: &Arc<dyn Store>, settings: &Settings)
 /// Each kind of engine with each way to read a source.
 fn for_each_engine(test: impl Fn(&Blobs, &Settings, &Arc<dyn Store>)) {
     for kind in [EngineKind::Uring, EngineKind::Blocking] {
-        for (mode, shards) in [(SourceMode::Direct, 1), (SourceMode::Buffered, 2), (SourceMode::Mmap, 2)] {
+        for (mode, shards) in [(SourceMode::Auto, 1), (SourceMode::Direct, 1), (SourceMode::Buffered, 2), (SourceMode::Mmap, 2)] {
             println!("{kind:?} {mode:?}, {shards} shards");
             let blobs = Blobs::new();
             test(&blobs, &settings(kind, shards), &blobs.store(mode));
@@ -113,7 +118,6 @@ fn read_at_random(kernel: &SocketKernel, objects: &[(u32, &[u8])], seed: u64) {
 
 /// The sink holds the blob, then zeros up to the page's end, and nothing behind it.
 fn assert_sink_is_whole(sink: &File, bytes: &[u8]) {
-    use std::os::unix::fs::FileExt;
     let padded = bytes.len().next_multiple_of(4096);
     assert_eq!(sink.metadata().unwrap().len(), padded as u64, "written beyond the end");
     let mut got = vec![0xff; padded];
@@ -124,8 +128,9 @@ fn assert_sink_is_whole(sink: &File, bytes: &[u8]) {
 #[test]
 fn readers_get_the_right_bytes() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(engine) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(engine) = start(&kernel, end, store, settings) else { return };
         let objects: Vec<(u32, &[u8])> = blobs.all.iter().map(|(key, bytes)| (kernel.open(key).unwrap(), &bytes[..])).collect();
         let missing = kernel.open(&Key::new(b"dom", b"missing"));
         assert_eq!(missing, Err(ReadError::Errno(Errno::ENOENT)));
@@ -151,11 +156,60 @@ fn readers_get_the_right_bytes() {
     });
 }
 
+/// Reads one blob through an engine with `--source auto`, and gives the statistics.
+fn read_whole(dir: &TempDir, name: &str, bytes: &[u8], kind: EngineKind) -> Option<Snapshot> {
+    let store: Arc<dyn Store> = Arc::new(DirStore::new("dir:test".into(), dir.path(), SourceMode::Auto).unwrap());
+    let sinks = tempfile::tempdir().unwrap();
+    let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+    let engine = start(&kernel, end, &store, &settings(kind, 1))?;
+    let object = kernel.open(&Key::new(b"", name.as_bytes())).unwrap();
+    read_and_compare(&kernel, object, bytes, 0, u64::MAX / 2, 32 * PAGE);
+    assert_sink_is_whole(&kernel.sink(object).unwrap(), bytes);
+    kernel.close(object).unwrap();
+    let stats = engine.stop(DRAIN, || false).unwrap();
+    assert_eq!(kernel.violations(), [""; 0]);
+    Some(stats)
+}
+
+#[test]
+fn a_warm_source_is_mapped_a_cold_one_read_and_a_hole_neither() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("blob");
+    let mut bytes: Vec<u8> = (0..2_000_001_u64).map(|i| (i ^ i >> 9) as u8).collect();
+    bytes[700_000..1_500_000].fill(0);
+    let file = File::create(&path).unwrap();
+    file.write_all_at(&bytes[..700_000], 0).unwrap();
+    file.write_all_at(&bytes[1_500_000..], 1_500_000).unwrap();
+    file.sync_all().unwrap();
+    for kind in [EngineKind::Uring, EngineKind::Blocking] {
+        // The data in front of the hole; the file system may keep part of the hole as data.
+        let is_warm = || resident::is_resident(&file, 0, 700_000);
+        assert_eq!(std::fs::read(&path).unwrap().len(), bytes.len());
+        match (is_warm(), read_whole(&dir, "blob", &bytes, kind)) {
+            (Ok(true), Some(stats)) => {
+                assert!(stats.bytes_mapped >= 1_100_000 && stats.bytes_direct + stats.bytes_buffered < 200_000, "{stats:?}");
+            }
+            (warm, stats) => println!("not run with {kind:?}: in memory {warm:?}, engine {}", stats.is_some()),
+        }
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+        let cold = !is_warm().unwrap_or(false);
+        let Some(stats) = read_whole(&dir, "blob", &bytes, kind) else { continue };
+        if cold {
+            assert!(stats.bytes_mapped == 0 && stats.bytes_direct + stats.bytes_buffered >= 1_200_000, "{stats:?}");
+        }
+        if lseek(&file, 0, Whence::SeekHole).is_ok_and(|hole| hole < 1_000_000) {
+            assert!((500_000..=800_000).contains(&stats.bytes_zero), "{stats:?}");
+        }
+        println!("{kind:?}, cold {cold}: {stats:?}");
+    }
+}
+
 #[test]
 fn a_new_daemon_takes_over_while_readers_wait() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(first) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(first) = start(&kernel, end, store, settings) else { return };
         let (key, bytes) = blobs.all.last().unwrap();
         let object = kernel.open(key).unwrap();
         let done = AtomicU64::new(0);
@@ -172,7 +226,7 @@ fn a_new_daemon_takes_over_while_readers_wait() {
                 thread::sleep(Duration::from_millis(10));
                 engine.stop(DRAIN, || false).unwrap();
                 let (end, send_again) = kernel.restart().unwrap();
-                engine = start(end, store, settings).unwrap();
+                engine = start(&kernel, end, store, settings).unwrap();
                 send_again().unwrap();
             }
             engine
@@ -187,8 +241,9 @@ fn a_new_daemon_takes_over_while_readers_wait() {
 #[test]
 fn a_stop_without_patience_leaves_nobody_hanging() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(engine) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(engine) = start(&kernel, end, store, settings) else { return };
         let (key, bytes) = blobs.all.last().unwrap();
         let object = kernel.open(key).unwrap();
         let pages = bytes.len() as u64 / PAGE;
@@ -203,7 +258,7 @@ fn a_stop_without_patience_leaves_nobody_hanging() {
             engine.stop(Duration::ZERO, || false).unwrap();
             // What the daemon did not read any more is the next one's.
             let (end, send_again) = kernel.restart().unwrap();
-            let next = start(end, store, settings).unwrap();
+            let next = start(&kernel, end, store, settings).unwrap();
             send_again().unwrap();
             next
         });
@@ -214,10 +269,11 @@ fn a_stop_without_patience_leaves_nobody_hanging() {
 }
 
 #[test]
-fn a_truncated_source_is_an_error_and_never_a_wrong_byte() {
+fn fault_truncated_source_is_an_error_and_never_a_wrong_byte() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(engine) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(engine) = start(&kernel, end, store, settings) else { return };
         let (key, bytes) = blobs.all.last().unwrap();
         let object = kernel.open(key).unwrap();
         let half = bytes.len() as u64 / 2;
@@ -236,10 +292,11 @@ fn a_truncated_source_is_an_error_and_never_a_wrong_byte() {
 }
 
 #[test]
-fn noise_and_closes_are_survived() {
+fn fault_noise_and_closes_are_survived() {
     for_each_engine(|blobs, settings, store| {
-        let (kernel, end) = SocketKernel::new().unwrap();
-        let Some(engine) = start(end, store, settings) else { return };
+        let sinks = tempfile::tempdir().unwrap();
+        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+        let Some(engine) = start(&kernel, end, store, settings) else { return };
         let (key, bytes) = &blobs.all[3];
         for noise in [&[0xff][..], &[0xff; 16], &[0xff; wire::MSG_MAX_BYTES]] {
             kernel.send_noise(noise).unwrap();

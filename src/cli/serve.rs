@@ -20,11 +20,13 @@ use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindOptions, Device};
 use crate::front::sim::socket::SocketFront;
+use crate::ops::confine::{self, Kept, Mode, User};
+use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::space::{self, Keeper};
 use crate::ops::{erofs, exit, limits, log};
-use crate::store::{Store, Stores};
+use crate::store::{Store, StoreSpec, Stores};
 
 /// How long the printing of traced requests may take after the engine has stopped.
 const PRINT_MAX: Duration = Duration::from_secs(2);
@@ -73,12 +75,17 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
+    let user = become_user(&config)?;
     let store = open_stores(&config)?;
     let Opened { front, device } = open_front(&config, sim_socket)?;
     seed(&config, &*store);
+    // What it looks up on this host cannot be read later.
+    let space = space::Settings::new(&config.cache_dir, config.cull, config.cache_bytes);
+    let store = confine_to(&config, user.as_ref(), store)?;
     let (tracer, printer) = start_tracer(trace_requests)?;
-    let (keeper, no_room) = start_keeper(&config, device)?.unzip();
-    let engine = start_engine(&config, &front, &store, tracer, no_room)?;
+    let (keeper, no_room) = start_keeper(space, device)?.unzip();
+    let engine = start_engine(&config, raised, &front, &store, tracer, no_room)?;
+    seal(&config);
     announce(&config, &*front, &engine);
     let started = engine.started().clone();
     let result = serve(&config, engine, keeper.as_ref(), &signals);
@@ -104,8 +111,8 @@ struct Opened {
 fn open_front(config: &Config, sim_socket: Option<i32>) -> Result<Opened, Failure> {
     match (config.front_end, sim_socket) {
         (FrontEndKind::Sim, Some(0)) => {
-            let front =
-                SocketFront::from_stdin().map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
+            let front = SocketFront::from_stdin(&config.cache_dir)
+                .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
             Ok(Opened { front: Arc::new(front), device: None })
         }
         (FrontEndKind::Sim, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
@@ -136,6 +143,34 @@ fn seed(config: &Config, store: &dyn Store) {
     }
 }
 
+/// The capabilities stay until the device is bound.
+fn become_user(config: &Config) -> Result<Option<User>, Failure> {
+    let Some(account) = &config.user else { return Ok(None) };
+    let user = User::find(account).and_then(|user| user.become_it().map(|()| user));
+    user.map(Some).map_err(|error| Failure::new(error.exit_code(), error))
+}
+
+/// Gives up what serving does not need, before there is a second thread. Gives the stores, opened again as whom and
+/// with what is left: what the daemon will not be able to read shows now.
+fn confine_to(config: &Config, user: Option<&User>, before: Arc<dyn Store>) -> Result<Arc<dyn Store>, Failure> {
+    drop(before);
+    let readable: Vec<_> = config.stores.iter().map(StoreSpec::path).collect();
+    let writable = [config.cache_dir.as_path()];
+    let kept = Kept { user, readable: &readable, writable: &writable };
+    let parts = confine::confine(config.confine, &kept).map_err(|error| Failure::new(error.exit_code(), error))?;
+    confine::announce(config.confine, user, &parts);
+    open_stores(config)
+}
+
+/// After the engine has made its rings.
+fn seal(config: &Config) {
+    if config.confine != Mode::Off
+        && let Err(why) = confine::calls::seal()
+    {
+        tracing::warn!("rings can still be made, which seccomp was to prevent: {why}");
+    }
+}
+
 fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>), Failure> {
     if !wanted {
         return Ok((None, None));
@@ -146,9 +181,8 @@ fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>)
 }
 
 /// Starts to look after the space of a cache that is bound.
-fn start_keeper(config: &Config, device: Option<Arc<Device>>) -> Result<Option<(Keeper, NoRoom)>, Failure> {
+fn start_keeper(settings: space::Settings, device: Option<Arc<Device>>) -> Result<Option<(Keeper, NoRoom)>, Failure> {
     let Some(device) = device else { return Ok(None) };
-    let settings = space::Settings { cache_dir: config.cache_dir.clone(), limits: config.cull, budget_bytes: config.cache_bytes };
     let start = || {
         let no_room = NoRoom::new()?;
         Ok((Keeper::start(settings, device, no_room.clone())?, no_room))
@@ -158,11 +192,13 @@ fn start_keeper(config: &Config, device: Option<Arc<Device>>) -> Result<Option<(
 
 fn start_engine(
     config: &Config,
+    raised: Raised,
     front: &Arc<dyn FrontEnd>,
     store: &Arc<dyn Store>,
     tracer: Option<Tracer>,
     no_room: Option<NoRoom>,
 ) -> Result<Engine, Failure> {
+    let fd_budget = limits::fd_budget(config.fd_budget, raised).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let settings = Settings {
         shards: config.shards,
         kind: config.engine,
@@ -170,6 +206,7 @@ fn start_engine(
         slot_bytes: config.slot_bytes,
         slots: config.slots,
         workers: config.workers,
+        fd_budget,
         open_timeout: config.open_timeout,
         tracer,
         no_room,
@@ -248,6 +285,8 @@ fn finish(printer: Option<JoinHandle<()>>) {
 
 fn report(started: &Started, result: Result<Snapshot, EngineError>, space: Option<space::Statistics>, json: bool) -> Result<(), Failure> {
     let snapshot = result.map_err(|error| Failure::new(exit::FAILED, error))?;
+    let Snapshot { bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, .. } = snapshot;
+    tracing::info!(bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, "where the cache's bytes came from");
     tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
     if json {
         let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot, space));

@@ -19,6 +19,7 @@ use crate::engine::plan::Window;
 use crate::engine::{EngineKind, usable_cpus};
 use crate::front::cachefiles::{CullLimits, command};
 use crate::key::Key;
+use crate::ops::confine::{self, Account};
 use crate::range::page_bytes;
 use crate::store::{SourceMode, StoreSpec};
 
@@ -48,8 +49,14 @@ const BLOCK_BYTES_MIN: u64 = 4096;
 const SHARD_BUFFER_BYTES_MAX: u64 = 1 << 30;
 /// Threads a shard at most.
 const WORKERS_MAX: u32 = 512;
-/// How long the lookup of a blob that may be found later is tried. The kernel complains after 20 s.
+/// Least descriptor budget: a few images must be usable at a time.
+const FD_BUDGET_MIN: u64 = 32;
+/// Most that any Linux lets a process have (`fs.nr_open` is below 2^31).
+const FD_BUDGET_MAX: u64 = 1 << 31;
+/// How long the lookup of a blob may take, with all its tries. The kernel complains after 20 s.
 const DEFAULT_OPEN_TIMEOUT_MS: u64 = 10_000;
+/// Least such time: a healthy disk may need that long.
+const OPEN_TIMEOUT_MS_MIN: u64 = 100;
 /// How long a stop waits for what has begun.
 const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 10_000;
 /// Longest either.
@@ -88,10 +95,16 @@ pub struct Config {
     pub slots: u32,
     /// Blocking threads a shard.
     pub workers: u32,
-    /// How long an open is tried.
+    /// Descriptors that objects may have; `None`: as the system's limits allow.
+    pub fd_budget: Option<u64>,
+    /// How long an open may take.
     pub open_timeout: Duration,
     /// How long a stop waits.
     pub drain_timeout: Duration,
+    /// User to become.
+    pub user: Option<Account>,
+    /// What is given up after the start.
+    pub confine: confine::Mode,
     /// What is logged.
     pub log_level: LogLevel,
     /// How it looks.
@@ -110,6 +123,7 @@ impl Options {
     pub(super) fn values(self) -> Result<Config, ConfigError> {
         let stores = self.store.iter().map(|spec| spec.parse().map_err(|error| value("store", spec, &error)));
         let seed = self.seed.iter().map(|blob| blob.parse().map_err(|error| value("seed", blob, &error)));
+        let user = self.user.map(|text| text.parse().map_err(|problem: String| value("user", text, &problem))).transpose()?;
         let shards = self.shards.map_or_else(|| usable_cpus().len().max(1), NonZeroUsize::get);
         let config = Config {
             front_end: self.front_end.unwrap_or_default(),
@@ -137,8 +151,11 @@ impl Options {
             slot_bytes: self.slot_size.map_or(DEFAULT_SLOT_BYTES, |bytes| bytes.0),
             slots: self.slots.unwrap_or(DEFAULT_SLOTS),
             workers: self.workers.unwrap_or(DEFAULT_WORKERS),
+            fd_budget: self.fd_budget,
             open_timeout: Duration::from_millis(self.open_timeout_ms.unwrap_or(DEFAULT_OPEN_TIMEOUT_MS)),
             drain_timeout: Duration::from_millis(self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
+            user,
+            confine: self.confine.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_default(),
             log_format: self.log_format.unwrap_or_default(),
         };
@@ -165,8 +182,12 @@ impl Config {
         let slots_max = (SHARD_BUFFER_BYTES_MAX / self.slot_bytes) - 1;
         bounds("slots", u64::from(self.slots), 1, slots_max)?;
         bounds("workers", u64::from(self.workers), 1, u64::from(WORKERS_MAX))?;
-        for (setting, timeout) in [("open_timeout_ms", self.open_timeout), ("drain_timeout_ms", self.drain_timeout)] {
-            bounds(setting, u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX), 0, TIMEOUT_MS_MAX)?;
+        if let Some(fds) = self.fd_budget {
+            bounds("fd_budget", fds, FD_BUDGET_MIN, FD_BUDGET_MAX)?;
+        }
+        let timeouts = [("open_timeout_ms", self.open_timeout, OPEN_TIMEOUT_MS_MIN), ("drain_timeout_ms", self.drain_timeout, 0)];
+        for (setting, timeout, min) in timeouts {
+            bounds(setting, u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX), min, TIMEOUT_MS_MAX)?;
         }
         Ok(())
     }

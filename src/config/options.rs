@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, WindowText};
 use super::{Config, ConfigError};
 use crate::engine::EngineKind;
+use crate::ops::confine;
 use crate::store::SourceMode;
 
 /// Version of the file format.
@@ -65,7 +66,7 @@ pub struct Options {
     /// How reads and writes are done [default: auto]
     #[arg(long, value_enum, env = "INFILL_ENGINE")]
     pub(super) engine: Option<EngineKind>,
-    /// How blobs are read [default: direct]
+    /// How blobs are read [default: auto]
     #[arg(long, value_enum, env = "INFILL_SOURCE")]
     pub(super) source: Option<SourceMode>,
     /// How much is brought for each demand: auto (as the blob is read), or the aligned window of so many bytes;
@@ -85,12 +86,22 @@ pub struct Options {
     /// Threads of each shard that may block in a read or write at a time [default: 8]
     #[arg(long, env = "INFILL_WORKERS")]
     pub(super) workers: Option<u32>,
-    /// How long a blob that cannot be opened for a passing reason is tried before its mount fails [default: 10000]
+    /// File descriptors that open blobs may take; idle ones are closed beyond it [default: from the system's limits]
+    #[arg(long, value_name = "N", env = "INFILL_FD_BUDGET")]
+    pub(super) fd_budget: Option<u64>,
+    /// How long the lookup of a blob may take, with all its tries, before its mount fails [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_OPEN_TIMEOUT_MS")]
     pub(super) open_timeout_ms: Option<u64>,
     /// How long a stop waits for reads that have begun [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_DRAIN_TIMEOUT_MS")]
     pub(super) drain_timeout_ms: Option<u64>,
+    /// User to become once the device is bound: NAME or UID, perhaps with :GID; other groups are left [default: stay]
+    #[arg(long, value_name = "NAME|UID[:GID]", env = "INFILL_USER")]
+    pub(super) user: Option<String>,
+    /// Giving up, once the device is bound, capabilities, other files (Landlock) and other system calls (seccomp): auto, as
+    /// much as the kernel has; strict, all or no start; off, nothing [default: auto]
+    #[arg(long, value_enum, env = "INFILL_CONFINE")]
+    pub(super) confine: Option<confine::Mode>,
     /// Least important messages to log [default: info]
     #[arg(long, value_enum, env = "INFILL_LOG_LEVEL")]
     pub(super) log_level: Option<LogLevel>,
@@ -173,8 +184,11 @@ impl Options {
             slot_size,
             slots,
             workers,
+            fd_budget,
             open_timeout_ms,
             drain_timeout_ms,
+            user,
+            confine,
             log_level,
             log_format
         )

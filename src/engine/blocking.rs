@@ -26,6 +26,8 @@ pub struct Blocking {
     /// Its end ends the workers. They are not joined: one may hang in the kernel, and each operation owns its
     /// memory.
     jobs: Option<Sender<Op>>,
+    /// Messages to read with the next wait.
+    receives: Vec<Op>,
     /// Nothing that is queued may start any more.
     ended: Arc<AtomicBool>,
     done: Receiver<Done>,
@@ -58,7 +60,7 @@ impl Blocking {
             };
             std::thread::Builder::new().name(format!("infill-io-{n}")).spawn(move || worker.run())?;
         }
-        Ok(Self { jobs: Some(jobs), ended, done, completions, epoll })
+        Ok(Self { jobs: Some(jobs), receives: Vec::new(), ended, done, completions, epoll })
     }
 }
 
@@ -80,6 +82,7 @@ impl Worker {
             }
             let result = match op.kind {
                 Kind::Read => op.memory.read_at(op.file.fd, op.offset),
+                Kind::Receive => op.memory.receive(op.file.fd),
                 Kind::Write => op.memory.write_at(op.file.fd, op.offset),
             };
             if self.results.send(Done { op, result }).is_err() {
@@ -88,6 +91,20 @@ impl Worker {
             // The counter cannot overflow in practice, and a full one wakes as well.
             let _ = self.completions.write(1);
         }
+    }
+}
+
+impl Blocking {
+    /// Reads the messages that are wanted, up to the first read that finds none. Whether any were wanted.
+    fn receive(&mut self, done: &mut Vec<Done>) -> bool {
+        let before = done.len();
+        let mut nothing = None;
+        for op in self.receives.drain(..) {
+            let result = nothing.unwrap_or_else(|| op.memory.receive(op.file.fd));
+            nothing = nothing.or_else(|| [0, -(Errno::EAGAIN as i32)].contains(&result).then_some(result));
+            done.push(Done { op, result });
+        }
+        done.len() > before
     }
 }
 
@@ -109,6 +126,9 @@ impl Io for Blocking {
     fn remove_file(&mut self, _: FileRef) {}
 
     fn push(&mut self, op: Op) {
+        if op.kind == Kind::Receive {
+            return self.receives.push(op);
+        }
         let key = op.key;
         let queued = self.jobs.as_ref().is_some_and(|jobs| jobs.send(op).is_ok());
         debug_assert!(queued, "the workers live as long as the queue, but operation {key} was lost");
@@ -116,6 +136,7 @@ impl Io for Blocking {
 
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready> {
         let mut events = [EpollEvent::empty(); 3];
+        let timeout = if self.receive(done) { Some(Duration::ZERO) } else { timeout };
         let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
             // Rounded up, so that a deadline is over when the wait is.
             EpollTimeout::try_from(timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32).unwrap_or(EpollTimeout::MAX)

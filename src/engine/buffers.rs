@@ -32,13 +32,15 @@ unsafe impl Sync for Region {}
 
 impl Region {
     fn new(len: usize) -> io::Result<Self> {
-        let len = len.next_multiple_of(HUGE_PAGE_BYTES);
+        let huge = len >= HUGE_PAGE_BYTES;
+        let len = len.next_multiple_of(if huge { HUGE_PAGE_BYTES } else { usize::try_from(page_bytes()).unwrap_or(HUGE_PAGE_BYTES) });
         let size = std::num::NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         // SAFETY: a new anonymous mapping, at an address of the kernel's choice, touches no existing memory.
         let base = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) }?;
         let region = Self { base, len };
-        for advice in [MmapAdvise::MADV_HUGEPAGE, MmapAdvise::MADV_DONTFORK] {
+        let advices = [MmapAdvise::MADV_DONTFORK, MmapAdvise::MADV_HUGEPAGE];
+        for &advice in &advices[..1 + usize::from(huge)] {
             // SAFETY: advice on a mapping that we own; neither kind changes its contents for this process.
             // Both are improvements only, so a kernel that knows neither is fine.
             let _ = unsafe { madvise(region.base, region.len, advice) };
@@ -142,6 +144,13 @@ impl Memory {
         }
     }
 
+    /// The beginning of what a read has put there.
+    pub(super) fn bytes(&self, len: usize) -> &[u8] {
+        // SAFETY: the memory is alive as long as `self` and long enough (checked when it was made, and here), the kernel
+        // has initialised all of it, and it belongs to this operation, which has ended: nobody writes to it.
+        unsafe { std::slice::from_raw_parts(self.ptr(), len.min(self.len)) }
+    }
+
     /// Whether it lies in the region that [`Buffers::whole`] describes.
     pub(super) const fn is_slot(&self) -> bool {
         matches!(self.owner, Owner::Region(_))
@@ -152,6 +161,13 @@ impl Memory {
         // SAFETY: the memory is alive as long as `self`, long enough (checked when it was made), and while
         // this operation runs no other one uses it: the machine gives a slot to one fill only.
         let n = unsafe { libc::pread(fd, self.ptr().cast(), self.len, file_offset(offset)) };
+        result(n)
+    }
+
+    /// `read(2)` into it: bytes, or a negative errno.
+    pub(super) fn receive(&self, fd: RawFd) -> i32 {
+        // SAFETY: as for `read_at`.
+        let n = unsafe { libc::read(fd, self.ptr().cast(), self.len) };
         result(n)
     }
 

@@ -109,6 +109,21 @@ impl Fill {
         &self.range
     }
 
+    /// Where its bytes are.
+    #[must_use]
+    pub const fn data(&self) -> Data {
+        self.data
+    }
+
+    /// The read that [`Fill::next`] asks for is not needed: its bytes are to be written from the file's mapped pages.
+    /// `false`: a part was read already, so the rest must be too.
+    pub fn use_mapped(&mut self) -> bool {
+        let (Data::Read { file, offset }, Stage::Reading { done: 0 }) = (self.data, self.stage) else { return false };
+        self.data = Data::Mapped { file, offset };
+        self.stage = Stage::Writing { done: 0 };
+        true
+    }
+
     /// Whether it reads into a buffer slot.
     #[must_use]
     pub const fn needs_slot(&self) -> bool {
@@ -231,6 +246,17 @@ mod tests {
         assert_eq!(fill.next(), Next::Write { offset: 0, len: 8192, from: From::Slot { slot_offset: 0, valid: 5000 } });
         fill.done(8192, 0);
         assert_eq!(fill.next(), Next::Finished(Ok(())));
+    }
+
+    #[test]
+    fn mapped_pages_replace_a_read_that_has_not_begun() {
+        let mut fill = read_fill(2, 5000);
+        assert!(fill.use_mapped() && !fill.use_mapped());
+        assert_eq!(fill.next(), Next::Write { offset: 0, len: 8192, from: From::Mapped { file: 0, offset: 0 } });
+        let mut fill = read_fill(2, 8192);
+        fill.done(4096, 0);
+        assert!(!fill.use_mapped());
+        assert!(matches!(fill.next(), Next::Read { offset: 4096, .. }));
     }
 
     #[test]

@@ -17,6 +17,9 @@ pub enum Kind {
     Read,
     /// From memory to a sink.
     Write,
+    /// One message of the front end into memory, by read(2): it never waits. Those pushed together end together,
+    /// in their order, before the next [`Io::wait`] does.
+    Receive,
 }
 
 /// A file that operations name. The descriptor must stay open until [`Io::remove_file`].
@@ -92,7 +95,7 @@ pub trait Io {
     fn push(&mut self, op: Op);
 
     /// Starts what was pushed and waits until something happens or `timeout` (`None`: for ever) is over.
-    /// Operations that ended are appended to `done`.
+    /// Operations that ended are appended to `done`, also when this fails.
     ///
     /// # Errors
     /// Only what makes further work impossible.

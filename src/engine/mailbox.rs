@@ -1,14 +1,15 @@
 //! How threads hand work to a shard: a bounded queue, and a wake-up for a shard that sleeps.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::front::{NeedRequest, ObjectId};
+use super::fds::Charge;
+use crate::front::{NeedRequest, ObjectId, Sink};
 use crate::key::Key;
 use crate::store::Blob;
 
@@ -24,6 +25,10 @@ pub(super) enum Message {
     Need(NeedRequest, u64),
     /// An object of yours is gone.
     Close(ObjectId),
+    /// Descriptors are scarce: offer so many objects that nobody waits for.
+    Evict(usize),
+    /// The sink of an object that you offered: somebody waits for it after all.
+    Keep(ObjectId, Arc<dyn Sink>),
 }
 
 /// A newly opened object.
@@ -32,7 +37,8 @@ pub(super) struct Adopted {
     pub(super) object: ObjectId,
     pub(super) key: Arc<Key>,
     pub(super) blob: Arc<dyn Blob>,
-    pub(super) sink: Arc<OwnedFd>,
+    pub(super) sink: Arc<dyn Sink>,
+    pub(super) charge: Charge,
 }
 
 /// The sending side; cheap to clone.

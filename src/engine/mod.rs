@@ -3,12 +3,13 @@
 //! | file | its subject |
 //! |---|---|
 //! | `router` | the way of a request from the front end to its shard |
-//! | `opener` | opens: which blob is it, how long |
+//! | `opens`, `opener` | opens: which blob is it, how long |
 //! | `shard` | the event loop |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
 //! | `probe` | what a sink already holds |
 //! | `io` | reads and writes: `ring` (io_uring) or `blocking` (threads) |
+//! | `fds` | the descriptor budget |
 //! | `buffers` | memory that operations use |
 //! | `room` | the bell for writes that found no room |
 //! | `stats`, `trace` | what is counted and what is shown |
@@ -16,11 +17,13 @@
 pub mod blocking;
 pub mod buffers;
 mod clock;
+pub mod fds;
 pub mod fill;
 pub mod io;
 pub mod machine;
 mod mailbox;
 mod opener;
+mod opens;
 pub mod plan;
 pub mod presence;
 mod probe;
@@ -39,6 +42,7 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 
+use self::fds::Budget;
 use self::mailbox::Bell;
 use self::stats::{ShardStats, Snapshot};
 use crate::front::{FrontError, unanswered_tickets};
@@ -73,7 +77,9 @@ pub struct Settings {
     pub slots: u32,
     /// Threads of a shard that may block in a read or write at a time.
     pub workers: u32,
-    /// How long the lookup of a blob that may be found later is tried.
+    /// Descriptors that objects may have: their sinks and sources.
+    pub fd_budget: u64,
+    /// How long the lookup of a blob may take, with all its tries.
     pub open_timeout: Duration,
     /// To be told of writes that found no room.
     pub no_room: Option<room::NoRoom>,
@@ -119,7 +125,10 @@ struct Shared {
     opens: AtomicU64,
     opens_failed: AtomicU64,
     closes: AtomicU64,
+    evictions: AtomicU64,
     malformed: AtomicU64,
+    /// Descriptors of objects.
+    budget: Arc<Budget>,
     started: Instant,
     failures_logged: AtomicU64,
     /// Readable once a shard has ended.
@@ -127,7 +136,7 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(bells: Vec<Arc<Bell>>) -> std::io::Result<Self> {
+    fn new(bells: Vec<Arc<Bell>>, budget: Arc<Budget>) -> std::io::Result<Self> {
         Ok(Self {
             shards: bells.iter().map(|_| ShardStats::default()).collect(),
             bells,
@@ -138,6 +147,8 @@ impl Shared {
             opens: AtomicU64::new(0),
             opens_failed: AtomicU64::new(0),
             closes: AtomicU64::new(0),
+            evictions: AtomicU64::new(0),
+            budget,
             malformed: AtomicU64::new(0),
             started: Instant::now(),
             failures_logged: AtomicU64::new(0),
@@ -176,6 +187,10 @@ impl Shared {
         snapshot.opens = self.opens.load(Ordering::Relaxed);
         snapshot.opens_failed = self.opens_failed.load(Ordering::Relaxed);
         snapshot.closes = self.closes.load(Ordering::Relaxed);
+        snapshot.evictions = self.evictions.load(Ordering::Relaxed);
+        snapshot.fds = self.budget.used();
+        snapshot.fds_peak = self.budget.peak();
+        snapshot.fds_budget = self.budget.limit();
         snapshot.malformed = self.malformed.load(Ordering::Relaxed);
         snapshot.unanswered = unanswered_tickets();
         snapshot

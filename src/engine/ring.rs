@@ -21,6 +21,17 @@ use super::io::{DRAIN_MAX, Done, FileRef, Io, Kind, Op, Ready, Watch};
 const REQUESTS: u64 = u64::MAX;
 /// `user_data` of the poll on the shard's wake-up descriptor.
 const WAKE: u64 = u64::MAX - 1;
+/// In the `user_data` of an operation: it was sent with `RWF_NOWAIT`.
+const NOWAIT: u64 = 1 << 32;
+/// Longest time for which a busy shard's ring waits for more than one completion: no reader waits longer than that
+/// because of it.
+const GATHER_MAX: Duration = Duration::from_micros(100);
+/// It waits at most so many times as long as the shard worked since the last wait: who has little to do is woken at once.
+const GATHER_SHARE: u32 = 3;
+/// It waits only after a turn with at least so many completions.
+const GATHER_MIN: usize = 4;
+/// Pause when the kernel has no memory for a request just now.
+const NO_MEMORY_PAUSE: Duration = Duration::from_millis(1);
 /// Completions taken out of the ring at a time.
 const REAP_BATCH: usize = 64;
 /// Places in the fixed-file table; files beyond it are used by number.
@@ -36,6 +47,8 @@ const REGISTER_IOWQ_MAX_WORKERS: u8 = 19;
 pub struct Settings {
     /// Operations in flight at most.
     pub depth: u32,
+    /// Messages read at a time at most, besides those.
+    pub receives: u32,
     /// Kernel worker threads of each kind (bounded, unbounded) at most.
     pub workers: u32,
 }
@@ -61,10 +74,14 @@ pub struct Ring {
     ops: Slab<Op>,
     backlog: Vec<squeue::Entry>,
     free_files: Vec<u32>,
+    /// The file of the messages has not refused `RWF_NOWAIT`.
+    receive_nowait: bool,
     requests: Option<RawFd>,
     wake: RawFd,
     features: Features,
     cqes: Vec<cqueue::Entry>,
+    /// When the last wait ended, and with how many completions.
+    returned: (Instant, usize),
     thread_bound: PhantomData<*const ()>,
 }
 
@@ -82,7 +99,7 @@ impl Ring {
     /// # Errors
     /// The kernel refuses any ring; [`explain`] says why.
     pub fn new(settings: Settings, buffers: &Memory, watch: Watch<'_>) -> io::Result<Self> {
-        let (ring, mode) = build(settings.depth)?;
+        let (ring, mode) = build(settings.depth + settings.receives)?;
         let submitter = ring.submitter();
         let vec = [libc::iovec { iov_base: buffers.ptr().cast(), iov_len: buffers.len() as usize }];
         // SAFETY: the memory is alive: `buffers` keeps it so here, and the shard keeps its buffers until
@@ -97,13 +114,15 @@ impl Ring {
         let free_files = if fixed_files { (0..FILE_SLOTS).rev().collect() } else { Vec::new() };
         let mut ring = Self {
             ring: RingFd(ring),
-            ops: Slab::with_capacity(settings.depth as usize),
+            ops: Slab::with_capacity((settings.depth + settings.receives) as usize),
             backlog: Vec::new(),
             free_files,
+            receive_nowait: true,
             requests: watch.requests.map(|fd| fd.as_raw_fd()),
             wake: watch.wake.as_raw_fd(),
             features,
             cqes: Vec::with_capacity(REAP_BATCH),
+            returned: (Instant::now(), 0),
             thread_bound: PhantomData,
         };
         ring.arm(WAKE);
@@ -153,6 +172,11 @@ impl Ring {
             ($file:expr) => {
                 match (op.kind, fixed) {
                     (Kind::Read, true) => opcode::ReadFixed::new($file, ptr, len, 0).offset(offset).build(),
+                    // From the front end, without a position, as read(2) does.
+                    (Kind::Receive, _) => opcode::Read::new($file, ptr, len)
+                        .offset(u64::MAX)
+                        .rw_flags(if self.receive_nowait { libc::RWF_NOWAIT } else { 0 })
+                        .build(),
                     (Kind::Read, false) => opcode::Read::new($file, ptr, len).offset(offset).build(),
                     (Kind::Write, true) => opcode::WriteFixed::new($file, ptr, len, 0).offset(offset).build(),
                     (Kind::Write, false) => opcode::Write::new($file, ptr, len).offset(offset).build(),
@@ -167,6 +191,12 @@ impl Ring {
         if op.kind == Kind::Write { entry.flags(squeue::Flags::ASYNC) } else { entry }
     }
 
+    /// For how many completions, and for how long, it pays to wait instead of for the first alone.
+    fn gather(&self) -> Option<(usize, Duration)> {
+        let (at, completions) = self.returned;
+        (completions >= GATHER_MIN && self.ops.len() > 1).then(|| (self.ops.len(), (at.elapsed() * GATHER_SHARE).min(GATHER_MAX)))
+    }
+
     /// Enters the kernel once: submits, and waits for `want` completions.
     fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
         let submitter = self.ring.0.submitter();
@@ -179,8 +209,12 @@ impl Ring {
         };
         match entered.map_err(|error| (Errno::from_raw(error.raw_os_error().unwrap_or(0)), error)) {
             Ok(_) => Ok(()),
-            // Time is up; a signal; completions must be taken first; no memory for a request just now.
-            Err((Errno::ETIME | Errno::EINTR | Errno::EBUSY | Errno::EAGAIN, _)) => Ok(()),
+            // Time is up; a signal; completions must be taken first.
+            Err((Errno::ETIME | Errno::EINTR | Errno::EBUSY, _)) => Ok(()),
+            Err((Errno::EAGAIN, _)) => {
+                std::thread::sleep(NO_MEMORY_PAUSE);
+                Ok(())
+            }
             Err((_, error)) => Err(error),
         }
     }
@@ -210,8 +244,13 @@ impl Ring {
             if !cqueue::more(cqe.flags()) {
                 self.arm(user_data);
             }
-        } else if let Some(op) = usize::try_from(user_data).ok().and_then(|key| self.ops.try_remove(key)) {
-            done.push(Done { op, result: cqe.result() });
+        } else if let Some(op) = usize::try_from(user_data & !NOWAIT).ok().and_then(|key| self.ops.try_remove(key)) {
+            let mut result = cqe.result();
+            if user_data & NOWAIT != 0 && result == -libc::EOPNOTSUPP {
+                self.receive_nowait = false;
+                result = -libc::EINTR;
+            }
+            done.push(Done { op, result });
         }
     }
 
@@ -243,21 +282,35 @@ impl Io for Ring {
 
     fn push(&mut self, op: Op) {
         let entry = self.entry(&op);
+        // Without `RWF_NOWAIT` the ring itself would wait for a file that can be polled, `O_NONBLOCK` or not
+        // (`io_rw_init_file`). One that refuses the flag, as cachefiles' device, never waits; nothing was read of it.
+        let nowait = if op.kind == Kind::Receive && self.receive_nowait { NOWAIT } else { 0 };
         let key = self.ops.insert(op);
-        self.submit(entry.user_data(key as u64));
+        self.submit(entry.user_data(key as u64 | nowait));
     }
 
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready> {
         let mut ready = Ready::default();
         self.flush_backlog();
+        let before = done.len();
         let idle = self.backlog.is_empty() && timeout != Some(Duration::ZERO);
-        self.enter(usize::from(idle), timeout)?;
-        self.reap(done, &mut ready);
+        let mut entered = Ok(());
+        let gather = self.gather().filter(|_| idle);
+        if let Some((want, time)) = gather {
+            entered = self.enter(want, Some(timeout.map_or(time, |timeout| timeout.min(time))));
+            self.reap(done, &mut ready);
+        }
+        if entered.is_ok() && done.len() == before && ready == Ready::default() {
+            entered = self.enter(usize::from(idle), timeout);
+            self.reap(done, &mut ready);
+        }
+        entered?;
         // The kernel runs at most 20 deferred completions beyond those waited for in one call.
         while self.ring.0.submission().taskrun() {
             self.enter(0, None)?;
             self.reap(done, &mut ready);
         }
+        self.returned = (Instant::now(), done.len() - before);
         Ok(ready)
     }
 }
@@ -368,7 +421,7 @@ mod tests {
 
     fn ring(buffers: &Buffers, wake: &EventFd) -> Option<Ring> {
         let watch = Watch { requests: None, wake: wake.as_fd() };
-        match Ring::new(Settings { depth: 4, workers: 2 }, &buffers.whole(), watch) {
+        match Ring::new(Settings { depth: 4, receives: 4, workers: 2 }, &buffers.whole(), watch) {
             Ok(ring) => Some(ring),
             Err(error) => {
                 eprintln!("not run: {}", explain(&error));
@@ -450,6 +503,30 @@ mod tests {
         let mut keys: Vec<_> = wait_for(&mut ring, 100).iter().map(|done| done.0).collect();
         keys.sort_unstable();
         assert_eq!(keys, (0..100).collect::<Vec<_>>());
+    }
+
+    /// The kernel keeps completions that the queue has no room for (`IORING_FEAT_NODROP`).
+    #[test]
+    fn fault_completions_that_overflow_the_queue_are_not_lost() {
+        let (buffers, wake) = (Buffers::new(1, 4096).unwrap(), EventFd::new().unwrap());
+        let Some(mut ring) = ring(&buffers, &wake) else { return };
+        let capacity = ring.ring.0.params().cq_entries() as u64;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let from = ring.add_file(file.as_fd());
+        let count = 4 * capacity;
+        for key in 0..count {
+            ring.push(Op { key, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(0, 0, 4096) });
+        }
+        // Nothing is taken out meanwhile.
+        for _ in 0..count {
+            ring.flush_backlog();
+            ring.enter(0, None).unwrap();
+        }
+        assert!(ring.ring.0.submission().cq_overflow(), "{count} completions fit into {capacity}");
+        let mut done = wait_for(&mut ring, usize::try_from(count).unwrap());
+        done.sort_unstable();
+        assert_eq!(done, (0..count).map(|key| (key, 4096)).collect::<Vec<_>>());
     }
 
     #[test]

@@ -2,17 +2,21 @@
 //! the object, opens to the [`super::opener`]. One shard does this, because the kernel wakes everyone who
 //! waits for its requests.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
+use super::fds::{Charge, Evictor};
 use super::mailbox::{Mailbox, Message};
+use super::opens::Opens;
 use super::{Shared, clock::Clock};
 use crate::front::{FrontEnd, FrontError, ObjectId, OpenRequest, Outcome, Request};
 use nix::errno::Errno;
 
-/// Requests read in one turn; completions of earlier ones are looked at in between.
-const REQUESTS_PER_TURN: u32 = 256;
+/// Messages read at a time at most.
+pub(super) const BATCH_MAX: u32 = 64;
+/// From so many answers in a turn on their readers are expected to ask again at once.
+const AGAIN_MIN: u32 = 4;
 /// Requests for data that may wait for their answer at a time. Beyond it nothing is read from the kernel,
 /// which keeps what comes; opens and closes wait then too, so it is far above what readers reach.
 const PENDING_MAX: u64 = 65_536;
@@ -32,83 +36,180 @@ pub(super) struct Router {
     shared: Arc<Shared>,
     clock: Clock,
     shards: Vec<Mailbox>,
-    openers: SyncSender<OpenRequest>,
-    /// What found its receiver's queue full; nothing else is read before it is delivered.
-    held: Option<Held>,
+    opens: Arc<Opens>,
+    evictor: Evictor,
+    /// There are no descriptors for what may come.
+    starved: bool,
+    /// What found its receiver's queue full, and what was read behind it; nothing else is read before it is delivered.
+    held: VecDeque<Held>,
+    batch: Batch,
+}
+
+/// How many messages to read at a time. A read that finds none costs little; a turn for one message costs a lot.
+#[derive(Debug)]
+struct Batch {
     /// The kernel may have more.
     more: bool,
+    /// How many to read next.
+    size: u32,
+    /// Reads of the present batch: all, those not ended, and those that gave something.
+    asked: u32,
+    left: u32,
+    got: u32,
+}
+
+impl Batch {
+    const fn new() -> Self {
+        Self { more: true, size: 1, asked: 0, left: 0, got: 0 }
+    }
+
+    /// How many reads to begin, `max` at most.
+    fn begin(&mut self, max: u32) -> u32 {
+        if self.left > 0 || !self.more {
+            return 0;
+        }
+        (self.asked, self.got) = (self.size.min(BATCH_MAX).min(max), 0);
+        self.left = self.asked;
+        self.asked
+    }
+
+    /// A read has ended. What the last one found tells whether there is more; a batch that was full is
+    /// followed by one of twice its size.
+    fn end(&mut self, found: Found) {
+        self.left = self.left.saturating_sub(1);
+        self.got += u32::from(found == Found::Message);
+        if self.left == 0 {
+            self.more = found != Found::Nothing;
+            self.size = if self.got == self.asked { self.asked * 2 } else { self.got + 1 };
+        }
+    }
+
+    /// So many readers have had their answer.
+    fn answered(&mut self, readers: u32) {
+        if readers >= AGAIN_MIN {
+            self.size = self.size.max(readers + 1);
+            self.more = true;
+        }
+    }
+}
+
+/// What a read gave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Found {
+    Message,
+    Nothing,
+    /// It was interrupted.
+    Unknown,
 }
 
 #[derive(Debug)]
 enum Held {
-    Open(OpenRequest),
+    Open(OpenRequest, Charge),
     Message(usize, Message),
 }
 
 impl Router {
-    pub(super) const fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, openers: SyncSender<OpenRequest>) -> Self {
-        Self { shared, clock, shards, openers, held: None, more: true }
+    pub(super) const fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, opens: Arc<Opens>, evictor: Evictor) -> Self {
+        Self { shared, clock, shards, opens, evictor, starved: false, held: VecDeque::new(), batch: Batch::new() }
     }
 
     /// The kernel may have requests.
     pub(super) const fn notice(&mut self) {
-        self.more = true;
+        self.batch.more = true;
+    }
+
+    /// So many readers have had their answer, and may have the next question.
+    pub(super) fn answered(&mut self, readers: u32) {
+        self.batch.answered(readers);
+    }
+
+    /// Whether reads have begun and not ended.
+    pub(super) const fn is_reading(&self) -> bool {
+        self.batch.left > 0
     }
 
     /// After which time it wants to run again, whatever happens; `None`: when the kernel has something.
     pub(super) fn next_turn(&self) -> Option<Duration> {
-        match (&self.held, self.more) {
-            (None, false) => None,
-            (None, true) if self.has_room() => Some(Duration::ZERO),
+        match (self.held.is_empty(), self.batch.more) {
+            (true, false) => None,
+            (true, true) if self.has_room() && !self.starved => Some(Duration::ZERO),
             _ => Some(FULL_PAUSE),
         }
     }
 
-    /// Reads requests until there are none, a limit is reached, or a queue is full. Those for the shard on
-    /// which this runs go through its mailbox too: only so does a request find the object that an opener put
-    /// there just before it told the kernel that it is open.
+    /// How many messages are to be read from the front end now, `max` at most; what each read gives must come to
+    /// [`Router::take`]. None while a queue is full.
+    pub(super) fn wanted(&mut self, max: u32) -> u32 {
+        if self.is_reading() {
+            return 0;
+        }
+        let now_ns = self.clock.now_ns();
+        self.evictor.turn(now_ns, |shard, message| self.held.push_back(Held::Message(shard, message)));
+        while let Some(held) = self.held.pop_front() {
+            if let Err(held) = self.deliver(held) {
+                self.held.push_front(held);
+                return 0;
+            }
+        }
+        // The room once a turn: it looks at memory that every shard writes.
+        if !self.batch.more || !self.has_room() {
+            return 0;
+        }
+        let credits = self.evictor.credits(now_ns).min(max);
+        self.starved = credits == 0;
+        self.batch.begin(credits)
+    }
+
+    /// What one read gave. Requests for the shard on which this runs go through its mailbox too: only so does a
+    /// request find the object that an opener put there just before it told the kernel that it is open.
     ///
     /// # Errors
     /// The front end is broken.
-    pub(super) fn drain(&mut self, front: &dyn FrontEnd) -> Result<(), FrontError> {
-        if let Some(held) = self.held.take() {
-            self.deliver(held);
+    pub(super) fn take(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>) -> Result<(), FrontError> {
+        if matches!(read, Err(Errno::EINTR | Errno::ECANCELED)) {
+            self.batch.end(Found::Unknown);
+            return Ok(());
         }
-        // Once a turn: it looks at memory that every shard writes.
-        let mut left = if self.has_room() { REQUESTS_PER_TURN } else { 0 };
-        while self.held.is_none() && self.more && left > 0 {
-            left -= 1;
-            match front.next() {
-                Ok(None) => self.more = false,
-                Ok(Some(request)) => self.route(request),
-                Err(FrontError::Malformed(what)) => {
-                    Shared::count(&self.shared.malformed);
-                    if self.shared.may_log_failure() {
-                        tracing::warn!("ignored a malformed message from the kernel: {what}");
-                    }
+        let parsed = front.parse(read);
+        self.batch.end(if matches!(parsed, Ok(None)) { Found::Nothing } else { Found::Message });
+        match parsed {
+            Ok(None) => {}
+            Ok(Some(request)) => self.route(request),
+            Err(FrontError::Malformed(what)) => {
+                Shared::count(&self.shared.malformed);
+                if self.shared.may_log_failure() {
+                    tracing::warn!("ignored a malformed message from the kernel: {what}");
                 }
-                Err(error @ FrontError::OutOfDescriptors(_)) => {
-                    Shared::count(&self.shared.opens);
-                    Shared::count(&self.shared.opens_failed);
-                    if self.shared.may_log_failure() {
-                        tracing::error!("{error}");
-                    }
-                }
-                Err(error) => return Err(error),
             }
+            Err(error @ FrontError::OutOfDescriptors(_)) => {
+                Shared::count(&self.shared.opens);
+                Shared::count(&self.shared.opens_failed);
+                if self.shared.may_log_failure() {
+                    tracing::error!("{error}");
+                }
+            }
+            Err(error) => return Err(error),
         }
         Ok(())
     }
 
     /// Answers what it still holds, when the engine stops.
     pub(super) fn give_up(&mut self) {
-        let ticket = match self.held.take() {
-            Some(Held::Open(open)) => open.ticket,
-            Some(Held::Message(_, Message::Need(need, _))) => need.ticket,
-            _ => return,
-        };
-        // The engine ends: a refusal by the kernel changes nothing.
-        let _ = ticket.answer(Outcome::Failed(Errno::ECANCELED));
+        self.opens.end();
+        self.evictor.give_back(|shard, message| self.held.push_back(Held::Message(shard, message)));
+        for held in self.held.drain(..) {
+            let ticket = match held {
+                Held::Open(open, _) => open.ticket,
+                Held::Message(_, Message::Need(need, _)) => need.ticket,
+                Held::Message(shard, message) => {
+                    // If it has no room for that, it ends all the same.
+                    let _ = self.shards[shard].try_send(message);
+                    continue;
+                }
+            };
+            // The engine ends: a refusal by the kernel changes nothing.
+            let _ = ticket.answer(Outcome::Failed(Errno::ECANCELED));
+        }
     }
 
     fn has_room(&self) -> bool {
@@ -119,7 +220,7 @@ impl Router {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
-                Held::Open(open)
+                Held::Open(open, self.shared.budget.charge_open())
             }
             Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, self.clock.now_ns())),
             Request::Close(object) => {
@@ -127,16 +228,62 @@ impl Router {
                 Held::Message(owner(object, self.shards.len()), Message::Close(object))
             }
         };
-        self.deliver(held);
+        // In the order of the kernel.
+        let delivered = if self.held.is_empty() { self.deliver(held) } else { Err(held) };
+        self.held.extend(delivered.err());
     }
 
-    fn deliver(&mut self, held: Held) {
-        self.held = match held {
-            Held::Open(open) => match self.openers.try_send(open) {
-                Ok(()) => None,
-                Err(TrySendError::Full(open) | TrySendError::Disconnected(open)) => Some(Held::Open(open)),
-            },
-            Held::Message(shard, message) => self.shards[shard].try_send(message).err().map(|message| Held::Message(shard, message)),
-        };
+    /// Hands it on, or gives it back if there is no room.
+    fn deliver(&self, held: Held) -> Result<(), Held> {
+        match held {
+            Held::Open(open, charge) => self.opens.push(open, charge).map_err(|(open, charge)| Held::Open(open, charge)),
+            Held::Message(shard, message) => self.shards[shard].try_send(message).map_err(|message| Held::Message(shard, message)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(batch: &mut Batch, waiting: u32, max: u32) -> u32 {
+        let reads = batch.begin(max);
+        (0..reads).for_each(|n| batch.end(if n < waiting { Found::Message } else { Found::Nothing }));
+        reads
+    }
+
+    #[test]
+    fn batches_double_while_they_are_full_and_end_with_the_messages() {
+        let mut batch = Batch::new();
+        assert_eq!([100, 99, 97, 93, 85].map(|waiting| run(&mut batch, waiting, 100)), [1, 2, 4, 8, 16]);
+        assert_eq!(run(&mut batch, 20, 100), 32);
+        assert_eq!(run(&mut batch, 20, 100), 0, "there were none left");
+        batch.more = true;
+        assert_eq!(run(&mut batch, 0, 100), 21, "as many may come again");
+        batch.more = true;
+        assert_eq!(run(&mut batch, 0, 100), 1);
+    }
+
+    #[test]
+    fn credits_bound_a_batch_and_answers_announce_one() {
+        let mut batch = Batch::new();
+        assert_eq!((run(&mut batch, 0, 0), batch.more), (0, true), "without credits it knows nothing");
+        assert_eq!(run(&mut batch, 0, 9), 1);
+        batch.answered(AGAIN_MIN - 1);
+        assert_eq!(run(&mut batch, 0, 9), 0);
+        batch.answered(20);
+        assert_eq!(run(&mut batch, 9, 9), 9);
+        assert_eq!(run(&mut batch, 64, 1000), 18);
+        batch.answered(1000);
+        assert_eq!(run(&mut batch, 64, 1000), BATCH_MAX);
+    }
+
+    #[test]
+    fn an_interrupted_read_says_nothing() {
+        let mut batch = Batch::new();
+        assert_eq!(batch.begin(9), 1);
+        assert_eq!(batch.begin(9), 0, "one at a time");
+        batch.end(Found::Unknown);
+        assert_eq!(run(&mut batch, 0, 9), 1);
     }
 }

@@ -1,11 +1,12 @@
 //! One shard: the event loop that ties the machine to I/O, memory and answers.
 //!
-//! A turn: on the receiving shard read the kernel's requests; take messages, let the machine decide, start
-//! what it wants, give the answers of this turn back to back, wait.
+//! A turn: take messages, let the machine decide, start what it wants, give the answers of this turn back to back,
+//! wait. On the receiving shard the wait also reads the kernel's requests.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{SendError, Sender};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -13,30 +14,36 @@ use nix::sys::stat::fstat;
 
 use super::buffers::{Buffers, Memory};
 use super::clock::Clock;
+use super::fds::{Charge, Offer};
 use super::fill::From;
 use super::io::{Done, FileRef, Io, Kind, Op};
 use super::machine::{Action, Answered, Handle, Machine, OpKey};
 use super::mailbox::{Adopted, Inbox, Message};
 use super::room::NoRoom;
-use super::router::Router;
+use super::router::{BATCH_MAX, Router};
 use super::stats::ShardStats;
 use super::trace::{Record, Tracer};
 use super::{EngineError, Shared, probe};
-use crate::front::{Caps, FrontEnd, NeedRequest, Outcome, Ticket};
+use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Outcome, Sink, Ticket};
 use crate::key::Key;
 use crate::store::{Blob, SourceFile};
 
 /// Longest sleep: a wake-up that the kernel lost costs no more than this.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// How often a shard that cannot go on looks for the messages it has asked for: reading them never waits.
+const READ_TRIES: u32 = 3;
 
 /// What a shard knows of an object besides what the machine knows.
 #[derive(Debug)]
 struct Attached {
     key: Arc<Key>,
     blob: Arc<dyn Blob>,
-    sink: Arc<OwnedFd>,
+    /// `None`: it was offered, to be closed.
+    sink: Option<Arc<dyn Sink>>,
     sink_file: FileRef,
     source_files: Vec<FileRef>,
+    /// Dropped last.
+    _charge: Charge,
 }
 
 /// See the module's description.
@@ -47,17 +54,31 @@ pub(super) struct Shard<I> {
     clock: Clock,
     inbox: Inbox,
     /// On the shard that receives.
-    receiver: Option<(Arc<dyn FrontEnd>, Router)>,
+    intake: Option<Intake>,
     machine: Machine<Ticket>,
     tracer: Option<Tracer>,
     no_room: Option<NoRoom>,
     answers: Vec<Answered<Ticket>>,
     done: Vec<Done>,
+    /// Where sinks are offered when descriptors are scarce.
+    offers: Sender<Offer>,
+    /// Room for the objects that are picked for that.
+    picked: Vec<Handle>,
+    /// Requests for objects whose sink was offered just before they came.
+    parked: Vec<(NeedRequest, u64)>,
     // Dropped in this order: the operations' owner before the files and the memory that they use.
     io: I,
     /// Objects by the machine's handle.
     attached: Vec<Option<Attached>>,
     buffers: Buffers,
+}
+
+/// What the receiving shard has besides.
+pub(super) struct Intake {
+    pub(super) front: Arc<dyn FrontEnd>,
+    pub(super) router: Router,
+    /// Where messages are read into; those of a batch lie one behind the other.
+    pub(super) messages: Buffers,
 }
 
 /// What a shard is made of.
@@ -67,7 +88,8 @@ pub(super) struct Parts<I> {
     pub(super) shared: Arc<Shared>,
     pub(super) clock: Clock,
     pub(super) inbox: Inbox,
-    pub(super) receiver: Option<(Arc<dyn FrontEnd>, Router)>,
+    pub(super) offers: Sender<Offer>,
+    pub(super) intake: Option<Intake>,
     pub(super) machine: Machine<Ticket>,
     pub(super) tracer: Option<Tracer>,
     pub(super) no_room: Option<NoRoom>,
@@ -77,15 +99,34 @@ pub(super) struct Parts<I> {
 
 impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
-        let Parts { index, caps, shared, clock, inbox, receiver, machine, tracer, no_room, io, buffers } = parts;
-        let (attached, answers, done) = (Vec::new(), Vec::new(), Vec::new());
-        Self { index, caps, shared, clock, inbox, receiver, machine, tracer, no_room, answers, done, io, attached, buffers }
+        let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, no_room, io, buffers } = parts;
+        let (attached, answers, done, picked, parked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self {
+            index,
+            caps,
+            shared,
+            clock,
+            inbox,
+            intake,
+            machine,
+            tracer,
+            no_room,
+            answers,
+            done,
+            offers,
+            picked,
+            parked,
+            io,
+            attached,
+            buffers,
+        }
     }
 
     /// Serves until the engine stops, or until it cannot go on. Either way no request is left without its answer.
     pub(super) fn run(mut self) -> Result<(), EngineError> {
         let result = self.serve();
         if result.is_err() {
+            self.finish_reading();
             self.stop_receiving();
             self.take_messages();
             self.fail_rest();
@@ -96,12 +137,12 @@ impl<I: Io> Shard<I> {
 
     fn serve(&mut self) -> Result<(), EngineError> {
         while !self.has_ended() {
-            self.receive()?;
             self.take_messages();
             self.machine.tick(self.clock.now_ns());
             self.act();
             self.answer();
             self.publish();
+            self.receive();
             self.wait()?;
         }
         Ok(())
@@ -120,26 +161,48 @@ impl<I: Io> Shard<I> {
             match message {
                 Message::Adopt(adopted) => self.adopt(adopted),
                 Message::Need(need, since_ns) => self.need(need, since_ns),
-                Message::Close(object) => self.machine.close(object),
+                Message::Close(object) => self.close(object),
+                Message::Evict(count) => self.offer(count),
+                Message::Keep(object, sink) => self.keep(object, sink),
             }
         }
     }
 
-    /// On the receiving shard: reads what the kernel wants.
-    fn receive(&mut self) -> Result<(), EngineError> {
-        if self.shared.stopping.load(Ordering::Acquire) {
+    /// On the receiving shard: has what the kernel wants read with the next wait.
+    fn receive(&mut self) {
+        if self.shared.stopping.load(Ordering::Acquire) && !self.is_reading() {
             self.stop_receiving();
         }
-        let Some((front, router)) = &mut self.receiver else { return Ok(()) };
+        let Some(Intake { front, router, messages }) = &mut self.intake else { return };
         if self.shared.look_again.swap(false, Ordering::AcqRel) {
             router.notice();
         }
-        router.drain(&**front).map_err(EngineError::Front)
+        for n in 0..router.wanted(BATCH_MAX) {
+            let memory = messages.slot(n, 0, MESSAGE_MAX_BYTES);
+            let file = FileRef::plain(front.requests());
+            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory });
+        }
+    }
+
+    fn is_reading(&self) -> bool {
+        self.intake.as_ref().is_some_and(|intake| intake.router.is_reading())
+    }
+
+    /// On the receiving shard, when it cannot go on: a message that was delivered must not be lost.
+    fn finish_reading(&mut self) {
+        for _ in 0..READ_TRIES {
+            if !self.is_reading() {
+                return;
+            }
+            let _ = self.io.wait(Some(Duration::ZERO), &mut self.done);
+            // What the front end is broken by was said already.
+            let _ = self.complete();
+        }
     }
 
     /// On the receiving shard: lets the others know that nothing more will come.
     fn stop_receiving(&mut self) {
-        if let Some((_, mut router)) = self.receiver.take() {
+        if let Some(Intake { mut router, .. }) = self.intake.take() {
             router.give_up();
             self.shared.received_all.store(true, Ordering::Release);
             self.shared.wake_all();
@@ -147,7 +210,7 @@ impl<I: Io> Shard<I> {
     }
 
     fn adopt(&mut self, adopted: Adopted) {
-        let Adopted { object, key, blob, sink } = adopted;
+        let Adopted { object, key, blob, sink, charge } = adopted;
         let handle = self.machine.open(object, Arc::clone(&blob));
         // Not in the ring's table: a place there may keep a descriptor open long after it was cleared (up to a
         // second in Linux 6.1, and behind any operation that hangs), and an object whose sink is open is not gone.
@@ -156,18 +219,63 @@ impl<I: Io> Shard<I> {
         if self.attached.len() <= handle.0 {
             self.attached.resize_with(handle.0 + 1, || None);
         }
-        self.attached[handle.0] = Some(Attached { key, blob, sink, sink_file, source_files });
+        self.attached[handle.0] = Some(Attached { key, blob, sink: Some(sink), sink_file, source_files, _charge: charge });
     }
 
     fn need(&mut self, need: NeedRequest, since_ns: u64) {
-        let NeedRequest { object, range, ticket } = need;
-        if self.caps.holes_are_absent
-            && let Some(handle) = self.machine.handle(object)
+        if let Some(handle) = self.machine.handle(need.object)
             && let Some(Some(attached)) = self.attached.get(handle.0)
         {
-            probe::refresh(&mut self.machine, object, attached.sink.as_fd(), &range);
+            let Some(sink) = &attached.sink else {
+                // It comes back, because the request holds it too.
+                return self.parked.push((need, since_ns));
+            };
+            if self.caps.holes_are_absent {
+                probe::refresh(&mut self.machine, need.object, sink.as_fd(), &need.range);
+            }
         }
+        let NeedRequest { object, range, ticket } = need;
         self.machine.need(object, range, ticket, since_ns);
+    }
+
+    fn close(&mut self, object: ObjectId) {
+        self.machine.close(object);
+        self.unpark(object);
+    }
+
+    /// Offers objects that nobody waits for, to be closed because descriptors are scarce.
+    fn offer(&mut self, count: usize) {
+        let mut picked = std::mem::take(&mut self.picked);
+        self.machine.pick_idle(count, !self.caps.reopens, &mut picked);
+        for &handle in &picked {
+            let attached = self.attached.get_mut(handle.0).and_then(Option::as_mut);
+            if let Some((object, sink)) = self.machine.id(handle).zip(attached.and_then(|attached| attached.sink.take()))
+                && let Err(SendError(Offer::Sink(object, sink))) = self.offers.send(Offer::Sink(object, sink))
+            {
+                // Nobody reads requests any more, so nobody closes it either.
+                self.keep(object, sink);
+            }
+        }
+        self.picked = picked;
+        let _ = self.offers.send(Offer::End);
+        self.shared.look_again();
+    }
+
+    /// Takes back the sink of an object that was offered.
+    fn keep(&mut self, object: ObjectId, sink: Arc<dyn Sink>) {
+        let Some(handle) = self.machine.handle(object) else { return };
+        if let Some(Some(attached)) = self.attached.get_mut(handle.0) {
+            attached.sink = Some(sink);
+            self.machine.stays(handle);
+            self.unpark(object);
+        }
+    }
+
+    /// Goes on with the requests that waited for a sink to come back.
+    fn unpark(&mut self, object: ObjectId) {
+        for (need, since_ns) in self.parked.extract_if(.., |(need, _)| need.object == object).collect::<Vec<_>>() {
+            self.need(need, since_ns);
+        }
     }
 
     /// Does what the machine wants done.
@@ -176,6 +284,8 @@ impl<I: Io> Shard<I> {
             match action {
                 Action::Answer(answered) => self.answers.push(answered),
                 Action::Release { object } => self.release(object),
+                Action::Read { op, object, file, offset, len, .. }
+                    if self.is_in_memory(object, file, offset, len) && self.machine.use_mapped(op) => {}
                 Action::Read { op, object, file, offset, slot, slot_offset, len } => {
                     let memory = self.buffers.slot(slot, index(slot_offset), index(len));
                     self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory));
@@ -186,6 +296,13 @@ impl<I: Io> Shard<I> {
                 }
             }
         }
+    }
+
+    /// Whether what is to be read can be written as it lies in memory.
+    fn is_in_memory(&self, object: Handle, file: usize, offset: u64, len: u64) -> bool {
+        let attached = self.attached.get(object.0).and_then(Option::as_ref);
+        let file = attached.and_then(|attached| attached.blob.files().get(file));
+        offset.is_multiple_of(self.caps.align_bytes) && file.is_some_and(|file| file.is_in_memory(offset, len))
     }
 
     /// The memory that a write takes its bytes from. `None`: they are gone, the source was truncated.
@@ -233,6 +350,7 @@ impl<I: Io> Shard<I> {
     /// Gives this turn's answers, back to back.
     fn answer(&mut self) {
         let mut answers = std::mem::take(&mut self.answers);
+        let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
         for answered in answers.drain(..) {
             let Answered { ticket, outcome, object, range, since_ns } = answered;
             let result = ticket.answer(outcome);
@@ -253,6 +371,9 @@ impl<I: Io> Shard<I> {
             }
         }
         self.answers = answers;
+        if let Some(intake) = &mut self.intake {
+            intake.router.answered(given);
+        }
     }
 
     /// Tells of an answer: a failure in the log, any in the trace.
@@ -272,27 +393,36 @@ impl<I: Io> Shard<I> {
 
     fn wait(&mut self) -> Result<(), EngineError> {
         let timeout = if self.inbox.may_sleep() { self.sleep_max() } else { Duration::ZERO };
-        let ready = self.io.wait(Some(timeout), &mut self.done).map_err(EngineError::Io)?;
+        let waited = self.io.wait(Some(timeout), &mut self.done).map_err(EngineError::Io);
         self.inbox.awake();
+        let in_vain = self.done.is_empty();
+        self.complete()?;
+        let ready = waited?;
         if ready.woken {
             self.inbox.silence();
         }
-        let in_vain = self.done.is_empty() && !ready.woken;
-        if let Some((_, router)) = &mut self.receiver
-            && (ready.requests || in_vain)
+        if let Some(Intake { router, .. }) = &mut self.intake
+            && (ready.requests || (in_vain && !ready.woken))
         {
             // Also when nothing happened at all: should the kernel lose a wake-up, the next turn finds it.
             router.notice();
         }
-        self.complete();
         Ok(())
     }
 
-    /// Reports ended operations to the machine.
-    fn complete(&mut self) {
+    /// Reports ended operations to the machine, and messages to the router.
+    ///
+    /// # Errors
+    /// The front end is broken. Everything has been reported all the same.
+    fn complete(&mut self) -> Result<(), EngineError> {
+        let mut received = Ok(());
         let mut done = std::mem::take(&mut self.done);
         let now_ns = self.clock.now_ns();
         for Done { op, mut result } in done.drain(..) {
+            if op.kind == Kind::Receive {
+                received = received.and(self.received(&op.memory, result));
+                continue;
+            }
             if let Some(file) = op.memory.file()
                 && result > 0
                 && !is_whole(file)
@@ -309,12 +439,20 @@ impl<I: Io> Shard<I> {
             self.machine.io_done(OpKey(op.key), result, now_ns);
         }
         self.done = done;
+        received
+    }
+
+    fn received(&mut self, memory: &Memory, result: i32) -> Result<(), EngineError> {
+        // Nobody but a receiver reads, and it is there as long as it reads.
+        let Some(Intake { front, router, .. }) = &mut self.intake else { return Ok(()) };
+        let read = usize::try_from(result).map(|len| memory.bytes(len)).map_err(|_| Errno::from_raw(-result));
+        router.take(&**front, read).map_err(EngineError::Front)
     }
 
     /// How long it may sleep: to the next deadline of a fill, and of the router if it is here.
     fn sleep_max(&self) -> Duration {
         let deadline = self.machine.next_deadline().map(|at| Duration::from_nanos(at.saturating_sub(self.clock.now_ns())));
-        let router = self.receiver.as_ref().and_then(|(_, router)| router.next_turn());
+        let router = self.intake.as_ref().and_then(|intake| intake.router.next_turn());
         [deadline, router].into_iter().flatten().fold(SLEEP_MAX, Duration::min)
     }
 
@@ -324,7 +462,7 @@ impl<I: Io> Shard<I> {
             return false;
         }
         self.take_messages();
-        if self.shared.out_of_time.load(Ordering::Acquire) || self.machine.pending() == 0 {
+        if self.shared.out_of_time.load(Ordering::Acquire) || (self.machine.pending() == 0 && self.parked.is_empty()) {
             self.fail_rest();
         }
         self.machine.object_count() == 0 || self.shared.out_of_time.load(Ordering::Acquire)
@@ -333,6 +471,10 @@ impl<I: Io> Shard<I> {
     /// Closes every object and answers what waited for it.
     fn fail_rest(&mut self) {
         self.machine.close_all();
+        // Their objects are gone, so they are answered at once.
+        for (NeedRequest { object, range, ticket }, since_ns) in std::mem::take(&mut self.parked) {
+            self.machine.need(object, range, ticket, since_ns);
+        }
         self.act();
         self.answer();
     }

@@ -1,9 +1,9 @@
 //! Starting and stopping the engine: shards on their cores, openers beside them.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -13,16 +13,18 @@ use nix::unistd::Pid;
 use super::blocking::Blocking;
 use super::buffers::Buffers;
 use super::clock::Clock;
+use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
 use super::machine::{Limits, Machine};
 use super::mailbox::{Inbox, Mailbox};
-use super::opener::{OPENERS, OPENS_MAX, Opener};
+use super::opener::Opener;
+use super::opens::Opens;
 use super::ring::{self, Ring};
-use super::router::Router;
-use super::shard::{Parts, Shard};
+use super::router::{BATCH_MAX, Router};
+use super::shard::{Intake, Parts, Shard};
 use super::stats::Snapshot;
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
-use crate::front::FrontEnd;
+use crate::front::{FrontEnd, MESSAGE_MAX_BYTES};
 use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
@@ -60,6 +62,7 @@ struct Plan {
     shared: Arc<Shared>,
     clock: Clock,
     inbox: Inbox,
+    offers: Sender<Offer>,
 }
 
 impl Engine {
@@ -75,10 +78,18 @@ impl Engine {
         }
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
-        let shared = Arc::new(Shared::new(bells).map_err(EngineError::Resources)?);
-        let (opens, queue) = sync_channel(OPENS_MAX);
-        start_openers(&shared, store, &mailboxes, queue, settings.open_timeout)?;
-        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens));
+        let shared = Arc::new(Shared::new(bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
+        let opens = Arc::new(Opens::new(settings.open_timeout));
+        let opener = Opener {
+            shared: Arc::clone(&shared),
+            store: Arc::clone(store),
+            shards: mailboxes.clone(),
+            opens: Arc::clone(&opens),
+            remembered: Arc::default(),
+        };
+        opener.start()?;
+        let (evictor, offers) = Evictor::new(Arc::clone(&shared));
+        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens, evictor));
         let cpus = usable_cpus();
         let (report, reports) = sync_channel(inboxes.len());
         let mut shards = Vec::new();
@@ -92,6 +103,7 @@ impl Engine {
                 shared: Arc::clone(&shared),
                 clock,
                 inbox,
+                offers: offers.clone(),
             };
             shards.push(plan.spawn(report.clone()).inspect_err(|_| shared.abandon())?);
         }
@@ -165,28 +177,6 @@ impl Shared {
     }
 }
 
-fn start_openers(
-    shared: &Arc<Shared>,
-    store: &Arc<dyn Store>,
-    shards: &[Mailbox],
-    queue: Receiver<crate::front::OpenRequest>,
-    open_timeout: Duration,
-) -> Result<(), EngineError> {
-    let queue = Arc::new(Mutex::new(queue));
-    for n in 0..OPENERS {
-        let opener = Opener {
-            shared: Arc::clone(shared),
-            store: Arc::clone(store),
-            shards: shards.to_vec(),
-            queue: Arc::clone(&queue),
-            open_timeout,
-        };
-        let name = format!("infill-open-{n}");
-        Builder::new().name(name).spawn(move || opener.run()).map_err(EngineError::Resources)?;
-    }
-    Ok(())
-}
-
 /// Waits until every shard has said how it was made.
 fn await_shards(reports: &Receiver<Result<Started, EngineError>>, shards: usize) -> Result<Started, EngineError> {
     let mut started = None;
@@ -238,12 +228,12 @@ impl Plan {
         if self.settings.kind == EngineKind::Blocking {
             return Ok(None);
         }
-        let settings = ring::Settings { depth: self.settings.slots, workers: self.settings.workers };
+        let settings = ring::Settings { depth: self.settings.slots, receives: BATCH_MAX, workers: self.settings.workers };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 
     fn watch(&self) -> Watch<'_> {
-        Watch { requests: self.router.as_ref().map(|_| self.front.poll_fd()), wake: self.inbox.fd() }
+        Watch { requests: self.router.as_ref().map(|_| self.front.requests()), wake: self.inbox.fd() }
     }
 
     fn serve_blocking(
@@ -265,6 +255,11 @@ impl Plan {
         io: I,
         buffers: Buffers,
     ) -> Result<(), EngineError> {
+        let intake = match self.router.map(|router| (router, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
+            None => None,
+            Some((router, Ok(messages))) => Some(Intake { front: Arc::clone(&self.front), router, messages }),
+            Some((_, Err(error))) => return drop_report(report, EngineError::Resources(error)),
+        };
         let caps = self.front.caps();
         let limits = Limits {
             page_bytes: caps.align_bytes,
@@ -282,7 +277,8 @@ impl Plan {
             shared: self.shared,
             clock: self.clock,
             inbox: self.inbox,
-            receiver: self.router.map(|router| (self.front, router)),
+            offers: self.offers,
+            intake,
             machine: Machine::new(limits),
             tracer: self.settings.tracer,
             no_room: self.settings.no_room,

@@ -127,6 +127,14 @@ macro_rules! published {
             pub opens_failed: u64,
             /// Objects that the kernel closed.
             pub closes: u64,
+            /// Objects whose descriptors were given up to make room.
+            pub evictions: u64,
+            /// Descriptors that objects have.
+            pub fds: u64,
+            /// Most that they ever had.
+            pub fds_peak: u64,
+            /// Most that they may have.
+            pub fds_budget: u64,
             /// Messages that could not be understood.
             pub malformed: u64,
             /// Requests that were dropped unanswered: a bug if not 0.
@@ -175,11 +183,24 @@ published!(
     fills_failed,
     bytes_asked,
     bytes_filled,
+    fills_mapped,
+    bytes_mapped,
+    fills_direct,
+    bytes_direct,
+    fills_buffered,
+    bytes_buffered,
+    fills_zero,
+    bytes_zero,
     operations,
     stale
 );
 
 impl ShardStats {
+    /// Objects that are open.
+    pub(super) fn objects(&self) -> u64 {
+        self.objects.load(Ordering::Relaxed)
+    }
+
     /// Requests that wait for their answer.
     pub(super) fn pending(&self) -> u64 {
         self.pending.load(Ordering::Relaxed)

@@ -9,7 +9,7 @@ pub mod sim;
 
 use std::fmt;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -50,9 +50,14 @@ pub struct OpenRequest {
     pub key: Key,
     /// To be answered with [`Outcome::Opened`] or [`Outcome::Failed`].
     pub ticket: Ticket,
-    /// Where its data is to be written; closed when the last clone is dropped.
-    pub sink: Arc<OwnedFd>,
+    /// Where its data is to be written; closed when the last clone is dropped. An unanswered need holds one.
+    pub sink: Arc<dyn Sink>,
 }
+
+/// Where the data of an object is written.
+pub trait Sink: AsFd + fmt::Debug + Send + Sync {}
+
+impl<T: AsFd + fmt::Debug + Send + Sync> Sink for T {}
 
 /// A reader waits for `range`. The range is what the kernel said: unchecked, it may lie beyond the blob.
 #[derive(Debug)]
@@ -154,7 +159,11 @@ pub struct Caps {
     pub reopens: bool,
 }
 
-/// One kernel interface.
+/// Room that one message of any front end needs.
+pub const MESSAGE_MAX_BYTES: usize = 1024;
+
+/// One kernel interface. It delivers messages by read(2) and understands them; who reads, when and how many at a
+/// time is the engine's business.
 pub trait FrontEnd: Send + Sync {
     /// The name used in settings, logs and statistics.
     fn name(&self) -> &'static str;
@@ -162,15 +171,32 @@ pub trait FrontEnd: Send + Sync {
     /// What its sinks allow.
     fn caps(&self) -> Caps;
 
-    /// Becomes readable when [`FrontEnd::next`] may have something.
-    fn poll_fd(&self) -> BorrowedFd<'_>;
+    /// Where messages come from. Each read(2) of it into at least [`MESSAGE_MAX_BYTES`] takes one message, or
+    /// finds none, and never waits (`O_NONBLOCK` is set). It polls readable when there may be one.
+    fn requests(&self) -> BorrowedFd<'_>;
 
-    /// The next request; `None` when there is nothing now. Never blocks.
+    /// The request in what one read gave; `None` if there was nothing to read. What was read is this process's to
+    /// answer (and an open's descriptor its to close), so every result must come here, in the order of the reads.
     ///
     /// # Errors
     /// [`FrontError::Malformed`] for a message that made no sense (it was answered as far as that was
-    /// possible; go on), anything else if the interface itself failed.
-    fn next(&self) -> Result<Option<Request>, FrontError>;
+    /// possible; go on), [`FrontError::OutOfDescriptors`] for an open that was lost (go on), anything else if the
+    /// interface itself failed.
+    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError>;
+
+    /// Reads a message and parses it, for a caller without an engine.
+    ///
+    /// # Errors
+    /// As [`FrontEnd::parse`].
+    fn next(&self) -> Result<Option<Request>, FrontError> {
+        let mut buffer = [0; MESSAGE_MAX_BYTES];
+        loop {
+            match nix::unistd::read(self.requests(), &mut buffer) {
+                Err(Errno::EINTR) => {}
+                read => return self.parse(read.map(|len| &buffer[..len])),
+            }
+        }
+    }
 }
 
 /// Why a front end could not deliver a request.

@@ -58,11 +58,26 @@ pub fn ensure(series: &str) -> Result<Kernel> {
     fs::create_dir_all(&work).trying(|| format!("cannot make {}", work.display()))?;
     let version = fetch(series, &work)?;
     let tree = unpack(series, &work)?;
-    configure(series, &tree, FRAGMENT)?;
+    configure(series, &tree, &fragment_of(series))?;
     compile(series, &tree, &home.join(format!("{series}.log")))?;
     let kernel = keep(&home, series, &version, &tree)?;
     wipe(&work)?;
     Ok(kernel)
+}
+
+/// The fragment for a series: lines that end with `# since X` are only for X and later.
+fn fragment_of(series: &str) -> String {
+    let number = |text: &str| -> Vec<u32> { text.split('.').map(|part| part.parse().unwrap_or(0)).collect() };
+    let mut text = String::new();
+    for line in FRAGMENT.lines() {
+        match line.split_once(" # since ") {
+            Some((_, since)) if number(series) < number(since) => continue,
+            Some((setting, _)) => text.push_str(setting),
+            None => text.push_str(line),
+        }
+        text.push('\n');
+    }
+    text
 }
 
 fn fragment_key() -> String {
@@ -263,6 +278,13 @@ mod tests {
         let fragment = "# why\nCONFIG_A=y\nCONFIG_B=60\nCONFIG_C=n\nCONFIG_D=n\nCONFIG_E=y\n";
         let config = "CONFIG_A=y\nCONFIG_B=60\nCONFIG_C=y\n# CONFIG_D is not set\nCONFIG_EE=y\n";
         assert_eq!(unmet(fragment, config), ["CONFIG_C=n", "CONFIG_E=y"]);
+    }
+
+    #[test]
+    fn a_setting_is_left_out_where_it_does_not_exist_yet() {
+        assert!(fragment_of("6.12").contains("\nCONFIG_CACHESTAT_SYSCALL=y\n"));
+        assert!(!fragment_of("6.1").contains("CACHESTAT"));
+        assert!(fragment_of("6.1").contains("\nCONFIG_SMP=y\n"));
     }
 
     #[test]

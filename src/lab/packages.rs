@@ -46,6 +46,9 @@ pub const GUEST_TOOLS: &[Tool] = &[
     tool("strip", "binutils"),
 ];
 
+/// For counting instructions.
+pub const BENCH_TOOLS: &[Tool] = &[tool("valgrind", "valgrind")];
+
 /// Where a program is: on `PATH`, or in one of the `sbin` directories that a user's `PATH` leaves out.
 #[must_use]
 pub fn find(program: &str) -> Option<PathBuf> {

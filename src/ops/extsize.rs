@@ -29,21 +29,35 @@ mod sys {
     nix::ioctl_write_ptr!(set, b'X', 32, super::FsXattr);
 }
 
+/// The size in bytes of the pieces in which what will be created below an open directory takes its space; `None`
+/// if there is no hint.
+///
+/// # Errors
+/// The file system knows no such hint.
+pub fn hinted(dir: impl AsFd) -> Result<Option<u32>, Errno> {
+    let attributes = attributes(&dir)?;
+    Ok((attributes.xflags & EXTSZINHERIT != 0).then_some(attributes.extsize))
+}
+
+fn attributes(dir: impl AsFd) -> Result<FsXattr, Errno> {
+    let mut attributes = FsXattr::default();
+    // SAFETY: the structure is the one that the kernel fills, and lives through the call.
+    unsafe { sys::get(dir.as_fd().as_raw_fd(), &raw mut attributes) }?;
+    Ok(attributes)
+}
+
 /// Makes what will be created below an open directory take its space in pieces of `bytes`, unless the operator
 /// has set a hint already.
 ///
 /// # Errors
 /// The file system knows no such hint, or this process may not set it.
 pub fn hint(dir: impl AsFd, bytes: u32) -> Result<(), Errno> {
-    let fd = dir.as_fd().as_raw_fd();
-    let mut attributes = FsXattr::default();
-    // SAFETY: the structure is the one that the kernel fills, and lives through the call.
-    unsafe { sys::get(fd, &raw mut attributes) }?;
+    let mut attributes = attributes(&dir)?;
     if attributes.xflags & EXTSZINHERIT != 0 {
         return Ok(());
     }
     attributes.xflags |= EXTSZINHERIT;
     attributes.extsize = bytes;
-    // SAFETY: as above; the kernel only reads it.
-    unsafe { sys::set(fd, &raw const attributes) }.map(drop)
+    // SAFETY: the structure is the one that the kernel reads, and lives through the call.
+    unsafe { sys::set(dir.as_fd().as_raw_fd(), &raw const attributes) }.map(drop)
 }

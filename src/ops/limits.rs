@@ -4,9 +4,18 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::unistd::close;
 
+use crate::engine::fds::EMERGENCY_FDS;
+
 /// Descriptor numbers for which the table is made large at start. Growing it later, with threads running,
 /// stalls the thread that gets a new descriptor for an RCU grace period (`expand_files`, fs/file.c).
 const TABLE_FDS: u64 = 65_536;
+
+/// Descriptors that the daemon needs besides those of blobs: rings, eventfds, the device, stores, logs, sockets.
+const OWN_FDS: u64 = 256;
+/// What may be open beside the budget.
+const BESIDES_FDS: u64 = OWN_FDS + EMERGENCY_FDS;
+/// Of what the whole system has left, the default budget takes one part in so many.
+const SYSTEM_DIVISOR: u64 = 2;
 
 /// What became of the limits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,9 +32,48 @@ pub enum LimitError {
         "the file size limit is {0} bytes, and it applies to what the kernel writes for us: run with LimitFSIZE=infinity or ulimit -f unlimited"
     )]
     FileSize(u64),
+    /// The budget is more than the process may have.
+    #[error(
+        "fd_budget = {wanted}: this process may have {fds} file descriptors, so at most {most}; lower it, or raise LimitNOFILE= and fs.nr_open"
+    )]
+    Descriptors {
+        /// The setting.
+        wanted: u64,
+        /// The process's limit.
+        fds: u64,
+        /// What could be set.
+        most: u64,
+    },
 }
 
-/// Raises the number of descriptors as far as allowed and lifts the limit on file sizes.
+/// How many descriptors blobs may have: as set, or what the limits of process and system leave.
+///
+/// # Errors
+/// More was set than the process may have.
+pub fn fd_budget(setting: Option<u64>, raised: Raised) -> Result<u64, LimitError> {
+    let most = raised.fds.saturating_sub(BESIDES_FDS);
+    match setting {
+        Some(wanted) if wanted > most => Err(LimitError::Descriptors { wanted, fds: raised.fds, most }),
+        Some(wanted) => Ok(wanted),
+        None => Ok(default_budget(most, free_in_system())),
+    }
+}
+
+/// The table of the process is made for [`TABLE_FDS`] at start, so more must be asked for.
+fn default_budget(most: u64, free_in_system: Option<u64>) -> u64 {
+    let part = free_in_system.map_or(u64::MAX, |free| free / SYSTEM_DIVISOR);
+    most.min(part).clamp(1, TABLE_FDS - BESIDES_FDS)
+}
+
+/// Files that may still be opened in the whole system: `fs.file-max` less what `fs.file-nr` says is in use.
+fn free_in_system() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/sys/fs/file-nr").ok()?;
+    let numbers: Vec<u64> = text.split_whitespace().filter_map(|number| number.parse().ok()).collect();
+    let [used, _, max] = numbers[..] else { return None };
+    Some(max.saturating_sub(used))
+}
+
+/// Raises the number of descriptors as far as allowed and lifts the limits on file sizes and locked memory.
 ///
 /// # Errors
 /// A limit that would make fills fail cannot be lifted.
@@ -33,6 +81,7 @@ pub fn raise() -> Result<Raised, LimitError> {
     let fds = raise_fds();
     grow_table(fds);
     lift_file_size()?;
+    lift_locked_memory();
     Ok(Raised { fds })
 }
 
@@ -62,9 +111,27 @@ fn lift_file_size() -> Result<(), LimitError> {
     }
 }
 
+/// The buffers that a ring has registered count as locked, except for who has CAP_IPC_LOCK, which the daemon gives up.
+/// Not allowed: the limit stays, and a ring whose buffers do not fit works without registering them.
+fn lift_locked_memory() {
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_budget_stays_below_every_limit() {
+        assert_eq!(default_budget(1 << 20, None), TABLE_FDS - BESIDES_FDS);
+        assert_eq!(default_budget(1 << 20, Some(1000)), 500);
+        assert_eq!(default_budget(700, Some(1 << 40)), 700);
+        let raised = Raised { fds: 1024 };
+        assert_eq!(fd_budget(Some(704), raised).unwrap(), 704);
+        let message = fd_budget(Some(705), raised).unwrap_err().to_string();
+        assert!(message.contains("at most 704"), "{message}");
+        assert!(free_in_system().is_some_and(|free| free > 0));
+    }
 
     #[test]
     fn the_soft_limit_follows_the_hard_one() {

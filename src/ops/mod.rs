@@ -1,5 +1,6 @@
-//! What an operator meets: the doctor, limits, space, signals, the log, exit codes, and who holds the device.
+//! What an operator meets: confinement, the doctor, limits, space, signals, the log, exit codes, and who holds the device.
 
+pub mod confine;
 pub mod doctor;
 pub mod erofs;
 pub mod exit;

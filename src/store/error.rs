@@ -94,7 +94,9 @@ impl Cause {
 /// What an operator can do about an error number, as the end of a sentence.
 const fn advice(errno: Errno) -> &'static str {
     match errno {
-        Errno::EACCES | Errno::EPERM => "; let the daemon's user read it",
+        Errno::EACCES | Errno::EPERM => {
+            "; let the daemon's user read it (chmod o+r), or restart infill if a directory was mounted or replaced since its start (see --confine)"
+        }
         Errno::EMFILE => "; raise LimitNOFILE=",
         Errno::ENFILE => "; raise the sysctl fs.file-max",
         Errno::EIO => "; look for disk errors in the kernel log",
@@ -124,7 +126,7 @@ pub enum Unusable {
     NotADirectory(PathBuf),
     /// Permission is missing.
     #[error(
-        "no permission to read and search the directory {}; give the daemon's user both (chmod u+rx)",
+        "no permission to read and search the directory {}; give the daemon's user both (chmod o+rx), and search of those above it (chmod o+x)",
         .0.display()
     )]
     NotReadable(PathBuf),

@@ -5,6 +5,8 @@
 //! | `name` | which bytes of a key may become a file name |
 //! | `beneath` | opening files below a directory and never outside of it |
 //! | `source` | how a file is read, and the blob that is one file |
+//! | `holes` | which parts of a file are zeros that nobody has to read |
+//! | `resident` | what of a file is in the page cache |
 //! | `dir`, `oci` | the kinds of stores |
 //! | `spec`, `list` | settings; several stores in order |
 //! | `error` | what can go wrong, and whether it may pass |
@@ -15,9 +17,11 @@
 mod beneath;
 pub mod dir;
 pub mod error;
+pub mod holes;
 pub mod list;
 pub mod name;
 pub mod oci;
+pub mod resident;
 pub mod source;
 pub mod spec;
 
@@ -56,15 +60,29 @@ pub trait Blob: Send + Sync + fmt::Debug {
 
     /// The file that has exactly the bytes of this blob, in their order, if there is one.
     fn whole_file(&self) -> Option<&SourceFile> {
-        let [file] = self.files() else {
-            return None;
-        };
-        if file.len_bytes != self.len_bytes() || file.len_bytes == 0 {
-            return None;
-        }
-        let Extent { len_bytes, data } = self.extent(0);
-        let whole = matches!(data, Data::Read { file: 0, offset: 0 } | Data::Mapped { file: 0, offset: 0 });
-        (whole && len_bytes == file.len_bytes).then_some(file)
+        None
+    }
+}
+
+/// A blob that is not there any more: its length is known, and every read of it fails.
+#[derive(Debug)]
+pub struct LostBlob {
+    /// How long it was.
+    pub len_bytes: u64,
+}
+
+impl Blob for LostBlob {
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// In a file that does not exist.
+    fn extent(&self, offset: u64) -> Extent {
+        Extent { len_bytes: self.len_bytes.saturating_sub(offset), data: Data::Read { file: 0, offset } }
+    }
+
+    fn files(&self) -> &[Arc<SourceFile>] {
+        &[]
     }
 }
 
@@ -83,7 +101,8 @@ pub struct Extent {
 pub enum Data {
     /// Nowhere: they are all zero.
     Zero,
-    /// In a file, to be read into a buffer.
+    /// In a file, to be read into a buffer; or to be written from its mapped pages, if it has any and they are in
+    /// memory when it comes to that ([`SourceFile::is_in_memory`]).
     Read {
         /// Index into [`Blob::files`].
         file: usize,
@@ -103,8 +122,11 @@ pub enum Data {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceMode {
-    /// Past the page cache into registered buffers (`O_DIRECT`); buffered where the file system refuses.
+    /// What is in the page cache is written to the cache from there without being copied; the rest is read as in
+    /// `direct`.
     #[default]
+    Auto,
+    /// Past the page cache into registered buffers (`O_DIRECT`); buffered where the file system refuses.
     Direct,
     /// Through the page cache into registered buffers.
     Buffered,
@@ -119,9 +141,10 @@ pub struct SourceFile {
     pub fd: OwnedFd,
     /// Length when it was opened.
     pub len_bytes: u64,
-    /// How it is really read, after any fallback.
+    /// How it is really read, after any fallback: never [`SourceMode::Auto`].
     pub mode: SourceMode,
-    /// The whole file, if it is mapped. Never formed into a slice: the file may shrink under us.
+    /// The whole file, if it is mapped: in [`SourceMode::Mmap`], and where [`SourceMode::Auto`] was wanted and is
+    /// possible. Never formed into a slice: the file may shrink under us.
     pub map: Option<memmap2::MmapRaw>,
 }
 

@@ -1,20 +1,22 @@
 //! Source files: how a blob's file is opened for the engine to read, and the blob that is one such file.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use memmap2::MmapOptions;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::stat::{SFlag, fstat};
+use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::sys::uio::pread;
 use nix::unistd::{Whence, lseek};
 
 use super::beneath::file_type;
 use super::error::Cause;
+use super::holes::Holes;
+use super::resident::is_resident;
 use super::{Blob, Data, Extent, SourceFile, SourceMode};
 use crate::ops::erofs::on_erofs;
-use crate::range::align_down;
+use crate::range::{align_down, page_bytes};
 
 /// How a file is opened that is to become a source. `O_NONBLOCK` so that a FIFO cannot hold the caller up;
 /// [`SourceFile::new`] takes it away again.
@@ -22,6 +24,9 @@ pub const OPEN_FLAGS: OFlag = OFlag::O_RDONLY.union(OFlag::O_CLOEXEC).union(OFla
 
 /// Alignment in bytes of every direct read that the engine makes: of offset, length and memory.
 pub const DIRECT_ALIGN_BYTES: usize = 4096;
+
+/// Unit of `st_blocks` (inode(7)).
+const STAT_BLOCK_BYTES: u64 = 512;
 
 impl SourceFile {
     /// Makes a source of a file that was opened with [`OPEN_FLAGS`].
@@ -49,9 +54,35 @@ impl SourceFile {
         match wanted {
             SourceMode::Buffered => {}
             SourceMode::Direct => source.try_direct()?,
-            SourceMode::Mmap => source.try_map(),
+            SourceMode::Mmap if source.try_map() => source.mode = SourceMode::Mmap,
+            SourceMode::Mmap => {}
+            SourceMode::Auto => {
+                source.try_direct()?;
+                source.try_see();
+            }
         }
         Ok(source)
+    }
+
+    /// Whether a range that starts with a page had better be written from the mapped pages than be read: they are
+    /// there, and all in memory. Never blocks, and takes no lock that is held for longer than a moment.
+    #[must_use]
+    pub fn is_in_memory(&self, offset: u64, len_bytes: u64) -> bool {
+        self.map.is_some() && is_resident(&self.fd, offset, len_bytes).unwrap_or(false)
+    }
+
+    /// Maps the file if it can be seen what of it is in memory: a map that is used blindly would read through
+    /// the page cache, which costs more than to read past it.
+    fn try_see(&mut self) {
+        static SAID: Once = Once::new();
+        match is_resident(&self.fd, 0, 1) {
+            Ok(_) => drop(self.try_map()),
+            Err(errno) => SAID.call_once(|| {
+                tracing::info!(
+                    "cannot see which blobs are in memory (cachestat: {errno}), so all are read from their disks; that takes Linux 6.5, and the blobs' owner"
+                );
+            }),
+        }
     }
 
     /// Changes to direct reads if one of them works.
@@ -66,19 +97,18 @@ impl SourceFile {
         Ok(())
     }
 
-    /// Maps the file if that is possible. It is not on some file systems (`ENODEV`), and not beyond
-    /// `vm.max_map_count` mappings (`ENOMEM`), which a dense host can reach.
-    fn try_map(&mut self) {
+    /// Maps the file if that is possible, and says whether it was. It is not on some file systems (`ENODEV`), and
+    /// not beyond `vm.max_map_count` mappings (`ENOMEM`), which a dense host can reach.
+    fn try_map(&mut self) -> bool {
         let map = match usize::try_from(self.len_bytes) {
             // An empty file cannot be mapped, and has no bytes that would need it.
             Ok(0) => Ok(None),
             Ok(len_bytes) => MmapOptions::new().len(len_bytes).map_raw_read_only(&self.fd).map(Some),
-            Err(_) => return,
+            Err(_) => return false,
         };
-        if let Ok(map) = map {
-            self.map = map;
-            self.mode = SourceMode::Mmap;
-        }
+        let mapped = map.is_ok();
+        self.map = map.unwrap_or(None);
+        mapped
     }
 }
 
@@ -108,17 +138,39 @@ fn direct_read_works(fd: &OwnedFd) -> bool {
 }
 
 /// A blob that is one file.
+///
+/// Blobs do not change while they are open: that is the contract with whoever keeps the store. A file that is
+/// written all the same is not served by its old holes: what was a hole counts as one only as long as the file's
+/// change time is still that of the opening. (Writes in the same tick of the clock as the last one before the
+/// opening go unnoticed, some milliseconds.)
 #[derive(Debug)]
 pub struct FileBlob {
     file: [Arc<SourceFile>; 1],
+    holes: Holes,
+    /// When the file was changed last, before its holes were looked for.
+    changed: (i64, i64),
 }
 
 impl FileBlob {
-    /// The blob that has the bytes of `file`.
+    /// The blob that has the bytes of `file`. May block.
     #[must_use]
     pub fn new(file: SourceFile) -> Self {
-        Self { file: [Arc::new(file)] }
+        let stat = fstat(&file.fd);
+        let is_sparse = |stat: &FileStat| stat.st_blocks.cast_unsigned().saturating_mul(STAT_BLOCK_BYTES) < file.len_bytes;
+        let (holes, changed) = match &stat {
+            Ok(stat) if is_sparse(stat) => (Holes::of_file(&file.fd, file.len_bytes, page_bytes()), change_time(stat)),
+            _ => Default::default(),
+        };
+        Self { file: [Arc::new(file)], holes, changed }
     }
+
+    fn is_unchanged(&self) -> bool {
+        fstat(&self.file[0].fd).is_ok_and(|stat| change_time(&stat) == self.changed)
+    }
+}
+
+const fn change_time(stat: &FileStat) -> (i64, i64) {
+    (stat.st_ctime, stat.st_ctime_nsec)
 }
 
 impl Blob for FileBlob {
@@ -126,17 +178,26 @@ impl Blob for FileBlob {
         self.file[0].len_bytes
     }
 
-    /// One extent to the end. A hole of a sparse file is part of it and read as zeros like any data.
+    /// The file's data and its large holes in turn; small holes are part of the data and read as zeros.
     fn extent(&self, offset: u64) -> Extent {
         debug_assert!(offset < self.len_bytes(), "extent beyond the blob");
-        let data = match self.file[0].mode {
-            SourceMode::Mmap => Data::Mapped { file: 0, offset },
-            SourceMode::Direct | SourceMode::Buffered => Data::Read { file: 0, offset },
+        let (is_hole, end) = self.holes.at(offset);
+        let data = if is_hole && self.is_unchanged() {
+            Data::Zero
+        } else if self.file[0].mode == SourceMode::Mmap {
+            Data::Mapped { file: 0, offset }
+        } else {
+            Data::Read { file: 0, offset }
         };
-        Extent { len_bytes: self.len_bytes().saturating_sub(offset), data }
+        Extent { len_bytes: end.min(self.len_bytes()).saturating_sub(offset), data }
     }
 
     fn files(&self) -> &[Arc<SourceFile>] {
         &self.file
+    }
+
+    fn whole_file(&self) -> Option<&SourceFile> {
+        let file = &*self.file[0];
+        (file.len_bytes > 0).then_some(file)
     }
 }

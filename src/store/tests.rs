@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -15,11 +15,12 @@ use tempfile::TempDir;
 
 use super::dir::DirStore;
 use super::error::Unusable;
+use super::holes::HOLE_MIN_BYTES;
 use super::name::NameError;
 use super::source::DIRECT_ALIGN_BYTES;
 use super::*;
 
-const MODES: [SourceMode; 3] = [SourceMode::Direct, SourceMode::Buffered, SourceMode::Mmap];
+const MODES: [SourceMode; 4] = [SourceMode::Auto, SourceMode::Direct, SourceMode::Buffered, SourceMode::Mmap];
 
 /// Bytes that differ from page to page.
 fn pattern(len_bytes: usize) -> Vec<u8> {
@@ -218,9 +219,12 @@ fn modes_agree(dir: &Path) {
             let blob = store.open(&key("d", "blob")).unwrap().unwrap();
             assert_eq!(blob.len_bytes(), len_bytes as u64);
             let got = blob.files()[0].mode;
+            let wanted = if mode == SourceMode::Auto { SourceMode::Direct } else { mode };
             let fell_back = got == SourceMode::Buffered && !has_all_modes;
-            assert!(got == mode || fell_back, "{mode:?} became {got:?}");
-            assert_eq!(blob.files()[0].map.is_some(), got == SourceMode::Mmap && len_bytes > 0);
+            assert!(got == wanted || fell_back, "{mode:?} became {got:?}");
+            if mode != SourceMode::Auto {
+                assert_eq!(blob.files()[0].map.is_some(), got == SourceMode::Mmap && len_bytes > 0);
+            }
             assert!(read_all(&*blob) == bytes, "{mode:?}, {len_bytes} bytes");
         }
     }
@@ -239,17 +243,73 @@ fn all_modes_give_the_same_bytes_on_tmpfs() {
     }
 }
 
+/// A file of `len_bytes` in `dir` that has four bytes of data at an offset, and is a hole otherwise.
+fn sparse_file(dir: &Path, len_bytes: u64, data_at: u64) -> (fs::File, Vec<u8>) {
+    let file = fs::File::create(dir.join("blob")).unwrap();
+    file.set_len(len_bytes).unwrap();
+    file.write_all_at(b"data", data_at).unwrap();
+    let mut bytes = vec![0; usize::try_from(len_bytes).unwrap()];
+    let at = usize::try_from(data_at).unwrap();
+    bytes[at..at + 4].copy_from_slice(b"data");
+    (file, bytes)
+}
+
 #[test]
-fn a_sparse_file_reads_as_zeros() {
+fn a_sparse_file_reads_as_zeros_and_its_large_holes_are_known() {
     let dir = TempDir::new().unwrap();
-    let file = fs::File::create(dir.path().join("blob")).unwrap();
-    file.set_len(300_000).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, b"data", 200_000).unwrap();
-    let mut bytes = vec![0; 300_000];
-    bytes[200_000..200_004].copy_from_slice(b"data");
+    let (_file, bytes) = sparse_file(dir.path(), 2_000_100, 1_000_000);
     for mode in MODES {
-        assert!(found(&dir_store(dir.path(), mode), &key("", "blob")) == bytes, "{mode:?}");
+        let blob = dir_store(dir.path(), mode).open(&key("", "blob")).unwrap().unwrap();
+        assert!(read_all(&*blob) == bytes, "{mode:?}");
+        let Extent { len_bytes, data } = blob.extent(0);
+        if data != Data::Zero {
+            return println!("not run: this file system does not report holes");
+        }
+        assert!((HOLE_MIN_BYTES..1_000_000).contains(&len_bytes) && len_bytes.is_multiple_of(4096), "{len_bytes}");
+        assert_eq!(blob.extent(2_000_099), Extent { len_bytes: 1, data: Data::Zero });
+        assert!(blob.whole_file().is_some(), "holes are the file's own");
     }
+}
+
+#[test]
+fn a_hole_that_is_filled_later_is_read() {
+    let dir = TempDir::new().unwrap();
+    let (file, mut bytes) = sparse_file(dir.path(), 2_000_100, 1_000_000);
+    let store = dir_store(dir.path(), SourceMode::Auto);
+    let blob = store.open(&key("", "blob")).unwrap().unwrap();
+    // File systems note the time of a change by a clock that ticks a few hundred times a second.
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    file.write_all_at(b"more", 0).unwrap();
+    bytes[..4].copy_from_slice(b"more");
+    assert!(read_all(&*blob) == bytes);
+}
+
+/// Drops what is cached of a file, if it can be dropped.
+fn forget(file: &fs::File) {
+    file.sync_all().unwrap();
+    nix::fcntl::posix_fadvise(file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+}
+
+#[test]
+fn what_is_in_memory_is_seen() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("blob");
+    fs::write(&path, pattern(300_000)).unwrap();
+    let source = |mode| SourceFile::new(fs::File::open(&path).unwrap().into(), mode).unwrap();
+    assert!(!source(SourceMode::Direct).is_in_memory(0, 4096), "only where it was wanted");
+    let auto = source(SourceMode::Auto);
+    if auto.map.is_none() {
+        return println!("not run: this kernel does not tell what is in memory");
+    }
+    let file = fs::File::open(&path).unwrap();
+    forget(&file);
+    if auto.is_in_memory(0, 4096) {
+        return println!("not run: this file system keeps its files in memory");
+    }
+    assert_eq!(fs::read(&path).unwrap().len(), 300_000);
+    assert!(auto.is_in_memory(0, 300_000) && auto.is_in_memory(4096, 8192), "it was just read");
+    forget(&file);
+    assert!(!auto.is_in_memory(0, 300_000), "a mapping that nobody has touched keeps nothing");
 }
 
 #[test]

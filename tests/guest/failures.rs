@@ -11,21 +11,22 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use crate::bad_disk::BadDisk;
 use crate::guest::{Guest, data, drop_caches, with_blob};
 use crate::readers::{HOLDER, How, READ_LIMIT, Readers, expect_equal};
 use crate::{Outcome, Test};
 
 pub(crate) const TESTS: &[Test] = &[
-    ("unknown_image_fails_at_once", unknown_image_fails_at_once),
-    ("missing_blob_gives_errors_and_recovers", missing_blob),
-    ("truncated_blob_gives_eio_and_recovers", truncated_blob),
-    ("unreadable_sectors_give_eio_and_recover", unreadable_sectors),
-    ("held_devnode_names_its_holder", held_devnode),
-    ("second_daemon_names_the_first", second_daemon),
+    ("fault_unknown_image_fails_at_once", unknown_image_fails_at_once),
+    ("fault_missing_blob_gives_errors_and_recovers", missing_blob),
+    ("fault_truncated_blob_gives_eio_and_recovers", truncated_blob),
+    ("fault_unreadable_sectors_give_eio_and_recover", unreadable_sectors),
+    ("fault_held_devnode_names_its_holder", held_devnode),
+    ("fault_second_daemon_names_the_first", second_daemon),
     ("bad_flag_is_a_usage_error", bad_flag),
-    ("missing_store_is_a_configuration_error", missing_store),
-    ("cache_on_tmpfs_is_a_configuration_error", cache_on_tmpfs),
-    ("cache_on_overlayfs_is_a_configuration_error", cache_on_overlayfs),
+    ("fault_missing_store_is_a_configuration_error", missing_store),
+    ("fault_cache_on_tmpfs_is_a_configuration_error", cache_on_tmpfs),
+    ("fault_cache_on_overlayfs_is_a_configuration_error", cache_on_overlayfs),
 ];
 
 /// A mount that cannot work must fail within this time.
@@ -209,7 +210,7 @@ fn must_not_mount(guest: &Guest, options: &str) -> Outcome {
 }
 
 /// Some files cannot be read, with one of these errors, none reads wrong, and no reader hangs.
-fn expect_errors(mount: &Path, known: &[Errno]) -> Outcome {
+pub(crate) fn expect_errors(mount: &Path, known: &[Errno]) -> Outcome {
     let readers = Readers::start(mount, &data("one.json"), 4, How::Read)?;
     let complaints = readers.finish(READ_LIMIT)?;
     if complaints.is_empty() {
@@ -229,80 +230,5 @@ impl Drop for Killed {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-/// A disk in memory whose sectors can be made unreadable: null_blk with `badblocks`
-/// (Documentation/block/null_blk.rst).
-struct BadDisk {
-    config: PathBuf,
-    mounted: PathBuf,
-    range: Option<String>,
-}
-
-/// Size of that disk.
-const DISK_MIB: &str = "64";
-/// Where the kernel has it.
-const DEVICE: &str = "/dev/nullb0";
-
-impl BadDisk {
-    fn make(mounted: &Path) -> Result<Self, Box<dyn std::error::Error>> {
-        let config = PathBuf::from("/sys/kernel/config/nullb/nullb0");
-        fs::create_dir(&config)?;
-        for (name, value) in [("size", DISK_MIB), ("memory_backed", "1"), ("power", "1")] {
-            fs::write(config.join(name), value).map_err(|e| format!("null_blk {name}: {e}"))?;
-        }
-        let status = Command::new("/sbin/mke2fs").args(["-q", "-b", "4096", DEVICE]).status()?;
-        if !status.success() {
-            return Err(format!("mke2fs ended with {status}").into());
-        }
-        fs::create_dir_all(mounted)?;
-        mount(Some(DEVICE), mounted, Some("ext4"), MsFlags::empty(), None::<&str>)?;
-        Ok(Self { config, mounted: mounted.to_owned(), range: None })
-    }
-
-    /// Makes the block with this content unreadable.
-    fn spoil(&mut self, content: &[u8; 4096]) -> Outcome {
-        let device = File::open(DEVICE)?;
-        let mut block = [0; 4096];
-        let mut at = 0;
-        loop {
-            device.read_exact_at(&mut block, at).map_err(|_| "the block is not on the disk")?;
-            if block == *content {
-                break;
-            }
-            at += 4096;
-        }
-        let range = format!("{}-{}", at / 512, at / 512 + 7);
-        fs::write(self.config.join("badblocks"), format!("+{range}"))?;
-        self.range = Some(range);
-        Ok(())
-    }
-
-    /// Makes it readable again.
-    fn heal(&mut self) -> Outcome {
-        if let Some(range) = self.range.take() {
-            fs::write(self.config.join("badblocks"), format!("-{range}"))?;
-        }
-        Ok(())
-    }
-
-    fn remove(self) -> Outcome {
-        // Linux 6.1 closes the files of an ended process's rings some time later.
-        let began = Instant::now();
-        while let Err(errno) = umount2(&self.mounted, MntFlags::empty()) {
-            if errno != Errno::EBUSY || began.elapsed() > AT_ONCE {
-                return Err(format!("cannot unmount {}: {errno}", self.mounted.display()).into());
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        fs::remove_dir(&self.config)?;
-        Ok(())
-    }
-}
-
-impl Drop for BadDisk {
-    fn drop(&mut self) {
-        let _ = umount2(&self.mounted, MntFlags::MNT_DETACH);
     }
 }

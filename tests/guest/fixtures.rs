@@ -17,6 +17,8 @@ const FILES: usize = 300;
 const SMALL_FILES: usize = 60;
 /// The largest file.
 const BIG_BYTES: usize = 8 << 20;
+/// A file of zeros with a little data at its ends and in its middle.
+pub(crate) const SPARSE_BYTES: usize = 8 << 20;
 /// Room on the store's disk for everything and for the tests' own copies.
 const DISK_BYTES: u64 = 384 << 20;
 /// Programs that go into the tree to be executed from it, if they need only libraries that the guest has
@@ -61,6 +63,12 @@ impl Fixtures {
         Manifest::of(&tree)?.save(&data.join("tiny.json"))?;
         disk::erofs(&data.join("tiny.img"), &tree, ErofsLayout::default())?;
 
+        let tree = scratch.path().join("sparse");
+        generate(&tree, 10, None)?;
+        fs::write(tree.join("sparse"), mostly_zeros(SPARSE_BYTES))?;
+        Manifest::of(&tree)?.save(&data.join("sparse.json"))?;
+        disk::erofs(&data.join("sparse.img"), &tree, ErofsLayout::default())?;
+
         let disk = scratch.path().join("store.img");
         disk::ext4(&disk, DISK_BYTES, Some(&scratch.path().join("content")))?;
         Ok(Self { _scratch: scratch, disk })
@@ -97,6 +105,16 @@ fn generate(root: &Path, files: usize, big_bytes: Option<usize>) -> std::io::Res
         fs::write(root.join("big"), random.bytes(len))?;
     }
     Ok(())
+}
+
+/// Zeros with data at both ends and in the middle, also next to holes that are too short to be left out.
+fn mostly_zeros(len: usize) -> Vec<u8> {
+    let mut random = Random(0x0e05);
+    let mut bytes = vec![0; len];
+    for at in [0, len / 2 + 100, len / 2 + 20_000, len - 1000] {
+        bytes[at..at + 1000].copy_from_slice(&random.bytes(1000));
+    }
+    bytes
 }
 
 /// Copies programs of this machine into `bin`.

@@ -8,15 +8,20 @@
 //! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored): building the kernels takes some
 //! minutes the first time, and needs Debian's source packages.
 
+mod bad_disk;
+mod confine;
+mod disturbances;
 mod failures;
 mod fixtures;
 mod guest;
 mod host;
 mod lifecycle;
+mod matrix;
 mod readers;
 mod runner;
 mod seed;
 mod serve;
+mod sources;
 mod space;
 
 use std::error::Error;
@@ -32,7 +37,20 @@ type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = Test> {
-    [serve::TESTS, failures::TESTS, lifecycle::TESTS, seed::TESTS, space::TESTS].into_iter().flatten().copied()
+    [
+        serve::TESTS,
+        sources::TESTS,
+        matrix::TESTS,
+        failures::TESTS,
+        disturbances::TESTS,
+        confine::TESTS,
+        lifecycle::TESTS,
+        seed::TESTS,
+        space::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
 }
 
 fn main() -> ExitCode {

@@ -17,6 +17,9 @@ pub(crate) const HOLDER: &str = "--hold-devnode";
 /// How long readers may take together, emulated on a busy machine.
 pub(crate) const READ_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long a reader may take to die.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
+
 /// How a file is read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum How {
@@ -67,6 +70,17 @@ impl Readers {
             }
         }
         Ok(complaints)
+    }
+}
+
+impl Readers {
+    /// Kills them all and waits for their ends, for which no answer from the daemon may be needed.
+    pub(crate) fn kill(mut self) -> Result<(), String> {
+        for (child, _) in &mut self.children {
+            let _ = child.kill();
+        }
+        let ended = |child: &mut Child| crate::runner::wait_limited(child, KILL_LIMIT).is_some();
+        if self.children.iter_mut().all(|(child, _)| ended(child)) { Ok(()) } else { Err("a reader cannot be killed".to_owned()) }
     }
 }
 

@@ -373,6 +373,7 @@ fn settings() -> Settings {
         slot_bytes: 1 << 20,
         slots: 4,
         workers: 2,
+        fd_budget: 1000,
         open_timeout: Duration::from_secs(5),
         no_room: None,
         tracer: None,

@@ -5,6 +5,7 @@ use nix::errno::Errno;
 use super::{Action, Handle, Job, Machine, NONE, OpKey, State};
 use crate::engine::fill::{Fill, Next};
 use crate::range::{self, ByteRange, align_up};
+use crate::store::{Data, SourceMode};
 
 impl<T> Machine<T> {
     /// Makes a queued job for a piece, cut at the end of the extent it starts in. Returns its key and end.
@@ -81,18 +82,37 @@ impl<T> Machine<T> {
         object.running -= 1;
         if result.is_ok() {
             object.present.insert(&range);
-            self.counters.fills += 1;
-            self.counters.bytes_filled += range::len(&range);
-        } else {
-            self.counters.fills_failed += 1;
         }
         if let Ok(at) = object.jobs.binary_search_by_key(&range.start, |&(start, _)| start) {
             object.jobs.remove(at);
         }
+        self.count(key, result.is_ok());
         self.unlink(key, result);
         self.remove_job(key);
         self.settle();
         self.release_if_idle(handle);
+    }
+
+    /// Counts a fill that ended: if well, by the way its bytes went.
+    fn count(&mut self, key: usize, well: bool) {
+        if !well {
+            self.counters.fills_failed += 1;
+            return;
+        }
+        let Job { object, fill, .. } = &self.jobs[key];
+        let is_direct = |file: usize| self.objects[object.0].blob.files().get(file).is_some_and(|file| file.mode == SourceMode::Direct);
+        let counters = &mut self.counters;
+        let (fills, bytes) = match fill.data() {
+            Data::Zero => (&mut counters.fills_zero, &mut counters.bytes_zero),
+            Data::Mapped { .. } => (&mut counters.fills_mapped, &mut counters.bytes_mapped),
+            Data::Read { file, .. } if is_direct(file) => (&mut counters.fills_direct, &mut counters.bytes_direct),
+            Data::Read { .. } => (&mut counters.fills_buffered, &mut counters.bytes_buffered),
+        };
+        let len = range::len(fill.range());
+        *fills += 1;
+        *bytes += len;
+        counters.fills += 1;
+        counters.bytes_filled += len;
     }
 
     /// Forgets a job and frees its slot. Its operation, if it had one, has ended.

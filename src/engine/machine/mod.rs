@@ -137,6 +137,22 @@ pub struct Counters {
     pub bytes_asked: u64,
     /// Bytes put into sinks.
     pub bytes_filled: u64,
+    /// Of the fills, written from mapped pages of a source.
+    pub fills_mapped: u64,
+    /// Bytes of those.
+    pub bytes_mapped: u64,
+    /// Of the fills, read past the page cache.
+    pub fills_direct: u64,
+    /// Bytes of those.
+    pub bytes_direct: u64,
+    /// Of the fills, read through the page cache.
+    pub fills_buffered: u64,
+    /// Bytes of those.
+    pub bytes_buffered: u64,
+    /// Of the fills, zeros that nobody read.
+    pub fills_zero: u64,
+    /// Bytes of those.
+    pub bytes_zero: u64,
     /// Operations given to the driver.
     pub operations: u64,
     /// Completions of operations that were not in flight.
@@ -154,6 +170,10 @@ struct Object {
     /// Jobs with an operation in flight.
     running: u32,
     closed: bool,
+    /// It was picked by [`Machine::pick_idle`].
+    leaving: bool,
+    /// How many requests there had been when it was last asked for.
+    last_need: u64,
     id: ObjectId,
     /// Says how much to bring, if the window adapts.
     planner: Option<Planner>,
@@ -268,7 +288,18 @@ impl<T> Machine<T> {
             Window::Adaptive { budget_percent } => Some(Planner::new(len, budget_percent)),
         };
         let present = PageSet::new(len, page);
-        let object = Object { blob, present, probed, jobs: Vec::new(), running: 0, closed: false, id, planner };
+        let object = Object {
+            blob,
+            present,
+            probed,
+            jobs: Vec::new(),
+            running: 0,
+            closed: false,
+            leaving: false,
+            last_need: self.counters.needs,
+            id,
+            planner,
+        };
         let handle = Handle(self.objects.insert(object));
         self.handles.insert(id, handle);
         handle
@@ -331,6 +362,7 @@ impl<T> Machine<T> {
         if asked.is_empty() {
             return self.answer(Answered { ticket, outcome: Outcome::Done, object, range: asked, since_ns: now_ns });
         }
+        self.objects[handle.0].last_need = self.counters.needs;
         let len = self.objects[handle.0].blob.len_bytes();
         let Some(range) = plan::clamp(&asked, len, self.limits.page_bytes) else {
             self.counters.beyond_end += 1;
@@ -374,6 +406,32 @@ impl<T> Machine<T> {
         self.release_if_idle(handle);
     }
 
+    /// Picks up to `count` objects that nobody waits for and that have nothing on its way, to be closed so that
+    /// their descriptors are free: complete ones first (`complete_only`: no others), then those that were asked for
+    /// longest ago. They are not picked again before [`Machine::stays`].
+    pub fn pick_idle(&mut self, count: usize, complete_only: bool, picked: &mut Vec<Handle>) {
+        picked.clear();
+        let idle = |object: &Object| !object.closed && !object.leaving && object.jobs.is_empty();
+        let fits = |object: &Object| idle(object) && (object.present.is_full() || !complete_only);
+        picked.extend(self.objects.iter().filter(|(_, object)| fits(object)).map(|(key, _)| Handle(key)));
+        if count < picked.len() {
+            let objects = &self.objects;
+            picked.select_nth_unstable_by_key(count, |handle| {
+                let object = &objects[handle.0];
+                (!object.present.is_full(), object.last_need, handle.0)
+            });
+            picked.truncate(count);
+        }
+        picked.iter().for_each(|handle| self.objects[handle.0].leaving = true);
+    }
+
+    /// An object that was picked stays after all.
+    pub fn stays(&mut self, object: Handle) {
+        if let Some(object) = self.objects.get_mut(object.0) {
+            object.leaving = false;
+        }
+    }
+
     /// Closes every object.
     pub fn close_all(&mut self) {
         let mut ids: Vec<_> = self.handles.keys().copied().collect();
@@ -382,6 +440,18 @@ impl<T> Machine<T> {
         for id in ids {
             self.close(id);
         }
+    }
+
+    /// Instead of doing an [`Action::Read`]: its bytes are to be written from the file's mapped pages, because they are
+    /// in memory. `false`: not possible, do the read.
+    pub fn use_mapped(&mut self, op: OpKey) -> bool {
+        let (key, generation) = op.parts();
+        let job = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Running);
+        let mapped = job.is_some_and(|job| job.fill.use_mapped());
+        if mapped {
+            self.step(key);
+        }
+        mapped
     }
 
     /// An operation ended with `result` bytes or a negative errno.

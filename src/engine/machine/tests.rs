@@ -114,7 +114,7 @@ fn readers_of_the_same_bytes_share_a_fill_and_all_get_an_answer() {
 }
 
 #[test]
-fn a_bad_page_fails_only_those_who_read_it() {
+fn fault_bad_page_fails_only_those_who_read_it() {
     let mut driver = Driver::new(LIMITS);
     driver.open(1, 64);
     driver.need(1, 0..PAGE, 1);

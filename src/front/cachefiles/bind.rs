@@ -276,8 +276,8 @@ fn open(devnode: &Path) -> Result<OwnedFd, BindError> {
         return Err(BindError::NotTheDevice(devnode.to_owned()));
     }
     let mut options = OpenOptions::new();
-    // O_CLOEXEC is std's default. O_NONBLOCK makes no difference to read(2), but an io_uring would wait for
-    // space in a device without it.
+    // O_CLOEXEC is std's default. O_NONBLOCK makes no difference to read(2), but without it an io_uring would hand
+    // a read of the device to a worker thread that waits there.
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
     let started = Instant::now();
     loop {

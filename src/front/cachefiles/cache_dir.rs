@@ -34,7 +34,7 @@ const PROBE_FILE_BYTES: u64 = 1 << 20;
 /// `XFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
 const XFS_MAGIC: u32 = 0x5846_5342;
 /// Size of the pieces in which a cache file takes its space on XFS.
-const EXTENT_BYTES: u32 = 1 << 20;
+pub const EXTENT_BYTES: u32 = 1 << 20;
 
 /// File systems that do not do, whatever they claim: no `sync_fs` (memory), no real direct I/O or holes (stacked
 /// ones), a server behind them that may need us to answer first. Numbers are `f_type` of statfs(2), names those
@@ -125,16 +125,26 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
-/// Makes sure that `dir` can be the cache: creates it if it is not there, tries its file system, and returns its
-/// absolute path without symbolic links.
+/// Makes sure that `dir` can be the cache: creates it if it is not there, tries its file system, sees to it that cache
+/// files will have few extents, and returns its absolute path without symbolic links.
 ///
 /// # Errors
 /// See [`CacheDirError`].
 pub fn prepare(dir: &Path) -> Result<PathBuf, CacheDirError> {
     DirBuilder::new().recursive(true).mode(CACHE_DIR_MODE).create(dir).map_err(CacheDirError::io(dir, "create the cache directory"))?;
+    let dir = check(dir)?;
+    keep_unfragmented(&dir);
+    Ok(dir)
+}
+
+/// Tries whether an existing directory can be the cache, without changing it; returns its absolute path without
+/// symbolic links.
+///
+/// # Errors
+/// See [`CacheDirError`].
+pub fn check(dir: &Path) -> Result<PathBuf, CacheDirError> {
     let dir = fs::canonicalize(dir).map_err(CacheDirError::io(dir, "resolve its path"))?;
     check_kind(&dir)?;
-    keep_unfragmented(&dir);
     check_way(&dir)?;
     check_behaviour(&dir)?;
     Ok(dir)
@@ -159,7 +169,7 @@ fn keep_unfragmented(dir: &Path) {
     if !statfs::statfs(dir).is_ok_and(|stat| magic(stat.filesystem_type()) == XFS_MAGIC) {
         return;
     }
-    for dir in [dir.to_owned(), dir.join("cache")] {
+    for dir in hinted_dirs(dir) {
         let hinted = File::open(&dir)
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
             .and_then(|dir| extsize::hint(dir, EXTENT_BYTES));
@@ -172,6 +182,12 @@ fn keep_unfragmented(dir: &Path) {
             );
         }
     }
+}
+
+/// The directories of a cache that need the hint: one that was made before its parent had it did not inherit it.
+#[must_use]
+pub fn hinted_dirs(dir: &Path) -> [PathBuf; 2] {
+    [dir.to_owned(), dir.join("cache")]
 }
 
 /// The number in `f_type`: 32 bits, in a field that is signed and wider on most targets.

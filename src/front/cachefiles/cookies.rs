@@ -10,10 +10,10 @@ use crate::key::Key;
 
 /// fscache's volumes, a header of two lines and then one each (`fscache_volumes_seq_show`). Since Linux 6.8 the
 /// directory is a link to `/proc/fs/netfs`.
-const VOLUMES: &str = "/proc/fs/fscache/volumes";
+pub const VOLUMES: &str = "/proc/fs/fscache/volumes";
 
 /// fscache's cookies, in the same form (`fscache_cookies_seq_show`).
-const COOKIES: &str = "/proc/fs/fscache/cookies";
+pub const COOKIES: &str = "/proc/fs/fscache/cookies";
 
 /// The state of a cookie that has given its object back (`fscache_cookie_states`, the last one).
 const DROPPED: &str = "D";

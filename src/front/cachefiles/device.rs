@@ -1,27 +1,27 @@
 //! The bound device: messages in, answers out.
 //!
-//! One thread calls [`FrontEnd::next`]; answers may come from any. An engine that closes a sink early, to save
-//! descriptors, should drop its last clone on the thread that calls `next`: the kernel hands out a READ only
-//! once, and one that it handed out just before the close, to another thread, cannot be answered any more.
+//! One thread calls [`FrontEnd::parse`]; answers may come from any. An engine that closes a sink early, to save
+//! descriptors, should drop its last clone on the thread that calls `parse`, and before it reads: the kernel hands
+//! out a READ only once, and one that it handed out just before the close cannot be answered any more.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::unistd;
 
 use super::bind::{self, BindError, BindOptions, Bound};
 use super::command;
 use super::counters::{Counters, Counts};
 use super::object::{self, Objects};
 use super::wire::{self, Body, Header, Message, WireError};
-use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::front::{Answer, Caps, FrontEnd, FrontError, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
 use crate::range::{self, ByteRange};
 
 /// Smallest alignment of writes, whatever the page size: `CACHEFILES_DIO_BLOCK_SIZE`.
 const ALIGN_MIN_BYTES: u64 = 4096;
+const _: () = assert!(wire::MSG_MAX_BYTES <= MESSAGE_MAX_BYTES, "the kernel refuses a shorter read");
 
 /// `/dev/cachefiles`, bound in on-demand mode. Dropping it closes the device, and with that every mounted
 /// image fails; tickets of unanswered OPENs keep it open.
@@ -70,31 +70,25 @@ impl Device {
         command::give(self.devnode.fd.as_fd(), command)
     }
 
-    /// One message, or `None` if there is none now. read(2) of the device never waits.
-    fn read_message<'b>(&self, buffer: &'b mut [u8]) -> Result<Option<&'b [u8]>, FrontError> {
-        loop {
-            return match unistd::read(&self.devnode.fd, buffer) {
-                // Not the end of anything: it also follows a wake-up for an object that must be opened again first.
-                Ok(0) | Err(Errno::EAGAIN) => Ok(None),
-                Ok(len) => Ok(Some(&buffer[..len])),
-                Err(Errno::EINTR) => continue,
-                Err(errno @ (Errno::EMFILE | Errno::ENFILE)) => {
-                    self.counters.lost_opens.bump();
-                    Err(FrontError::OutOfDescriptors(errno))
-                }
-                // These fail the one OPEN that was to be delivered (cachefiles_ondemand_get_fd).
-                Err(errno @ (Errno::EEXIST | Errno::ENOMEM)) => {
-                    self.counters.lost_opens.bump();
-                    Err(FrontError::Malformed(format!("an OPEN was lost, because the kernel could not make its descriptor: {errno}")))
-                }
-                Err(errno) => Err(FrontError::Broken(errno.into())),
-            };
+    /// What a failed read of the device means.
+    fn unread(&self, errno: Errno) -> Result<Option<Request>, FrontError> {
+        match errno {
+            Errno::EAGAIN | Errno::EINTR => Ok(None),
+            Errno::EMFILE | Errno::ENFILE => {
+                self.counters.lost_opens.bump();
+                Err(FrontError::OutOfDescriptors(errno))
+            }
+            // These fail the one OPEN that was to be delivered (cachefiles_ondemand_get_fd).
+            Errno::EEXIST | Errno::ENOMEM => {
+                self.counters.lost_opens.bump();
+                Err(FrontError::Malformed(format!("an OPEN was lost, because the kernel could not make its descriptor: {errno}")))
+            }
+            errno => Err(FrontError::Broken(errno.into())),
         }
     }
 
     fn open(&self, msg_id: u32, object: u32, key: Key, sink: OwnedFd) -> Request {
-        let sink = Arc::new(sink);
-        self.objects.insert(object, &sink, &self.counters);
+        let sink = self.objects.insert(object, sink, &self.counters);
         Request::Open(OpenRequest { object: ObjectId(object), key, ticket: self.open_ticket(msg_id), sink })
     }
 
@@ -103,7 +97,7 @@ impl Device {
     }
 
     fn need(&self, msg_id: u32, object: u32, range: ByteRange) -> Result<Request, FrontError> {
-        let Some(answer) = self.objects.wait_for(object) else {
+        let Some(answer) = self.objects.get(object) else {
             return Err(self.unknown_object(msg_id, object));
         };
         Ok(Request::Need(NeedRequest { object: ObjectId(object), range, ticket: Ticket::new(answer, msg_id.into()) }))
@@ -113,8 +107,8 @@ impl Device {
     /// complete it; later ones refuse, and it waits until its object is opened again.
     fn unknown_object(&self, msg_id: u32, object: u32) -> FrontError {
         self.counters.unknown_objects.bump();
-        let completed = match self.objects.any_sink() {
-            Some(sink) => object::read_complete(sink.as_fd(), msg_id),
+        let completed = match self.objects.any() {
+            Some(other) => object::read_complete(other.as_fd(), msg_id),
             None => Err(Errno::EBADF),
         };
         let end = match completed {
@@ -137,7 +131,7 @@ impl Device {
         let ticket = if header.is_open() {
             Some(self.open_ticket(msg_id))
         } else if header.is_read() {
-            let answer = self.objects.wait_for(object);
+            let answer = self.objects.get(object);
             answer.map(|answer| Ticket::new(answer, msg_id.into()))
         } else {
             None
@@ -158,14 +152,16 @@ impl FrontEnd for Device {
         self.caps
     }
 
-    fn poll_fd(&self) -> BorrowedFd<'_> {
+    fn requests(&self) -> BorrowedFd<'_> {
         self.devnode.fd.as_fd()
     }
 
-    fn next(&self) -> Result<Option<Request>, FrontError> {
-        let mut buffer = [0; wire::MSG_MAX_BYTES];
-        let Some(bytes) = self.read_message(&mut buffer)? else {
-            return Ok(None);
+    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
+        let bytes = match read {
+            // Not the end of anything: it also follows a wake-up for an object that must be opened again first.
+            Ok([]) => return Ok(None),
+            Ok(bytes) => bytes,
+            Err(errno) => return self.unread(errno),
         };
         // The descriptor first: whatever else the message holds, this must not leak.
         let sink = wire::open_fd(bytes).and_then(|raw| object::take_over(raw).ok());
@@ -387,7 +383,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn noise_is_refused_and_does_not_stop_the_next_message() {
+    fn fault_noise_is_refused_and_does_not_stop_the_next_message() {
         let (device, kernel) = device();
         for noise in [&[0xff][..], &[0xff; 16], &[0xff; wire::MSG_MAX_BYTES]] {
             kernel.send(noise);

@@ -1,13 +1,14 @@
 //! Objects: their anonymous descriptors, and how a READ of one is completed.
 //!
 //! The kernel completes a READ only through a descriptor of the same object, and a READ that it has handed
-//! out once does not come again. So a descriptor must outlive the READs that wait for it: [`Object`] holds
-//! it open while any of its tickets is unanswered, also when the engine has let go of it. It is never
-//! duplicated, because every duplicate keeps the kernel's object and the whole cache alive.
+//! out once does not come again. So a descriptor must outlive the READs that wait for it: each of them holds
+//! its [`Object`], also when the engine has let go of it. The descriptor is never duplicated, because every
+//! duplicate keeps the kernel's object and the whole cache alive.
 //!
 //! All `unsafe` of this front end is in this file.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -58,42 +59,22 @@ pub(super) fn read_complete(fd: BorrowedFd<'_>, msg_id: u32) -> Result<(), Errno
     unsafe { sys::read_complete(fd.as_raw_fd(), msg_id.into()) }.map(drop)
 }
 
-/// One object as its READs see it. Made once an object and shared by all its tickets.
+/// One object, and its descriptor. Each of its unanswered READs holds a clone, so it is closed when the engine has
+/// let go of it and the last READ is answered.
 pub(super) struct Object {
-    /// Whoever else holds the descriptor decides when it closes.
-    sink: Weak<OwnedFd>,
-    waiting: Mutex<Waiting>,
+    fd: OwnedFd,
     counters: Arc<Counters>,
 }
 
-/// READs that have a ticket and no answer, and the descriptor while there are any.
-#[derive(Default)]
-struct Waiting {
-    reads: usize,
-    sink: Option<Arc<OwnedFd>>,
+impl AsFd for Object {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
-impl Object {
-    fn new(sink: &Arc<OwnedFd>, counters: Arc<Counters>) -> Self {
-        Self { sink: Arc::downgrade(sink), waiting: Mutex::default(), counters }
-    }
-
-    /// Counts one more READ that will be answered; `false` if the descriptor is closed.
-    fn wait_for(&self) -> bool {
-        let mut waiting = lock(&self.waiting);
-        if waiting.sink.is_none() {
-            waiting.sink = self.sink.upgrade();
-        }
-        let open = waiting.sink.is_some();
-        waiting.reads += usize::from(open);
-        open
-    }
-
-    /// The descriptor, for the answer to one READ; closed after it if nobody else holds it.
-    fn answered(&self) -> Option<Arc<OwnedFd>> {
-        let mut waiting = lock(&self.waiting);
-        waiting.reads = waiting.reads.saturating_sub(1);
-        if waiting.reads == 0 { waiting.sink.take() } else { waiting.sink.clone() }
+impl fmt::Debug for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Object").field(&self.fd).finish()
     }
 }
 
@@ -102,8 +83,7 @@ impl Answer for Object {
     /// READ whose data is not there: its reader looks, finds a hole, and gets `EIO`.
     fn answer(&self, token: u64, _outcome: Outcome) -> io::Result<bool> {
         let msg_id = u32::try_from(token).map_err(|_| Errno::EINVAL)?;
-        let sink = self.answered().ok_or(Errno::EBADF)?;
-        match read_complete(sink.as_fd(), msg_id) {
+        match read_complete(self.as_fd(), msg_id) {
             Err(Errno::EINVAL) => {
                 self.counters.late_answers.bump();
                 Ok(false)
@@ -113,33 +93,33 @@ impl Answer for Object {
     }
 }
 
-/// The live objects by the kernel's id. Only the thread that reads the device uses it, so its lock is free.
+/// The open objects by the kernel's id. Only the thread that reads the device uses it, so its lock is free.
 #[derive(Default)]
 pub(super) struct Objects(Mutex<Table>);
 
 #[derive(Default)]
 struct Table {
-    by_id: HashMap<u32, Arc<Object>>,
+    by_id: HashMap<u32, Weak<Object>>,
     /// Size at which dead ones are looked for: an object whose descriptor we closed ourselves gets no CLOSE.
     prune_at: usize,
 }
 
 impl Objects {
-    /// Adds an object that the kernel has just opened.
-    pub(super) fn insert(&self, id: u32, sink: &Arc<OwnedFd>, counters: &Arc<Counters>) {
+    /// Adds an object that the kernel has just opened. It lives as long as somebody holds it.
+    pub(super) fn insert(&self, id: u32, fd: OwnedFd, counters: &Arc<Counters>) -> Arc<Object> {
+        let object = Arc::new(Object { fd, counters: Arc::clone(counters) });
         let mut table = lock(&self.0);
         if table.by_id.len() >= table.prune_at.max(PRUNE_MIN_OBJECTS) {
-            table.by_id.retain(|_, object| object.sink.strong_count() > 0);
+            table.by_id.retain(|_, object| object.strong_count() > 0);
             table.prune_at = table.by_id.len() * 2;
         }
-        table.by_id.insert(id, Arc::new(Object::new(sink, Arc::clone(counters))));
+        table.by_id.insert(id, Arc::downgrade(&object));
+        object
     }
 
-    /// The object, to answer one READ of it with; `None` if it is unknown or its descriptor is closed.
-    pub(super) fn wait_for(&self, id: u32) -> Option<Arc<Object>> {
-        let table = lock(&self.0);
-        let object = table.by_id.get(&id)?;
-        object.wait_for().then(|| Arc::clone(object))
+    /// The object, to answer READs of it with; `None` if it is unknown or its descriptor is closed.
+    pub(super) fn get(&self, id: u32) -> Option<Arc<Object>> {
+        lock(&self.0).by_id.get(&id)?.upgrade()
     }
 
     /// Forgets an object, if it is known.
@@ -147,10 +127,9 @@ impl Objects {
         lock(&self.0).by_id.remove(&id);
     }
 
-    /// The descriptor of any object that is open.
-    pub(super) fn any_sink(&self) -> Option<Arc<OwnedFd>> {
-        let table = lock(&self.0);
-        table.by_id.values().find_map(|object| object.sink.upgrade())
+    /// Any object that is open.
+    pub(super) fn any(&self) -> Option<Arc<Object>> {
+        lock(&self.0).by_id.values().find_map(Weak::upgrade)
     }
 
     #[cfg(test)]
@@ -182,37 +161,37 @@ mod tests {
         assert_eq!(take_over(RawFd::MAX).unwrap_err(), Errno::EBADF);
     }
 
-    fn sink() -> Arc<OwnedFd> {
-        Arc::new(File::open("/dev/null").unwrap().into())
+    fn sink() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
     }
 
     #[test]
     fn a_sink_stays_open_until_its_last_read_is_answered() {
         let objects = Objects::default();
-        let fd = sink();
-        let watch = Arc::downgrade(&fd);
-        objects.insert(5, &fd, &Arc::default());
-        let (first, second) = (objects.wait_for(5).unwrap(), objects.wait_for(5).unwrap());
-        drop(fd);
+        let object = objects.insert(5, sink(), &Arc::default());
+        let watch = Arc::downgrade(&object);
+        let (first, second) = (objects.get(5).unwrap(), objects.get(5).unwrap());
+        drop(object);
         objects.remove(5);
         // Not a cachefiles descriptor, so the kernel refuses; that is not hidden.
         let refused = first.answer(1, Outcome::Done).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(Errno::ENOTTY as i32));
+        drop(first);
         assert_eq!(watch.strong_count(), 1);
         assert!(second.answer(2, Outcome::Failed(Errno::EIO)).is_err());
+        drop(second);
         assert_eq!(watch.strong_count(), 0);
     }
 
     #[test]
     fn closed_objects_are_unknown_and_do_not_pile_up() {
         let objects = Objects::default();
-        let kept = sink();
-        objects.insert(0, &kept, &Arc::default());
+        let _kept = objects.insert(0, sink(), &Arc::default());
         for id in 1..1000 {
-            objects.insert(id, &sink(), &Arc::default());
-            assert!(objects.wait_for(id).is_none());
+            drop(objects.insert(id, sink(), &Arc::default()));
+            assert!(objects.get(id).is_none());
             assert!(objects.len() <= PRUNE_MIN_OBJECTS);
         }
-        assert!(objects.wait_for(0).is_some());
+        assert!(objects.get(0).is_some());
     }
 }

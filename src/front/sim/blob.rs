@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::content::{Origin, Origins};
 use super::rng::Rng;
 use crate::range::{ByteRange, align_down, align_up, intersect};
+use crate::store::holes::Holes;
 use crate::store::{Blob, Data, Extent, SourceFile, SourceMode};
 
 /// Page size of the simulated machine.
@@ -17,6 +18,8 @@ const BLOB_MAX_BYTES: u64 = 3 << 20;
 const ODD_EXTENTS: bool = false;
 /// Most extents in a blob that is made by chance.
 const EXTENTS_MAX: u64 = 12;
+/// Shortest hole of a sparse file that is an extent of its own; shorter ones are read.
+const HOLE_MIN_BYTES: u64 = 4 * PAGE_BYTES;
 
 /// A blob of which only the layout exists.
 #[derive(Debug)]
@@ -25,6 +28,8 @@ pub struct SimBlob {
     len: u64,
     /// Start and place of each extent, ascending; the first starts at 0.
     extents: Vec<(u64, Data)>,
+    /// All holes of the first file, whatever their length; they read as zeros.
+    holes: Holes,
     files: Vec<Arc<SourceFile>>,
     /// Ranges of each file that give `EIO` for ever.
     broken: Vec<Vec<ByteRange>>,
@@ -36,9 +41,39 @@ impl SimBlob {
     pub fn whole_file(id: u32, len: u64, mode: SourceMode) -> Self {
         let data = match mode {
             SourceMode::Mmap => Data::Mapped { file: 0, offset: 0 },
-            SourceMode::Direct | SourceMode::Buffered => Data::Read { file: 0, offset: 0 },
+            _ => Data::Read { file: 0, offset: 0 },
         };
-        Self { id, len, extents: vec![(0, data)], files: vec![source_file(len, mode)], broken: vec![Vec::new()] }
+        Self { id, len, extents: vec![(0, data)], holes: Holes::default(), files: vec![source_file(len, mode)], broken: vec![Vec::new()] }
+    }
+
+    /// The same with holes wherever there is none of `runs` of data.
+    #[must_use]
+    pub fn sparse(id: u32, len: u64, mode: SourceMode, runs: &[ByteRange]) -> Self {
+        let mut blob = Self::whole_file(id, len, mode);
+        let Some(&(_, whole)) = blob.extents.first() else { return blob };
+        let holes = |min_bytes| Holes::between(runs.iter().cloned(), len, PAGE_BYTES, min_bytes);
+        let (mut extents, mut at) = (Vec::new(), 0);
+        while at < len {
+            let (is_hole, end) = holes(HOLE_MIN_BYTES).at(at);
+            extents.push((at, if is_hole { Data::Zero } else { moved(whole, at) }));
+            at = end;
+        }
+        blob.holes = holes(1);
+        Self { extents, ..blob }
+    }
+
+    /// A sparse file by chance.
+    fn sparse_by_chance(id: u32, len: u64, mode: SourceMode, rng: &mut Rng) -> Self {
+        let mut cuts: Vec<u64> = (0..2 * rng.between(0, EXTENTS_MAX)).map(|_| rng.below(len)).collect();
+        cuts.sort_unstable();
+        let runs: Vec<ByteRange> = cuts.chunks_exact(2).map(|pair| pair[0]..pair[1]).filter(|run| !run.is_empty()).collect();
+        Self::sparse(id, len, mode, &runs)
+    }
+
+    /// Whether its file may be mapped although it is read: bytes behind the end of the blob must be zeros then.
+    #[must_use]
+    pub fn may_be_mapped(&self) -> bool {
+        self.files.len() == 1
     }
 
     /// A blob by chance: empty, one file, or extents of every kind and of odd sizes.
@@ -52,6 +87,9 @@ impl SimBlob {
         };
         if rng.chance(400) || len == 0 {
             let mode = rng.pick(&[SourceMode::Direct, SourceMode::Buffered, SourceMode::Mmap]);
+            if len > 0 && rng.chance(500) {
+                return Self::sparse_by_chance(id, len, mode, rng);
+            }
             return Self::whole_file(id, len, mode);
         }
         Self::pieces(id, len, rng)
@@ -91,6 +129,7 @@ impl SimBlob {
             id,
             len,
             extents,
+            holes: Holes::default(),
             files: vec![source_file(used[0] + slack, SourceMode::Buffered), source_file(used[1] + mapped_slack, SourceMode::Mmap)],
             broken: vec![Vec::new(), Vec::new()],
         }
@@ -153,13 +192,34 @@ impl SimBlob {
         let next = self.extents.partition_point(|(start, _)| *start <= position);
         let (start, data) = self.extents[next - 1];
         let end = self.extents.get(next).map_or(self.len, |(start, _)| *start);
-        let into = position - start;
-        let data = match data {
-            Data::Zero => Data::Zero,
-            Data::Read { file, offset } => Data::Read { file, offset: offset + into },
-            Data::Mapped { file, offset } => Data::Mapped { file, offset: offset + into },
+        (end, moved(data, position - start))
+    }
+
+    /// What file a byte is taken from, and where in it, and for how many bytes that goes on.
+    pub fn source(&self, position: u64) -> (Option<(usize, u64)>, u64) {
+        let (end, data) = self.find(position);
+        let source = match data {
+            Data::Zero => None,
+            Data::Read { file, offset } | Data::Mapped { file, offset } => Some((file, offset)),
         };
-        (end, data)
+        (source, end - position)
+    }
+
+    /// What a byte of one of its files is, and for how many bytes that goes on.
+    #[expect(clippy::cast_possible_truncation, reason = "a blob has one or two files")]
+    fn in_file(&self, file: usize, offset: u64) -> (Origin, u64) {
+        let (is_hole, end) = if file == 0 { self.holes.at(offset) } else { (false, u64::MAX) };
+        let origin = if is_hole { Origin::Zero } else { Origin::File { blob: self.id, file: file as u32, offset } };
+        (origin, end - offset)
+    }
+}
+
+/// The place `by` bytes further on.
+const fn moved(data: Data, by: u64) -> Data {
+    match data {
+        Data::Zero => Data::Zero,
+        Data::Read { file, offset } => Data::Read { file, offset: offset + by },
+        Data::Mapped { file, offset } => Data::Mapped { file, offset: offset + by },
     }
 }
 
@@ -197,16 +257,10 @@ impl Origins for SimBlob {
         if position >= self.len {
             return (Origin::Zero, u64::MAX);
         }
-        let (end, data) = self.find(position);
-        (origin(self.id, data), end - position)
-    }
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "a blob has one or two files")]
-const fn origin(blob: u32, data: Data) -> Origin {
-    match data {
-        Data::Zero => Origin::Zero,
-        Data::Read { file, offset } | Data::Mapped { file, offset } => Origin::File { blob, file: file as u32, offset },
+        let (source, run) = self.source(position);
+        let Some((file, offset)) = source else { return (Origin::Zero, run) };
+        let (origin, same) = self.in_file(file, offset);
+        (origin, run.min(same))
     }
 }
 
@@ -226,8 +280,8 @@ impl Origins for FileBytes<'_> {
     fn at(&self, position: u64) -> (Origin, u64) {
         let padded = align_up(self.len, PAGE_BYTES);
         if position < self.len {
-            let data = Data::Read { file: self.file, offset: position };
-            (origin(self.blob.id, data), self.len - position)
+            let (origin, run) = self.blob.in_file(self.file, position);
+            (origin, run.min(self.len - position))
         } else if position < padded {
             (Origin::Zero, padded - position)
         } else {
@@ -255,6 +309,16 @@ mod tests {
             }
             assert_eq!(at, blob.len_bytes());
         }
+    }
+
+    #[test]
+    fn small_holes_are_read_and_zeros_all_the_same() {
+        let runs = [0..PAGE_BYTES, 3 * PAGE_BYTES..4 * PAGE_BYTES + 1];
+        let blob = SimBlob::sparse(0, 20 * PAGE_BYTES, SourceMode::Direct, &runs);
+        let at = |page: u64| (blob.extent(page * PAGE_BYTES).data, blob.at(page * PAGE_BYTES).0);
+        assert_eq!(at(2), (Data::Read { file: 0, offset: 2 * PAGE_BYTES }, Origin::Zero));
+        assert_eq!(at(3).1, Origin::File { blob: 0, file: 0, offset: 3 * PAGE_BYTES });
+        assert_eq!(at(5), (Data::Zero, Origin::Zero));
     }
 
     #[test]

@@ -7,23 +7,11 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::readers::{BLOCK_BYTES, Sum};
-use super::{BLOB, IMAGE};
-use crate::front::sim::rng::Rng;
+use super::{BLOB, IMAGE, MANY, Scenario, corpus};
 use crate::lab::disk::{self, CacheFs, ErofsLayout};
-use crate::lab::tree::{Selection, walk};
+use crate::lab::tree::walk;
 use crate::lab::{LabError, Result, Trying};
 
-/// What the tree is made of: headers and scripts, many small files.
-const FILES: Selection<'_> = Selection {
-    sources: &["/usr/include", "/usr/share/perl", "/usr/lib/python3", "/usr/lib/python3.11", "/usr/share/doc"],
-    files_max: 3000,
-    bytes_max: 36 << 20,
-    file_bytes_max: 512 << 10,
-};
-/// A file of chance beside them, for reads in the middle of a large file.
-const RANDOM_FILE: &str = "zz/random.bin";
-const RANDOM_BYTES: usize = 16 << 20;
-const RANDOM_SEED: u64 = 20_241_120;
 /// Chunks of the image.
 const CHUNK_BYTES: u32 = 64 << 10;
 /// The cache disk, and room on the store's disk beside the data.
@@ -35,9 +23,9 @@ const STORE_SLACK_BYTES: u64 = 24 << 20;
 pub(super) struct Listing {
     /// In the order of paths.
     pub(super) files: Vec<Listed>,
-    /// Index of the largest.
-    pub(super) largest: usize,
-    /// Checksums of its blocks.
+    /// Indices of the files that are read in blocks, all of one length.
+    pub(super) in_blocks: Vec<usize>,
+    /// Checksums of their blocks, one file after the other.
     pub(super) blocks: Vec<u64>,
 }
 
@@ -50,30 +38,34 @@ pub(super) struct Listed {
 }
 
 impl Listing {
-    fn of(tree: &Path) -> Result<Self> {
+    /// The files below `root`, of which the longest are read in blocks.
+    fn of(root: &Path) -> Result<Self> {
         let mut listing = Self::default();
-        for path in walk(tree)? {
-            let full = tree.join(&path);
+        for path in walk(root)? {
+            let full = root.join(&path);
             if full.is_symlink() || !full.is_file() {
                 continue;
             }
             let bytes = fs::read(&full).trying(|| format!("cannot read {}", full.display()))?;
             listing.files.push(Listed { path, len_bytes: bytes.len() as u64, sum: Sum::of(&bytes) });
         }
-        let by_len = |(_, file): &(usize, &Listed)| file.len_bytes;
-        let (largest, file) = listing
-            .files
-            .iter()
-            .enumerate()
-            .max_by_key(by_len)
-            .ok_or_else(|| LabError::Failed(format!("{} holds no file to read", tree.display())))?;
-        let mut big = File::open(tree.join(&file.path)).trying(|| format!("cannot read {}", file.path))?;
+        let longest = listing.files.iter().map(|file| file.len_bytes).max();
+        let longest = longest.ok_or_else(|| LabError::Failed(format!("{} holds no file to read", root.display())))?;
         let mut block = [0; BLOCK_BYTES];
-        while big.read_exact(&mut block).is_ok() {
-            listing.blocks.push(Sum::of(&block));
+        for (index, file) in listing.files.iter().enumerate().filter(|(_, file)| file.len_bytes == longest) {
+            let mut file = File::open(root.join(&file.path)).trying(|| format!("cannot read {}", file.path))?;
+            while file.read_exact(&mut block).is_ok() {
+                listing.blocks.push(Sum::of(&block));
+            }
+            listing.in_blocks.push(index);
         }
-        listing.largest = largest;
         Ok(listing)
+    }
+
+    /// Where a block is: index of its file, and offset.
+    pub(super) fn place(&self, block: usize) -> (usize, u64) {
+        let per_file = (self.blocks.len() / self.in_blocks.len().max(1)).max(1);
+        (self.in_blocks[block / per_file], (block % per_file * BLOCK_BYTES) as u64)
     }
 
     /// The listing as the content of a file.
@@ -88,11 +80,18 @@ impl Listing {
     }
 }
 
+/// Names of an image of [`Scenario::Many8`] and of its blob.
+pub(super) fn many_names(n: usize) -> (String, String) {
+    (format!("many{n}.img"), format!("many{n}.blob"))
+}
+
 /// Everything that goes into the guests, as bytes.
 #[derive(Debug)]
 pub struct Data {
-    /// For [`super::LISTING_FILE`].
-    pub(super) listing: Vec<u8>,
+    /// What the images were made of.
+    pub(super) tree: PathBuf,
+    listing: Vec<u8>,
+    many_listing: Vec<u8>,
     store: Vec<u8>,
     ext4: Vec<u8>,
     xfs: Vec<u8>,
@@ -103,36 +102,54 @@ pub struct Data {
 }
 
 impl Data {
-    /// Makes it in `scratch`, of the files below `tree`, or of files of this machine.
+    /// Makes it in `scratch`, of the files below `tree`, or of the bench's own tree; with `many`, also the images of
+    /// [`Scenario::Many8`].
     ///
     /// # Errors
-    /// A file cannot be copied, or an image not be made.
-    pub fn make(scratch: &Path, tree: Option<&Path>) -> Result<Self> {
-        let tree = match tree {
-            Some(tree) => tree.to_owned(),
-            None => make_tree(&scratch.join("tree"))?,
-        };
+    /// A file cannot be written, or an image not be made.
+    pub fn make(scratch: &Path, tree: Option<&Path>, many: bool) -> Result<Self> {
+        let own = scratch.join("tree");
+        if tree.is_none() {
+            corpus::make(&own)?;
+        }
+        let tree = tree.map_or(own, Path::to_owned);
         let store = scratch.join("store");
         fs::create_dir_all(&store).trying(|| format!("cannot make {}", store.display()))?;
-        let blob = store.join(BLOB);
-        disk::erofs(&store.join(IMAGE), &tree, ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob) })?;
+        let image = |tree: &Path, image: &str, blob: &str| {
+            disk::erofs(&store.join(image), tree, ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&store.join(blob)) })
+        };
+        image(&tree, IMAGE, BLOB)?;
         let listing = Listing::of(&tree)?;
-        let bytes: u64 = listing.files.iter().map(|file| file.len_bytes).sum();
-        let store_disk = scratch.join("store.disk");
-        disk::ext4(&store_disk, (bytes * 5 / 4 + STORE_SLACK_BYTES).next_multiple_of(1 << 20), Some(&store))?;
+        let mut many_listing = Listing::default();
+        if many {
+            let trees = scratch.join("many");
+            corpus::make_many(&trees, MANY)?;
+            for n in 0..MANY {
+                let (name, blob) = many_names(n);
+                image(&trees.join(n.to_string()), &name, &blob)?;
+            }
+            many_listing = Listing::of(&trees)?;
+        }
         let cache = |fs: CacheFs| {
             let path = scratch.join(fs.name());
             fs.make(&path, CACHE_BYTES)?;
             extents(&path)
         };
         Ok(Self {
-            store: extents(&store_disk)?,
+            store: store_disk(&store)?,
             ext4: cache(CacheFs::Ext4)?,
             xfs: cache(CacheFs::Xfs)?,
             files: listing.files.len(),
-            bytes,
+            bytes: listing.files.iter().map(|file| file.len_bytes).sum(),
             listing: listing.to_json()?,
+            many_listing: many_listing.to_json()?,
+            tree,
         })
+    }
+
+    /// For [`super::LISTING_FILE`].
+    pub(super) fn listing(&self, scenario: Scenario) -> &[u8] {
+        if scenario == Scenario::Many8 { &self.many_listing } else { &self.listing }
     }
 
     /// The store's disk.
@@ -149,19 +166,21 @@ impl Data {
     }
 }
 
+/// Makes the disk of a store out of its directory.
+pub(super) fn store_disk(store: &Path) -> Result<Vec<u8>> {
+    let mut bytes = 0;
+    for path in walk(store)? {
+        let path = store.join(path);
+        bytes += fs::symlink_metadata(&path).trying(|| format!("cannot look at {}", path.display()))?.len();
+    }
+    let disk = store.with_extension("disk");
+    disk::ext4(&disk, (bytes * 9 / 8 + STORE_SLACK_BYTES).next_multiple_of(1 << 20), Some(store))?;
+    extents(&disk)
+}
+
 fn extents(disk: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     disk::extents(disk, &mut bytes)?;
     let _ = fs::remove_file(disk);
     Ok(bytes)
-}
-
-fn make_tree(tree: &Path) -> Result<PathBuf> {
-    FILES.copy_to(tree)?;
-    let random = tree.join(RANDOM_FILE);
-    let dir = random.parent().unwrap_or(tree);
-    let mut rng = Rng::new(RANDOM_SEED);
-    let bytes: Vec<u8> = (0..RANDOM_BYTES / 8).flat_map(|_| rng.next().to_le_bytes()).collect();
-    fs::create_dir_all(dir).and_then(|()| fs::write(&random, bytes)).trying(|| format!("cannot write {}", random.display()))?;
-    Ok(tree.to_owned())
 }

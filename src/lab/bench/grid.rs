@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::data::Data;
+use super::peer::Peer;
 use super::{CACHE_EXTENTS, CELL_FILE, Cell, CellResult, LISTING_FILE, RESULT_MARK, STORE_EXTENTS};
 use crate::lab::guest::{environment, initramfs};
 use crate::lab::init::{BEGIN_MARK, INIT_PROGRAM, Job, KERNEL_ARGUMENTS};
@@ -19,8 +20,6 @@ const MEMORY_MIB: u32 = 2048;
 const ARGUMENTS: &str = "quiet nokaslr norandmaps tsc=reliable clocksource=tsc random.trust_cpu=on";
 /// How long a boot may take on this machine. A cell prints nothing while it works.
 const LIMIT: Duration = Duration::from_secs(900);
-/// Where a peer's program lies in the guest.
-pub const PEER_PROGRAM: &str = "/bin/peer";
 /// Lines of the console shown for a failed cell.
 const CONSOLE_LINES: usize = 20;
 
@@ -31,8 +30,8 @@ pub struct Grid<'a> {
     pub kernel: &'a Kernel,
     /// The infill program to put inside.
     pub infill: &'a Path,
-    /// A program for [`PEER_PROGRAM`].
-    pub peer: Option<&'a Path>,
+    /// What the services of cells name by index.
+    pub peers: &'a [Peer],
     /// What is read.
     pub data: &'a Data,
     /// What is measured.
@@ -77,7 +76,7 @@ impl Grid<'_> {
             initrd: Some(self.initramfs(cell, scratch)?),
             disks: Vec::new(),
             memory_mib: MEMORY_MIB,
-            cpus: 1,
+            cpus: cell.cpus,
             append: format!("{ARGUMENTS} {KERNEL_ARGUMENTS}"),
             idle_limit: LIMIT,
             total_limit: LIMIT,
@@ -85,7 +84,8 @@ impl Grid<'_> {
         let mut result = None;
         let mut console = Vec::new();
         let mut working = false;
-        let ending = machine.run(Accelerator::TcgCounting, &mut |line| {
+        let accelerator = if cell.cpus == 1 { Accelerator::TcgCounting } else { Accelerator::Tcg };
+        let ending = machine.run(accelerator, &mut |line| {
             working |= line == BEGIN_MARK;
             match line.strip_prefix(RESULT_MARK) {
                 Some(text) => result = serde_json::from_str(text).ok(),
@@ -106,13 +106,16 @@ impl Grid<'_> {
         let text = serde_json::to_vec(cell).map_err(|e| LabError::Failed(format!("cannot write the cell: {e}")))?;
         let argv = [INIT_PROGRAM, "bench", "cell"].map(str::to_owned).into();
         let job = Job { argv, env: environment(), mounts: Vec::new() };
-        let files: [(&str, &[u8]); 4] = [
+        let peer = cell.service.peer.and_then(|index| self.peers.get(index));
+        let store = peer.and_then(|peer| peer.store.as_deref()).unwrap_or_else(|| self.data.store());
+        let mut files: Vec<(&str, &[u8])> = vec![
             (CELL_FILE, &text),
-            (LISTING_FILE, &self.data.listing),
+            (LISTING_FILE, self.data.listing(cell.scenario)),
             (CACHE_EXTENTS, self.data.cache(cell.cache_fs)),
-            (STORE_EXTENTS, self.data.store()),
+            (STORE_EXTENTS, store),
         ];
-        let programs: Vec<(&str, &Path)> = self.peer.iter().map(|peer| (PEER_PROGRAM, *peer)).collect();
+        files.extend(peer.iter().flat_map(|peer| &peer.files).map(|(path, text)| (&**path, text.as_bytes())));
+        let programs: Vec<(&str, &Path)> = peer.iter().flat_map(|peer| &peer.programs).map(|(path, from)| (&**path, &**from)).collect();
         initramfs(scratch, self.infill, &programs, &files, &job)
     }
 }

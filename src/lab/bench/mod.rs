@@ -5,29 +5,41 @@
 //!  engine  engine    figures of the two below, and system calls counted by strace
 //!          machine   the machine alone, with a driver whose operations end at once
 //!          pump      the whole engine with files in memory
-//!  host    data      tree -> images, disks, and the list that says what every file must read as
+//!  host    corpus    the tree that is read, the same on every machine
+//!          data      tree -> images, disks, and the list that says what every file must read as
+//!          peer      another daemon, as a file describes it
 //!          grid      cells -> boots, some at a time -> results
-//!          report    results -> figures and tables
+//!          figures   results -> figures
+//!          targets   what the figures must be
+//!          report    figures -> tables
 //!  guest   cell      one cell: disks, daemon, mount, cold read, umount, mount, present read
 //!          memdisk   disks in memory that answer after a time on the guest's clock
 //!          readers   who reads what in which order, and whether it was right
 //!          meter     CPU time of every task, disks, READs, the daemon
-//!          naive     the daemon to compare with
+//!          stages    where the CPU time goes, from a trace
+//!          naive     the daemons to compare with
 //! ```
 //! A *cell* is one daemon, one scenario, one file system under the cache: one boot. "Present" is the read after a
 //! second mount, everything in the cache and nothing in memory: what the kernel alone costs, and the limit.
 
 pub mod cell;
+mod corpus;
 pub mod data;
 pub mod engine;
+pub mod figures;
 pub mod grid;
 pub mod machine;
 mod memdisk;
 mod meter;
 pub mod naive;
+pub mod peer;
 mod pump;
 mod readers;
 pub mod report;
+mod stages;
+pub mod targets;
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +60,12 @@ const STORE_EXTENTS: &str = "/disk/store";
 pub const STORE_DIR: &str = "/store";
 /// See [`STORE_DIR`].
 pub const CACHE_DIR: &str = "/cache/root";
+/// Where the store is instead, when it has to be on the cache's disk.
+pub const STORE_BESIDE_CACHE: &str = "/cache/store";
+/// Where the guest mounts images.
+pub const MOUNT_DIR: &str = "/mnt";
+/// Images of [`Scenario::Many8`].
+pub const MANY: usize = 8;
 /// The line with this beginning ends with the cell's result.
 const RESULT_MARK: &str = "lab: result ";
 
@@ -67,11 +85,15 @@ pub enum Scenario {
     Rand1,
     /// The same, eight readers that share one queue.
     Rand8,
+    /// As rand8, but the blocks are those of eight images, an object each.
+    Many8,
 }
 
 impl Scenario {
     /// All of them, in the order of tables.
-    pub const ALL: [Self; 6] = [Self::Seq1, Self::Par8, Self::Shuf1, Self::Part1, Self::Rand1, Self::Rand8];
+    pub const ALL: [Self; 7] = [Self::Seq1, Self::Par8, Self::Shuf1, Self::Part1, Self::Rand1, Self::Rand8, Self::Many8];
+    /// Those that have targets.
+    pub const USUAL: [Self; 6] = [Self::Seq1, Self::Par8, Self::Shuf1, Self::Part1, Self::Rand1, Self::Rand8];
 
     /// The name on the command line.
     #[must_use]
@@ -83,34 +105,75 @@ impl Scenario {
             Self::Part1 => "part1",
             Self::Rand1 => "rand1",
             Self::Rand8 => "rand8",
+            Self::Many8 => "many8",
         }
     }
 
     const fn readers(self) -> usize {
         match self {
-            Self::Par8 | Self::Rand8 => 8,
+            Self::Par8 | Self::Rand8 | Self::Many8 => 8,
             Self::Seq1 | Self::Shuf1 | Self::Part1 | Self::Rand1 => 1,
         }
     }
 
     const fn reads_blocks(self) -> bool {
-        matches!(self, Self::Rand1 | Self::Rand8)
+        matches!(self, Self::Rand1 | Self::Rand8 | Self::Many8)
     }
 }
+
+/// Who serves, and how the images are mounted then.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Service {
+    /// The daemon's name in tables.
+    pub name: String,
+    /// Program and arguments in the guest; empty: no daemon.
+    pub argv: Vec<String>,
+    /// Source of the mount; `{image}` in it and in the options stands for the image, `{blob}` for its blob.
+    pub source: String,
+    /// Options of the mount.
+    pub options: String,
+    /// After its cache is bound it may still be busy with its start for this long.
+    pub settle_ms: u64,
+    /// The store is copied to the cache's disk before the daemon starts.
+    pub store_beside_cache: bool,
+    /// Index of the peer whose programs and images this needs.
+    pub peer: Option<usize>,
+}
+
+impl Service {
+    /// A daemon of this program, or none, with the bench's own images.
+    #[must_use]
+    pub fn own(name: &str, argv: Vec<String>) -> Self {
+        let (source, options) = match argv.is_empty() {
+            false => ("none".into(), format!("fsid={{image}},domain_id={DOMAIN},device={{blob}}")),
+            true => (format!("{STORE_DIR}/{{image}}"), format!("device={STORE_DIR}/{{blob}}")),
+        };
+        Self { name: name.into(), argv, source, options, settle_ms: SETTLE_MS, store_beside_cache: false, peer: None }
+    }
+}
+
+/// See [`Service::settle_ms`].
+pub const SETTLE_MS: u64 = 300;
 
 /// One cell, as the guest gets it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Cell {
-    /// The daemon's name in tables.
-    pub daemon: String,
-    /// Program and arguments in the guest; empty: no daemon, the image is mounted as a file.
-    pub argv: Vec<String>,
+    /// Who serves.
+    pub service: Service,
     /// What is read.
     pub scenario: Scenario,
     /// File system under the cache.
     pub cache_fs: CacheFs,
     /// Time from a request to its completion, of both disks.
     pub disk_latency_ns: u64,
+    /// The store's files are in the page cache when the cold read begins.
+    pub warm_source: bool,
+    /// Processors of the guest. With one its clock counts instructions; with more it is the host's, and noisy.
+    pub cpus: u32,
+    /// Which of several equal cells this is.
+    pub run: usize,
+    /// Trace where the CPU time goes; makes everything slower.
+    pub traced: bool,
 }
 
 /// What happened in one phase.
@@ -200,4 +263,25 @@ pub struct CellResult {
     pub held: Held,
     /// See [`CopyCost`].
     pub copy_cost: CopyCost,
+    /// If the cell was traced.
+    pub stages: Option<Stages>,
+}
+
+/// Where the CPU time of the reads went, and how long READs took, from a trace.
+#[derive(Clone, Default, Debug, Serialize, Deserialize)]
+pub struct Stages {
+    /// Nanoseconds of the cold read by stage, tracing included.
+    pub cold_ns: BTreeMap<String, u64>,
+    /// The same of the present read.
+    pub present_ns: BTreeMap<String, u64>,
+    /// System calls of the daemon in the cold read.
+    pub system_calls: u64,
+    /// READs whose way was followed.
+    pub reads: usize,
+    /// From the moment the kernel queued a READ until its reader ran again: half took no longer.
+    pub read_p50_ns: u64,
+    /// 99 of 100.
+    pub read_p99_ns: u64,
+    /// 999 of 1,000.
+    pub read_p999_ns: u64,
 }

@@ -1,7 +1,7 @@
 //! The whole engine with real files: a front end that always keeps a number of requests waiting.
 //!
-//! Its device is an eventfd that counts: each request is one read(2) and each answer one write(2), as each is one system
-//! call (read(2), ioctl(2)) on cachefiles' device. So the system calls of the process are those of a daemon.
+//! Its device is an eventfd that counts: each request is one read of it and each answer one write(2), as it is one
+//! ioctl(2) on cachefiles' device. So the system calls of the process are those of a daemon.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -93,12 +93,12 @@ impl FrontEnd for Front {
         Caps { align_bytes: PAGE_BYTES, holes_are_absent: true, reopens: true }
     }
 
-    fn poll_fd(&self) -> BorrowedFd<'_> {
+    fn requests(&self) -> BorrowedFd<'_> {
         self.0.device.as_fd()
     }
 
-    fn next(&self) -> std::result::Result<Option<Request>, FrontError> {
-        match self.0.device.read() {
+    fn parse(&self, read: std::result::Result<&[u8], Errno>) -> std::result::Result<Option<Request>, FrontError> {
+        match read {
             Err(Errno::EAGAIN) => return Ok(None),
             Err(errno) => return Err(FrontError::Broken(errno.into())),
             Ok(_) => {}
@@ -177,6 +177,7 @@ fn settings() -> Settings {
         slot_bytes: 1 << 20,
         slots: 16,
         workers: 8,
+        fd_budget: 1000,
         open_timeout: Duration::from_secs(10),
         no_room: None,
         tracer: None,

@@ -1,5 +1,6 @@
 //! The readers in the guest: who reads what in which order, how long each item took, and whether it was right.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -72,7 +73,7 @@ impl Sum {
     }
 }
 
-/// What a scenario reads, in order: indices of files, or of blocks of the largest file.
+/// What a scenario reads, in order: indices of files, or of blocks.
 fn order(scenario: Scenario, listing: &Listing) -> Vec<usize> {
     let len = if scenario.reads_blocks() { listing.blocks.len() } else { listing.files.len() };
     let mut order: Vec<usize> = (0..len).collect();
@@ -84,7 +85,7 @@ fn order(scenario: Scenario, listing: &Listing) -> Vec<usize> {
     }
     match scenario {
         Scenario::Part1 => order.truncate(len / 10),
-        Scenario::Rand1 | Scenario::Rand8 => order.truncate(BLOCKS),
+        Scenario::Rand1 | Scenario::Rand8 | Scenario::Many8 => order.truncate(BLOCKS),
         Scenario::Seq1 | Scenario::Par8 | Scenario::Shuf1 => {}
     }
     order
@@ -128,15 +129,17 @@ impl Plan {
     fn reader(&self, next: &AtomicUsize) -> Seen {
         let mut seen = Seen { took: Vec::with_capacity(self.order.len()), ..Seen::default() };
         let mut buffer = vec![0; BUFFER_BYTES];
-        let largest = self.scenario.reads_blocks().then(|| File::open(&self.paths[self.listing.largest]));
+        let open = |index: &usize| File::open(&self.paths[*index]).map(|file| (*index, file)).map_err(|error| error.to_string());
+        let in_blocks: Option<Result<HashMap<_, _>, _>> =
+            self.scenario.reads_blocks().then(|| self.listing.in_blocks.iter().map(open).collect());
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let Some(&item) = self.order.get(at) else { return seen };
             let began = Instant::now();
-            let result = match &largest {
+            let result = match &in_blocks {
                 None => self.file(item, &mut buffer),
-                Some(Ok(file)) => self.block(file, item, &mut buffer[..BLOCK_BYTES]),
-                Some(Err(error)) => Err(error.to_string()),
+                Some(Ok(files)) => self.block(files, item, &mut buffer[..BLOCK_BYTES]),
+                Some(Err(error)) => Err(error.clone()),
             };
             let ended = Instant::now();
             match result {
@@ -172,11 +175,11 @@ impl Plan {
         Ok(len_bytes)
     }
 
-    fn block(&self, file: &File, index: usize, buffer: &mut [u8]) -> Result<u64, String> {
-        let offset = (index * BLOCK_BYTES) as u64;
-        file.read_exact_at(buffer, offset).map_err(|error| error.to_string())?;
-        if Sum::of(buffer) != self.listing.blocks[index] {
-            return Err(format!("the bytes at {offset} are wrong"));
+    fn block(&self, files: &HashMap<usize, File>, block: usize, buffer: &mut [u8]) -> Result<u64, String> {
+        let (index, offset) = self.listing.place(block);
+        files[&index].read_exact_at(buffer, offset).map_err(|error| error.to_string())?;
+        if Sum::of(buffer) != self.listing.blocks[block] {
+            return Err(format!("{}: the bytes at {offset} are wrong", self.listing.files[index].path));
         }
         Ok(buffer.len() as u64)
     }
@@ -244,7 +247,7 @@ mod tests {
     #[test]
     fn orders_are_what_they_are_called() {
         let file = Listed { path: String::new(), len_bytes: 0, sum: 0 };
-        let listing = Listing { files: vec![file; 50], largest: 0, blocks: vec![0; 4096] };
+        let listing = Listing { files: vec![file; 50], in_blocks: vec![0, 3], blocks: vec![0; 4096] };
         assert!(order(Scenario::Par8, &listing).is_sorted());
         let shuffled = order(Scenario::Shuf1, &listing);
         assert!(!shuffled.is_sorted());
@@ -253,6 +256,7 @@ mod tests {
         blocks.sort_unstable();
         blocks.dedup();
         assert_eq!(blocks.len(), BLOCKS);
+        assert_eq!((listing.place(2047), listing.place(2049)), ((0, 2047 * 4096), (3, 4096)));
     }
 
     #[test]
@@ -260,7 +264,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a scratch directory");
         std::fs::write(dir.path().join("a"), b"right").expect("write");
         let listed = |sum| Listed { path: "a".into(), len_bytes: 5, sum };
-        let listing = Listing { files: vec![listed(Sum::of(b"right")), listed(Sum::of(b"wrong"))], largest: 0, blocks: Vec::new() };
+        let listing = Listing { files: vec![listed(Sum::of(b"right")), listed(Sum::of(b"wrong"))], ..Listing::default() };
         let reading = Plan::new(Scenario::Seq1, listing, dir.path()).read(Instant::now());
         assert_eq!((reading.items, reading.bytes, reading.wrong.len()), (2, 5, 1));
     }

@@ -1,267 +1,242 @@
-//! Figures of the cells, and their tables.
+//! Tables of figures, in Markdown whose columns line up, so that they can also be read as they are.
 
 use std::fmt::Write;
 
-use serde::Serialize;
-
-use super::{Cell, CellResult, Phase, Reading, Scenario};
-use crate::lab::Result;
+use super::figures::Figures;
+use super::{Scenario, targets};
 use crate::lab::disk::CacheFs;
 
 const MIB: f64 = (1 << 20) as f64;
 
-/// The figures of one cell.
-#[derive(Clone, Debug, Serialize)]
-pub struct Figures {
-    /// Who served.
-    pub daemon: String,
-    /// What was read.
-    pub scenario: Scenario,
-    /// File system under the cache.
-    pub cache_fs: CacheFs,
-    /// The first read, nothing in the cache; without the mount.
-    pub cold_ms: f64,
-    /// The read after a second mount, everything in the cache: the limit.
-    pub present_ms: f64,
-    /// The first mount.
-    pub mount_ms: f64,
-    /// From the start of the first mount to the first whole file (or block).
-    pub first_file_ms: f64,
-    /// READs of the first mount and read.
-    pub reads: u64,
-    /// Write requests to the cache's disk, those of its journal included.
-    pub cache_writes: u64,
-    /// What was written to the cache's disk, in 10^6 bytes.
-    pub written_mb: f64,
-    /// The same, as a multiple of what the readers read.
-    pub written_per_wanted: f64,
-    /// CPU time of everything in the cold read beyond that of the present read, for each MiB written to the cache,
-    /// without what the same bytes cost as plain direct requests to the bare disks. Below 0: cheaper than those, for
-    /// instance because memory is pinned once. Says nothing where the present read is slow because small fills left
-    /// the cache in pieces.
-    pub cpu_us_per_mib: f64,
-    /// The same with the disks.
-    pub cpu_gross_us_per_mib: f64,
-    /// The daemon's own part of the cold read's CPU time.
-    pub daemon_cpu_ms: f64,
-    /// Time of one file (or block) from open to close: half took no longer.
-    pub p50_us: f64,
-    /// 99 of 100 took no longer.
-    pub p99_us: f64,
-    /// None took longer.
-    pub max_us: f64,
-    /// Descriptors of the daemon after the cold read.
-    pub fds: usize,
-    /// Its threads.
-    pub threads: u64,
-    /// Its memory at most.
-    pub rss_mib: f64,
-    /// READs of the second mount and read; all of them would be waste.
-    pub reads_present: u64,
-    /// What was measured, as it was.
-    pub raw: CellResult,
-}
-
-/// A cell that gave no figures.
-#[derive(Clone, Debug, Serialize)]
-pub struct Failed {
-    /// Who served.
-    pub daemon: String,
-    /// What was read.
-    pub scenario: Scenario,
-    /// File system under the cache.
-    pub cache_fs: CacheFs,
-    /// Why.
-    pub error: String,
-}
-
-/// CPU time of a phase without what the modelled disks copied.
-fn busy_ns(phase: &Phase, cell: &CellResult) -> f64 {
-    let read = (phase.cache.read_bytes + phase.store.read_bytes) as f64 * cell.copy_cost.read_ns;
-    let written = phase.cache.written_bytes as f64 * cell.copy_cost.write_ns;
-    phase.cpu_ns as f64 - read - written
-}
-
-/// Microseconds a MiB.
-fn per_mib(time_ns: f64, bytes: f64) -> f64 {
-    if bytes > 0.0 { time_ns / 1e3 / (bytes / MIB) } else { 0.0 }
-}
-
-impl Figures {
-    /// Makes figures of what a cell measured.
-    ///
-    /// # Errors
-    /// The cell failed, or something was read wrong.
-    pub fn of(cell: &Cell, result: &Result<CellResult>) -> std::result::Result<Self, Failed> {
-        let failed = |error| Failed { daemon: cell.daemon.clone(), scenario: cell.scenario, cache_fs: cell.cache_fs, error };
-        let raw = result.as_ref().map_err(|e| failed(e.to_string()))?;
-        let wrong: Vec<_> = raw.cold.wrong.iter().chain(&raw.present.wrong).cloned().collect();
-        if !wrong.is_empty() {
-            return Err(failed(format!("read wrong: {}", wrong.join("; "))));
-        }
-        let Reading { phase: cold, bytes, first_ns, p50_ns, p99_ns, max_ns, .. } = &raw.cold;
-        let (mount, present) = (&raw.mount_cold, &raw.present.phase);
-        let written = (cold.cache.written_bytes + mount.cache.written_bytes) as f64;
-        let extra_ns = busy_ns(cold, raw) - busy_ns(present, raw);
-        let ms = |ns: u64| ns as f64 / 1e6;
-        let us = |ns: u64| ns as f64 / 1e3;
-        Ok(Self {
-            daemon: cell.daemon.clone(),
-            scenario: cell.scenario,
-            cache_fs: cell.cache_fs,
-            cold_ms: ms(cold.wall_ns),
-            present_ms: ms(present.wall_ns),
-            mount_ms: ms(mount.wall_ns),
-            first_file_ms: ms(mount.wall_ns + first_ns),
-            reads: mount.reads + cold.reads,
-            cache_writes: mount.cache.writes + cold.cache.writes,
-            written_mb: written / 1e6,
-            written_per_wanted: written / (*bytes).max(1) as f64,
-            cpu_us_per_mib: per_mib(extra_ns, written),
-            cpu_gross_us_per_mib: per_mib(cold.cpu_ns as f64 - present.cpu_ns as f64, written),
-            daemon_cpu_ms: ms(cold.daemon_cpu_ns),
-            p50_us: us(*p50_ns),
-            p99_us: us(*p99_ns),
-            max_us: us(*max_ns),
-            fds: raw.held.fds,
-            threads: raw.held.threads,
-            rss_mib: raw.held.rss_kib as f64 / 1024.0,
-            reads_present: raw.mount_present.reads + raw.present.phase.reads,
-            raw: raw.clone(),
-        })
-    }
-
-    /// One line for whoever watches.
-    #[must_use]
-    pub fn line(&self) -> String {
-        format!("cold {:.1} ms, present {:.1} ms, {} READs, {:.1} MB written", self.cold_ms, self.present_ms, self.reads, self.written_mb)
-    }
-}
-
-/// All figures as Markdown: for each file system one table of cold times, and one of everything else.
+/// For each file system: cold times beside the targets, what others took in comparison, what it cost, and rates.
 #[must_use]
-pub fn tables(figures: &[Figures]) -> String {
+pub fn tables(figures: &[Figures], with_targets: bool) -> String {
     let mut text = String::new();
     for fs in [CacheFs::Ext4, CacheFs::Xfs] {
-        let of_fs: Vec<&Figures> = figures.iter().filter(|f| f.cache_fs == fs).collect();
-        if !of_fs.is_empty() {
-            // Writing to a string does not fail.
-            let _ = writeln!(text, "\nCache on {}: cold read in ms (present)\n", fs.name());
-            times(&mut text, &of_fs);
-            let _ = writeln!(text, "\nCache on {}: what it took\n", fs.name());
-            costs(&mut text, &of_fs);
+        let of_fs = Selection(figures.iter().filter(|f| f.cache_fs == fs).collect());
+        if of_fs.0.is_empty() {
+            continue;
         }
+        section(&mut text, fs, "cold read in ms (present); part1 with the MB written", of_fs.times(with_targets.then_some(fs)));
+        if of_fs.daemons().len() > 1 {
+            let first = of_fs.daemons()[0];
+            section(&mut text, fs, &format!("cold read as a multiple of that of {first} (spread)"), of_fs.ratios());
+        }
+        section(&mut text, fs, "what it took", of_fs.costs());
+        section(&mut text, fs, "rates; instructions are those of the daemon, in kernel and program", of_fs.rates());
     }
     text
 }
 
-fn times(text: &mut String, figures: &[&Figures]) {
-    let scenarios: Vec<Scenario> = Scenario::ALL.into_iter().filter(|s| figures.iter().any(|f| f.scenario == *s)).collect();
-    let mut daemons: Vec<&str> = Vec::new();
+/// For each file system and scenario, the stages of a read, per READ and per MiB.
+#[must_use]
+pub fn stage_tables(figures: &[Figures]) -> String {
+    let mut text = String::new();
     for f in figures {
-        if !daemons.contains(&&*f.daemon) {
-            daemons.push(&f.daemon);
-        }
+        let Some(stages) = &f.raw.stages else { continue };
+        let (reads, mib) = (f.raw.cold.phase.reads as f64, f.written_mb * 1e6 / MIB);
+        let cold = stages.cold_ns.iter().map(|(stage, ns)| (stage, *ns as f64 - stages.present_ns.get(stage).map_or(0.0, |ns| *ns as f64)));
+        let each = |ns: f64, of: f64| if of > 0.0 { format!("{:.1}", ns / 1e3 / of) } else { "-".into() };
+        let rows = cold.map(|(stage, ns)| vec![stage.clone(), format!("{:.2}", ns / 1e6), each(ns, reads), each(ns, mib)]).collect();
+        let took = [stages.read_p50_ns, stages.read_p99_ns, stages.read_p999_ns].map(|ns| format!("{:.0}", ns as f64 / 1e3)).join("/");
+        let title = format!(
+            "{} {}, cold less present, traced: {reads} READs, {mib:.1} MiB written, a READ took {took} us (p50/p99/p999), {} system calls a READ",
+            f.daemon,
+            f.scenario.name(),
+            each(stages.system_calls as f64 * 1e3, reads)
+        );
+        section(&mut text, f.cache_fs, &title, (words(&["stage", "ms", "us a READ", "us a MiB"]), rows));
     }
-    let cells = |daemon: &str, show: &dyn Fn(&Figures) -> String| -> Vec<String> {
-        let find = |s: Scenario| figures.iter().find(|f| f.daemon == daemon && f.scenario == s);
-        scenarios.iter().map(|s| find(*s).map_or_else(|| "-".to_owned(), |f| show(f))).collect()
-    };
-    let head: Vec<&str> = ["daemon"].into_iter().chain(scenarios.iter().map(|s| s.name())).collect();
-    let rows = daemons.iter().map(|daemon| {
-        let mut row = vec![(*daemon).to_owned()];
-        row.extend(cells(daemon, &|f| format!("{:.1} ({:.1})", f.cold_ms, f.present_ms)));
-        row
-    });
-    table(text, &head, rows.collect());
+    text
 }
 
-fn costs(text: &mut String, figures: &[&Figures]) {
-    let head = [
-        "scenario",
-        "daemon",
-        "CPU us/MiB",
-        "with disks",
-        "daemon CPU ms",
-        "READs",
-        "cache writes",
-        "MB written",
-        "written/wanted",
-        "mount ms",
-        "first file ms",
-        "file p50/p99/max us",
-        "RSS MiB",
-        "threads",
-        "fds",
-    ];
-    let rows = Scenario::ALL.into_iter().flat_map(|s| figures.iter().filter(move |f| f.scenario == s)).map(|f| {
-        vec![
-            f.scenario.name().to_owned(),
-            f.daemon.clone(),
-            format!("{:.0}", f.cpu_us_per_mib),
-            format!("{:.0}", f.cpu_gross_us_per_mib),
-            format!("{:.1}", f.daemon_cpu_ms),
-            f.reads.to_string(),
-            f.cache_writes.to_string(),
-            format!("{:.1}", f.written_mb),
-            format!("{:.2}", f.written_per_wanted),
-            format!("{:.1}", f.mount_ms),
-            format!("{:.1}", f.first_file_ms),
-            format!("{:.0}/{:.0}/{:.0}", f.p50_us, f.p99_us, f.max_us),
-            format!("{:.1}", f.rss_mib),
-            f.threads.to_string(),
-            f.fds.to_string(),
-        ]
-    });
-    table(text, &head, rows.collect());
+/// Headings and rows.
+type Table = (Vec<String>, Vec<Vec<String>>);
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
 }
 
-/// A Markdown table whose columns line up, so that it can also be read as it is.
-fn table(text: &mut String, head: &[&str], rows: Vec<Vec<String>>) {
+/// Figures of one file system.
+struct Selection<'a>(Vec<&'a Figures>);
+
+impl<'a> Selection<'a> {
+    fn scenarios(&self) -> Vec<Scenario> {
+        Scenario::ALL.into_iter().filter(|s| self.0.iter().any(|f| f.scenario == *s)).collect()
+    }
+
+    fn daemons(&self) -> Vec<&'a str> {
+        let mut daemons: Vec<&str> = Vec::new();
+        for f in &self.0 {
+            if !daemons.contains(&&*f.daemon) {
+                daemons.push(&f.daemon);
+            }
+        }
+        daemons
+    }
+
+    /// All runs of a cell, by their numbers.
+    fn runs(&self, daemon: &str, scenario: Scenario) -> Vec<&'a Figures> {
+        let mut runs: Vec<&Figures> = self.0.iter().copied().filter(|f| f.daemon == daemon && f.scenario == scenario).collect();
+        runs.sort_by_key(|f| f.run);
+        runs
+    }
+
+    /// The run in the middle of those of a cell, by its cold read.
+    fn middle(&self, daemon: &str, scenario: Scenario) -> Option<&'a Figures> {
+        let mut runs = self.runs(daemon, scenario);
+        runs.sort_by(|a, b| a.cold_ms.total_cmp(&b.cold_ms));
+        runs.get(runs.len() / 2).copied()
+    }
+
+    fn times(&self, targets_of: Option<CacheFs>) -> Table {
+        let scenarios = self.scenarios();
+        let cpu: Vec<Scenario> = scenarios.iter().copied().filter(|s| targets::cpu_us_per_mib(*s).is_some()).collect();
+        let head = ["daemon".to_owned()].into_iter();
+        let head = head.chain(scenarios.iter().map(|s| s.name().to_owned())).chain(cpu.iter().map(|s| format!("CPU us/MiB {}", s.name())));
+        let mut rows = Vec::new();
+        for daemon in self.daemons() {
+            let time = |s: &Scenario| self.middle(daemon, *s).map_or_else(|| "-".to_owned(), time);
+            let fill = |f: &Figures| if f.reads > 0 { format!("{:.0}", f.cpu_us_per_mib) } else { "-".to_owned() };
+            let cost = |s: &Scenario| self.middle(daemon, *s).map_or_else(|| "-".to_owned(), fill);
+            rows.push([daemon.to_owned()].into_iter().chain(scenarios.iter().map(time)).chain(cpu.iter().map(cost)).collect());
+        }
+        if let Some(fs) = targets_of {
+            let show = |limit: Option<f64>, unit: &str| limit.map_or_else(String::new, |limit| format!("{limit:.0}{unit}"));
+            let time = |s: &Scenario| {
+                let written = targets::written_mb(*s).map_or_else(String::new, |mb| format!(" {mb:.0} MB"));
+                show(targets::cold_ms(fs, *s), &written)
+            };
+            let cost = |s: &Scenario| show(targets::cpu_us_per_mib(*s), "");
+            rows.push(["target".to_owned()].into_iter().chain(scenarios.iter().map(time)).chain(cpu.iter().map(cost)).collect());
+        }
+        (head.collect(), rows)
+    }
+
+    /// Each run against the first daemon's run of the same number, which was taken beside it.
+    fn ratios(&self) -> Table {
+        let scenarios = self.scenarios();
+        let daemons = self.daemons();
+        let head = ["daemon".to_owned()].into_iter().chain(scenarios.iter().map(|s| s.name().to_owned()));
+        let ratio = |daemon: &str, s: Scenario| {
+            let pairs = self.runs(daemon, s);
+            let first = self.runs(daemons[0], s);
+            let mut ratios: Vec<f64> =
+                pairs.iter().filter_map(|f| Some(f.cold_ms / first.iter().find(|other| other.run == f.run)?.cold_ms)).collect();
+            ratios.sort_by(f64::total_cmp);
+            match ratios[..] {
+                [] => "-".to_owned(),
+                [only] => format!("{only:.2}"),
+                _ => format!("{:.2} ({:.2}-{:.2})", ratios[ratios.len() / 2], ratios[0], ratios[ratios.len() - 1]),
+            }
+        };
+        let row = |daemon: &&str| [(*daemon).to_owned()].into_iter().chain(scenarios.iter().map(|s| ratio(daemon, *s))).collect();
+        (head.collect(), daemons[1..].iter().map(row).collect())
+    }
+
+    fn costs(&self) -> Table {
+        let head = [
+            "scenario",
+            "daemon",
+            "CPU us/MiB",
+            "recalibrated",
+            "with disks",
+            "daemon CPU ms",
+            "READs",
+            "cache writes",
+            "MB written",
+            "mount ms",
+            "first file ms",
+            "of it the kernel",
+            "file p50/p99/max us",
+            "RSS MiB",
+            "threads",
+            "fds",
+        ];
+        let row = |f: &Figures| {
+            vec![
+                format!("{:.0}", f.cpu_us_per_mib),
+                format!("{:.0}", f.cpu_recalibrated_us_per_mib),
+                format!("{:.0}", f.cpu_gross_us_per_mib),
+                format!("{:.1}", f.daemon_cpu_ms),
+                f.reads.to_string(),
+                f.cache_writes.to_string(),
+                format!("{:.1}", f.written_mb),
+                format!("{:.1}", f.mount_ms),
+                format!("{:.2}", f.first_file_ms),
+                format!("{:.2}", f.first_file_present_ms),
+                format!("{:.0}/{:.0}/{:.0}", f.p50_us, f.p99_us, f.max_us),
+                format!("{:.1}", f.rss_mib),
+                f.threads.to_string(),
+                f.fds.to_string(),
+            ]
+        };
+        (words(&head), self.by_scenario(&row))
+    }
+
+    fn rates(&self) -> Table {
+        let head = ["scenario", "daemon", "READs/s a core", "instructions a READ", "CPU s a GiB filled", "READs a GiB read", "waste %"];
+        let row = |f: &Figures| {
+            vec![
+                format!("{:.0}", f.reads_per_core_s),
+                format!("{:.0}", f.instructions_per_read),
+                format!("{:.2}", f.daemon_cpu_s_per_gib),
+                format!("{:.0}", f.reads_per_gib),
+                format!("{:.0}", f.waste_percent),
+            ]
+        };
+        (words(&head), self.by_scenario(&row))
+    }
+
+    /// One row for each scenario and daemon that there is.
+    fn by_scenario(&self, row: &dyn Fn(&Figures) -> Vec<String>) -> Vec<Vec<String>> {
+        let cells = self.scenarios().into_iter().flat_map(|s| self.daemons().into_iter().map(move |daemon| (daemon, s)));
+        let found = cells.filter_map(|(daemon, s)| self.middle(daemon, s));
+        found.map(|f| [f.scenario.name().to_owned(), f.daemon.clone()].into_iter().chain(row(f)).collect()).collect()
+    }
+}
+
+fn time(f: &Figures) -> String {
+    let written = targets::written_mb(f.scenario).filter(|_| f.reads > 0);
+    let written = written.map_or_else(String::new, |_| format!(" {:.1} MB", f.written_mb));
+    format!("{:.1} ({:.1}){written}", f.cold_ms, f.present_ms)
+}
+
+fn section(text: &mut String, fs: CacheFs, title: &str, (head, rows): Table) {
     let width = |column: usize| rows.iter().map(|row| row[column].len()).chain([head[column].len()]).max().unwrap_or(0);
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
-    let mut line = |cells: &[&str]| {
+    // Writing to a string does not fail.
+    let _ = writeln!(text, "\nCache on {}: {title}\n", fs.name());
+    let rule: Vec<String> = widths.iter().map(|width| format!("{}:", "-".repeat(width.saturating_sub(1)))).collect();
+    for cells in [&head, &rule].into_iter().chain(&rows) {
         let _ = write!(text, "|");
         for (cell, width) in cells.iter().zip(&widths) {
             let _ = write!(text, " {cell:>width$} |");
         }
         text.push('\n');
-    };
-    line(head);
-    let rule: Vec<String> = widths.iter().map(|width| format!("{}:", "-".repeat(width.saturating_sub(1)))).collect();
-    line(&rule.iter().map(String::as_str).collect::<Vec<_>>());
-    for row in &rows {
-        line(&row.iter().map(String::as_str).collect::<Vec<_>>());
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::CellResult;
+    use super::super::figures::tests::cell;
     use super::*;
 
-    fn cell() -> Cell {
-        Cell { daemon: "x".into(), argv: Vec::new(), scenario: Scenario::Seq1, cache_fs: CacheFs::Xfs, disk_latency_ns: 0 }
+    fn figures(name: &str, run: usize, cold_ms: u64) -> Figures {
+        let mut result = CellResult::default();
+        result.cold.phase.wall_ns = cold_ms * 1_000_000;
+        let mut cell = cell(name);
+        cell.run = run;
+        Figures::of(&cell, &Ok(result)).expect("figures")
     }
 
     #[test]
-    fn a_wrong_byte_fails_the_cell() {
-        let mut result = CellResult::default();
-        assert!(Figures::of(&cell(), &Ok(result.clone())).is_ok());
-        result.present.wrong.push("a: wrong".into());
-        let failed = Figures::of(&cell(), &Ok(result)).expect_err("wrong data");
-        assert!(failed.error.contains("a: wrong"));
-    }
-
-    #[test]
-    fn cpu_a_mib_is_what_filling_added_without_the_disks_copying() {
-        let mut result = CellResult::default();
-        result.copy_cost.write_ns = 1.0;
-        result.cold.phase.cpu_ns = 5_000_000 + (1 << 20);
-        result.cold.phase.cache.written_bytes = 1 << 20;
-        result.present.phase.cpu_ns = 3_000_000;
-        let figures = Figures::of(&cell(), &Ok(result)).expect("figures");
-        assert!((figures.cpu_us_per_mib - 2000.0).abs() < 0.1, "{figures:?}");
-        let text = tables(&[figures]);
-        assert!(text.contains("Cache on xfs") && text.contains("seq1"), "{text}");
+    fn runs_are_compared_in_pairs_and_shown_by_the_middle_one() {
+        let all = [figures("infill", 0, 100), figures("naive", 0, 200), figures("infill", 1, 200), figures("naive", 1, 600)];
+        let text = tables(&all, true);
+        assert!(text.contains("| 3.00 (2.00-3.00) |"), "{text}");
+        assert!(text.contains("200.0 (0.0)") && text.contains("target"), "{text}");
+        assert!(!tables(&all, false).contains("target"));
     }
 }

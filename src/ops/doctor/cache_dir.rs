@@ -4,19 +4,18 @@
 //! bind; here are the things that make a cache slow or full.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{Statfs, statfs};
 
 use super::{Check, DEVICE, Subject, Verdict};
-use crate::front::cachefiles::cache_dir::{CacheDirError, prepare};
+use crate::front::cachefiles::cache_dir::{CacheDirError, EXTENT_BYTES, check, hinted_dirs};
 use crate::front::cachefiles::fsck::{self, FsckReport};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
 use crate::front::cachefiles::{CullLimits, Percents};
-use crate::ops::exit;
 use crate::ops::holder::{describe, find_holders};
-use crate::ops::space;
 use crate::ops::space::policy::{Level, Room};
+use crate::ops::{exit, extsize, space};
 
 /// The block size with which every request is made of whole pages.
 const BLOCK_BYTES: u64 = 4096;
@@ -42,8 +41,7 @@ pub fn checks(subject: &Subject<'_>) -> Vec<Check> {
         let found = format!("{} is not a directory", existing.display());
         return vec![Check::fail(ID, Verdict::BadCacheDir, found, "name a directory with --cache-dir")];
     }
-    // It exists, so nothing is made.
-    if let Err(error) = prepare(existing) {
+    if let Err(error) = check(existing) {
         return vec![unfit(ID, &error)];
     }
     let mut checks = vec![if existing == dir {
@@ -52,7 +50,10 @@ pub fn checks(subject: &Subject<'_>) -> Vec<Check> {
         Check::ok(ID, format!("{} does not exist yet and can be made in {}", dir.display(), existing.display()))
     }];
     match statfs(existing) {
-        Ok(stat) => checks.extend(judge(&stat)),
+        Ok(stat) => {
+            checks.extend(judge(&stat));
+            checks.extend(extents_check(existing, existing == dir, &stat));
+        }
         Err(errno) => checks.push(Check::unknown("cache-fs", format!("the file system cannot be examined: {errno}"), "")),
     }
     match File::open(existing).and_then(|file| Ok(space::room(&file)?)) {
@@ -102,6 +103,32 @@ fn block_check(block_bytes: u64) -> Check {
         ID,
         format!("blocks of {block_bytes} bytes: the kernel cuts requests into parts of pages"),
         "make the file system with blocks of 4096 bytes (mkfs.xfs -b size=4096, mkfs.ext4 -b 4096)",
+    )
+}
+
+/// On XFS: whether cache files will have few extents.
+fn extents_check(dir: &Path, is_cache: bool, stat: &Statfs) -> Option<Check> {
+    if stat.filesystem_type().0 as u32 != XFS_MAGIC {
+        return None;
+    }
+    let hint = |dir: &PathBuf| extsize::hinted(File::open(dir).ok()?).ok().flatten();
+    let dirs = if is_cache { hinted_dirs(dir).into_iter().filter(|dir| dir.is_dir()).collect() } else { Vec::new() };
+    let hints: Vec<_> = dirs.into_iter().map(|dir| (hint(&dir), dir)).collect();
+    Some(judge_hints(&hints))
+}
+
+fn judge_hints(hints: &[(Option<u32>, PathBuf)]) -> Check {
+    const ID: &str = "cache-extents";
+    let small: Vec<_> = hints.iter().filter(|(hint, _)| hint.unwrap_or(0) < EXTENT_BYTES).collect();
+    let Some((hint, dir)) = small.first() else {
+        return Check::ok(ID, format!("cache files take their space in pieces of at least {EXTENT_BYTES} bytes"));
+    };
+    let state = hint.map_or_else(|| "no extent size hint".to_owned(), |bytes| format!("an extent size hint of {bytes} bytes only"));
+    let dirs: Vec<_> = small.iter().map(|(_, dir)| dir.display().to_string()).collect();
+    Check::warn(
+        ID,
+        format!("{} has {state}: cache files may come in many small extents, which makes what is cached slow to read", dir.display()),
+        format!("xfs_io -c 'extsize {EXTENT_BYTES}' {} (infill serve does it where there is no hint, if it may)", dirs.join(" ")),
     )
 }
 
@@ -209,6 +236,18 @@ mod tests {
     }
 
     #[test]
+    fn each_directory_without_a_good_hint_is_named_in_the_command() {
+        let (top, below) = (PathBuf::from("/c"), PathBuf::from("/c/cache"));
+        assert_eq!(judge_hints(&[]).status, Status::Ok);
+        assert_eq!(judge_hints(&[(Some(EXTENT_BYTES), top.clone()), (Some(EXTENT_BYTES * 4), below.clone())]).status, Status::Ok);
+        let found = judge_hints(&[(Some(EXTENT_BYTES), top.clone()), (Some(4096), below.clone())]);
+        assert_eq!(found.status, Status::Warn);
+        assert!(found.remedy.starts_with("xfs_io -c 'extsize 1048576' /c/cache ("), "{}", found.remedy);
+        let found = judge_hints(&[(None, top), (None, below)]);
+        assert!(found.found.starts_with("/c has no extent size hint") && found.remedy.contains("/c /c/cache ("), "{found:?}");
+    }
+
+    #[test]
     fn a_directory_that_cannot_be_the_cache_is_refused_with_the_way_out() {
         for (dir, word) in [("/dev/null/x", "not a directory"), ("/dev/shm", "tmpfs")] {
             let found = checks(&subject(Path::new(dir), &CullLimits::default()));
@@ -223,7 +262,7 @@ mod tests {
         let dir = program.parent().unwrap().join("missing/cache");
         let found = checks(&subject(&dir, &CullLimits::default()));
         assert!(!dir.exists());
-        assert!(found.len() == 4 || found[0].status == Status::Fail, "{found:?}");
+        assert!(matches!(found.len(), 4 | 5) || found[0].status == Status::Fail, "{found:?}");
         assert_eq!(kind_check(XFS_MAGIC).status, Status::Ok);
         assert_eq!(kind_check(1).status, Status::Warn);
         assert_eq!(block_check(1024).status, Status::Warn);

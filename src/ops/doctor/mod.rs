@@ -7,11 +7,13 @@
 //! | `device` | the device node and who may open it |
 //! | `cache_dir` | the cache directory and its file system |
 //! | `host` | io_uring, limits |
+//! | `confinement` | Landlock, seccomp |
 //!
 //! Nothing is changed: no module is loaded, the device is not opened, and the only file that is made (to
 //! try direct writes) never has a name.
 
 pub mod cache_dir;
+pub mod confinement;
 pub mod device;
 pub mod features;
 pub mod host;
@@ -166,6 +168,7 @@ pub fn examine(subject: &Subject<'_>) -> Report {
     checks.extend(device::checks(&kernel));
     checks.extend(cache_dir::checks(subject));
     checks.extend(host::checks());
+    checks.extend(confinement::checks());
     checks.extend(subject.stores.iter().map(check_store));
     checks.push(features::later_front_end(&running, &kernel));
     Report::new(checks)

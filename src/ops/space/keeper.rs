@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
@@ -52,6 +52,16 @@ pub struct Settings {
     pub limits: CullLimits,
     /// How much the objects may take together; `None`: as much as the marks allow.
     pub budget_bytes: Option<u64>,
+    /// Whether the kernel may be asked to cull.
+    pub may_cull: bool,
+}
+
+impl Settings {
+    /// These settings for this kernel.
+    #[must_use]
+    pub fn new(cache_dir: &Path, limits: CullLimits, budget_bytes: Option<u64>) -> Self {
+        Self { cache_dir: cache_dir.to_owned(), limits, budget_bytes, may_cull: may_cull(&Running::read()) }
+    }
 }
 
 /// What the keeper knows and has done.
@@ -177,7 +187,7 @@ impl Worker {
         let size = room(&root).map_err(CacheDirError::io(dir, "query its file system"))?;
         Ok(Self {
             limits: limits(&settings.limits, &size),
-            culler: culler(device),
+            culler: culler(settings, device),
             root,
             cache,
             budget_bytes: settings.budget_bytes,
@@ -304,8 +314,8 @@ fn advice(left: Excess, now: &Room) -> String {
 }
 
 /// The right to cull, where the kernel does that well.
-fn culler(device: Arc<Device>) -> Option<Culler> {
-    if !may_cull(&Running::read()) {
+fn culler(settings: &Settings, device: Arc<Device>) -> Option<Culler> {
+    if !settings.may_cull {
         tracing::warn!("nothing is removed from the cache: culling can corrupt this kernel's memory (CVE-2026-43106); update it");
         return None;
     }

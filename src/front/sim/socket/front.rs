@@ -1,23 +1,27 @@
 //! The daemon's end: a front end like any other.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
 
 use super::Answered;
-use super::link::{Link, Packet};
+use super::link::Link;
 use crate::front::cachefiles::wire::{self, Body, Header, Message};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 
-/// Alignment that is kept towards the sinks, though memfds would take anything.
+/// Alignment that is kept towards the sinks, though files would take anything.
 const ALIGN_BYTES: u64 = 4096;
 
 /// A front end whose kernel is at the other end of a socket.
 #[derive(Debug)]
 pub struct SocketFront {
     link: Arc<Link>,
+    /// Where the kernel keeps its sinks.
+    dir: PathBuf,
     opens: Arc<dyn Answer>,
     reads: Arc<dyn Answer>,
 }
@@ -33,27 +37,34 @@ impl SocketFront {
     ///
     /// # Errors
     /// It is no usable descriptor.
-    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
-        let link = Arc::new(Link::new(fd)?);
-        Ok(Self { opens: Arc::new(Opens(Arc::clone(&link))), reads: Arc::new(Reads(Arc::clone(&link))), link })
+    pub fn from_fd(fd: OwnedFd, dir: &Path) -> io::Result<Self> {
+        let link = Arc::new(Link::for_daemon(fd)?);
+        Ok(Self { dir: dir.to_owned(), opens: Arc::new(Opens(Arc::clone(&link))), reads: Arc::new(Reads(Arc::clone(&link))), link })
     }
 
     /// Takes the daemon's end that this process was started with, as its standard input.
     ///
     /// # Errors
     /// As [`SocketFront::from_fd`].
-    pub fn from_stdin() -> io::Result<Self> {
-        Self::from_fd(io::stdin().as_fd().try_clone_to_owned()?)
+    pub fn from_stdin(dir: &Path) -> io::Result<Self> {
+        Self::from_fd(io::stdin().as_fd().try_clone_to_owned()?, dir)
     }
 
-    fn open(&self, message: &Message, key: crate::key::Key, sink: Option<OwnedFd>) -> Result<Request, FrontError> {
+    fn open(&self, message: &Message, key: crate::key::Key, sink: RawFd) -> Result<Request, FrontError> {
         let ticket = Ticket::new(Arc::clone(&self.opens), message.msg_id.into());
-        let Some(sink) = sink else {
-            // The ticket cannot be refused by a socket other than by its end, which the next receive reports.
-            let _ = ticket.answer(Outcome::Failed(Errno::EBADF));
-            return Err(FrontError::Malformed("an OPEN came without a descriptor".to_owned()));
-        };
-        Ok(Request::Open(OpenRequest { object: ObjectId(message.object_id), key, ticket, sink: Arc::new(sink) }))
+        match self.sink(sink) {
+            Ok(sink) => Ok(Request::Open(OpenRequest { object: ObjectId(message.object_id), key, ticket, sink: Arc::new(sink) })),
+            Err(error) => {
+                // The ticket cannot be refused by a socket other than by its end, which the next read reports.
+                let _ = ticket.answer(Outcome::Failed(Errno::EBADF));
+                Err(FrontError::Malformed(format!("the sink {sink} of an OPEN cannot be had: {error}")))
+            }
+        }
+    }
+
+    /// The file that stands for a descriptor.
+    fn sink(&self, number: RawFd) -> io::Result<File> {
+        File::options().read(true).write(true).open(self.dir.join(number.to_string()))
     }
 
     /// Answers a message that made no sense, as far as that is possible.
@@ -80,26 +91,27 @@ impl FrontEnd for SocketFront {
         Caps { align_bytes: ALIGN_BYTES, holes_are_absent: true, reopens: true }
     }
 
-    fn poll_fd(&self) -> BorrowedFd<'_> {
+    fn requests(&self) -> BorrowedFd<'_> {
         self.link.as_fd()
     }
 
-    fn next(&self) -> Result<Option<Request>, FrontError> {
-        let mut buffer = [0; wire::MSG_MAX_BYTES];
-        let Some(Packet { len, fd }) = self.link.receive(&mut buffer, false).map_err(FrontError::Broken)? else {
-            return Ok(None);
+    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
+        let bytes = match read {
+            Ok([]) => {
+                let gone = io::Error::new(io::ErrorKind::UnexpectedEof, "the model kernel has closed its end of the socket");
+                return Err(FrontError::Broken(gone));
+            }
+            Ok(bytes) => bytes,
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+            Err(errno) => return Err(FrontError::Broken(errno.into())),
         };
-        if len == 0 {
-            let gone = io::Error::new(io::ErrorKind::UnexpectedEof, "the model kernel has closed its end of the socket");
-            return Err(FrontError::Broken(gone));
-        }
-        let message = wire::parse(&buffer[..len]).map_err(|error| {
-            self.refuse(&buffer[..len]);
+        let message = wire::parse(bytes).map_err(|error| {
+            self.refuse(bytes);
             FrontError::Malformed(error.to_string())
         })?;
         let object = ObjectId(message.object_id);
         match &message.body {
-            Body::Open { key, .. } => self.open(&message, key.clone(), fd).map(Some),
+            Body::Open { key, fd } => self.open(&message, key.clone(), *fd).map(Some),
             Body::Close => Ok(Some(Request::Close(object))),
             Body::Read(range) => {
                 let token = u64::from(message.object_id) << 32 | u64::from(message.msg_id);
@@ -131,7 +143,7 @@ const fn refusal(errno: Errno) -> i64 {
 }
 
 fn send(link: &Link, answered: Answered) -> io::Result<bool> {
-    link.send(answered.to_string().as_bytes(), None).map(|()| true)
+    link.send(answered.to_string().as_bytes()).map(|()| true)
 }
 
 /// Takes answers to READs. The token is the object's id above the message's.

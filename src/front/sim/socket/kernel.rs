@@ -1,16 +1,16 @@
 //! The kernel's end: objects, waiting readers, and a thread that takes the daemon's answers.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
 
 use super::link::Link;
@@ -38,6 +38,8 @@ pub enum ReadError {
 #[derive(Debug)]
 pub struct SocketKernel {
     inner: Arc<Inner>,
+    /// Where sinks are. Each is called by the number that stands for its descriptor in messages.
+    dir: PathBuf,
     receivers: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -73,17 +75,16 @@ struct Object {
     ready: bool,
 }
 
-/// A message to be sent.
-#[derive(Debug)]
-struct Packet {
-    bytes: Vec<u8>,
-    sink: Option<Arc<File>>,
+/// A new file that any daemon may write, whoever it runs as.
+fn make_sink(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).write(true).create_new(true).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o666))?;
+    Ok(file)
 }
 
-impl Packet {
-    fn new(msg_id: u32, object_id: u32, body: Body) -> Self {
-        Self { bytes: wire::encode(&Message { msg_id, object_id, body }), sink: None }
-    }
+/// The bytes of a message.
+fn message(msg_id: u32, object_id: u32, body: Body) -> Vec<u8> {
+    wire::encode(&Message { msg_id, object_id, body })
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -96,14 +97,14 @@ struct Wait {
 }
 
 impl SocketKernel {
-    /// A kernel, and the end of the socket for its daemon.
+    /// A kernel that keeps its objects' data in files in `dir`, and the end of the socket for its daemon.
     ///
     /// # Errors
     /// No descriptors are free.
-    pub fn new() -> io::Result<(Self, OwnedFd)> {
+    pub fn new(dir: &Path) -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = Link::pair()?;
         let state = State {
-            link: Arc::new(Link::new(ours)?),
+            link: Arc::new(Link::for_kernel(ours)),
             objects: BTreeMap::new(),
             waiting: HashMap::new(),
             next_msg: 0,
@@ -112,9 +113,15 @@ impl SocketKernel {
             violations: Vec::new(),
         };
         let inner = Arc::new(Inner { state: Mutex::new(state), changed: Condvar::new() });
-        let kernel = Self { inner, receivers: Mutex::default() };
+        let kernel = Self { inner, dir: dir.to_owned(), receivers: Mutex::default() };
         kernel.listen();
         Ok((kernel, theirs))
+    }
+
+    /// Where it keeps its objects.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Takes the answers that come from the current daemon, in a thread of its own that never sends.
@@ -123,13 +130,11 @@ impl SocketKernel {
         let link = Arc::clone(&inner.lock().link);
         let thread = std::thread::spawn(move || {
             let mut buffer = [0; ANSWER_MAX_BYTES];
-            while let Ok(Some(packet)) = link.receive(&mut buffer, true)
-                && packet.len > 0
-            {
+            while let Ok(len @ 1..) = link.receive(&mut buffer) {
                 let mut state = inner.lock();
                 // A daemon that was replaced has nothing to say any more.
                 if Arc::ptr_eq(&state.link, &link) {
-                    state.take_answer(&buffer[..packet.len]);
+                    state.take_answer(&buffer[..len]);
                 }
                 inner.changed.notify_all();
             }
@@ -145,7 +150,7 @@ impl SocketKernel {
     /// No descriptors are free.
     pub fn restart(&self) -> io::Result<(OwnedFd, impl FnOnce() -> Result<(), ReadError>)> {
         let (ours, theirs) = Link::pair()?;
-        let link = Arc::new(Link::new(ours)?);
+        let link = Arc::new(Link::for_kernel(ours));
         let mut state = self.inner.lock();
         let old = std::mem::replace(&mut state.link, link);
         let opens = state.reopen_all();
@@ -168,16 +173,16 @@ impl SocketKernel {
     /// # Errors
     /// The daemon refused it or left it hanging.
     pub fn open(&self, key: &Key) -> Result<u32, ReadError> {
-        let sink = memfd_create(c"sim-object", MFdFlags::MFD_CLOEXEC).map_err(ReadError::Errno)?;
         let mut state = self.inner.lock();
         let name = state.next_object;
-        state.objects.insert(name, Object { key: key.clone(), id: 0, sink: Arc::new(File::from(sink)), len: None, ready: false });
+        let sink = make_sink(&self.dir.join(name.to_string())).map_err(|_| ReadError::Errno(Errno::EIO))?;
+        state.objects.insert(name, Object { key: key.clone(), id: 0, sink: Arc::new(sink), len: None, ready: false });
         let (msg_id, packet) = state.open(name, None).ok_or(ReadError::Errno(Errno::EIO))?;
         drop(state);
         self.send(vec![packet])?;
         let result = self.wait_for(msg_id);
         if result.is_err() {
-            self.inner.lock().objects.remove(&name);
+            self.inner.lock().forget(name);
         }
         result.map(|_| name)
     }
@@ -188,14 +193,14 @@ impl SocketKernel {
     /// It was not mounted.
     pub fn close(&self, name: u32) -> Result<(), ReadError> {
         let mut state = self.inner.lock();
-        let object = state.objects.remove(&name).ok_or(ReadError::Errno(Errno::ENOENT))?;
+        let id = state.forget(name).ok_or(ReadError::Errno(Errno::ENOENT))?;
         for wait in state.waiting.values_mut().filter(|wait| wait.object == name) {
             wait.answer = Some(Err(Errno::EIO));
         }
         let msg_id = state.next_msg();
         drop(state);
         self.inner.changed.notify_all();
-        self.send(vec![Packet::new(msg_id, object.id, Body::Close)])
+        self.send(vec![message(msg_id, id, Body::Close)])
     }
 
     /// Sends one READ and waits until it is completed, whatever came of it.
@@ -208,16 +213,16 @@ impl SocketKernel {
         let msg_id = state.next_msg();
         state.waiting.insert(msg_id, Wait { object: name, range: Some(range.clone()), answer: None });
         drop(state);
-        self.send(vec![Packet::new(msg_id, id, Body::Read(range.clone()))])?;
+        self.send(vec![message(msg_id, id, Body::Read(range.clone()))])?;
         self.wait_for(msg_id).map(drop)
     }
 
     /// Sends packets. The lock is not held: a daemon that is about to answer may be waiting for room itself. A
     /// daemon that is gone gets nothing; the next one will.
-    fn send(&self, packets: Vec<Packet>) -> Result<(), ReadError> {
+    fn send(&self, packets: Vec<Vec<u8>>) -> Result<(), ReadError> {
         let link = Arc::clone(&self.inner.lock().link);
-        for Packet { bytes, sink } in packets {
-            match link.send(&bytes, sink.as_deref().map(AsFd::as_fd)) {
+        for bytes in packets {
+            match link.send(&bytes) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe || error.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(_) => return Err(ReadError::Errno(Errno::EIO)),
@@ -268,7 +273,7 @@ impl SocketKernel {
     /// The daemon is gone.
     pub fn send_noise(&self, bytes: &[u8]) -> io::Result<()> {
         let link = Arc::clone(&self.inner.lock().link);
-        link.send(bytes, None)
+        link.send(bytes)
     }
 
     /// How many answers came for requests that nobody waits for.
@@ -325,20 +330,24 @@ impl State {
         id
     }
 
+    /// Forgets an object. The id that its daemon knows it by.
+    fn forget(&mut self, name: u32) -> Option<u32> {
+        self.objects.remove(&name).map(|object| object.id)
+    }
+
     /// Makes the OPEN of an object, under an id that its mount waits for already or a new one.
-    fn open(&mut self, name: u32, pending: Option<u32>) -> Option<(u32, Packet)> {
+    fn open(&mut self, name: u32, pending: Option<u32>) -> Option<(u32, Vec<u8>)> {
         let msg_id = pending.unwrap_or_else(|| self.next_msg());
         let object = self.objects.get_mut(&name)?;
         (object.id, object.ready) = (self.next_object, false);
         self.next_object += 1;
         self.waiting.insert(msg_id, Wait { object: name, range: None, answer: None });
-        // The number of the descriptor means nothing: it travels beside the message.
-        let packet = Packet::new(msg_id, object.id, Body::Open { fd: 0, key: object.key.clone() });
-        Some((msg_id, Packet { sink: Some(Arc::clone(&object.sink)), ..packet }))
+        let body = Body::Open { fd: name.cast_signed(), key: object.key.clone() };
+        Some((msg_id, message(msg_id, object.id, body)))
     }
 
     /// Makes an OPEN for every object. One that was never answered keeps its id: its mount waits for that.
-    fn reopen_all(&mut self) -> Vec<Packet> {
+    fn reopen_all(&mut self) -> Vec<Vec<u8>> {
         let names: Vec<u32> = self.objects.keys().copied().collect();
         let pending = |state: &Self, name| {
             let mut opens = state.waiting.iter().filter(|(_, wait)| wait.range.is_none() && wait.answer.is_none());
@@ -347,10 +356,10 @@ impl State {
         names.into_iter().filter_map(|name| self.open(name, pending(self, name))).map(|(_, packet)| packet).collect()
     }
 
-    fn unanswered_reads(&self) -> Vec<Packet> {
+    fn unanswered_reads(&self) -> Vec<Vec<u8>> {
         let packet = |(msg_id, wait): (&u32, &Wait)| {
             let range = wait.range.clone().filter(|_| wait.answer.is_none())?;
-            Some(Packet::new(*msg_id, self.objects.get(&wait.object)?.id, Body::Read(range)))
+            Some(message(*msg_id, self.objects.get(&wait.object)?.id, Body::Read(range)))
         };
         self.waiting.iter().filter_map(packet).collect()
     }

@@ -1,22 +1,12 @@
-//! One end of the socket: packets, and a descriptor beside a packet. The `unsafe` of the simulation is here.
+//! One end of the socket: whole packets.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag, SockType, recvmsg, sendmsg, shutdown, socketpair,
-};
-
-/// What one receive gave.
-#[derive(Debug)]
-pub(super) struct Packet {
-    /// How many bytes of the buffer are filled; 0 if the other end is gone.
-    pub(super) len: usize,
-    /// The descriptor that came with it.
-    pub(super) fd: Option<OwnedFd>,
-}
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, send, shutdown, socketpair};
 
 /// One end.
 #[derive(Debug)]
@@ -31,55 +21,47 @@ impl Link {
         Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
     }
 
-    /// Takes an end that may have been inherited; sending waits for room from now on.
+    /// The kernel's end.
+    pub(super) const fn for_kernel(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// The daemon's end, which may have been inherited: reading it never waits.
     ///
     /// # Errors
     /// It is not a descriptor that can be changed.
-    pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
+    pub(super) fn for_daemon(fd: OwnedFd) -> io::Result<Self> {
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-        fcntl(&fd, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+        fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         Ok(Self(fd))
     }
 
-    /// Sends one packet, with a descriptor beside it if given.
+    /// Sends one packet; waits for room.
     ///
     /// # Errors
     /// The other end is gone.
-    pub(super) fn send(&self, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let raw = fd.map(|fd| [fd.as_raw_fd()]);
-        let rights = raw.as_ref().map(|raw| [ControlMessage::ScmRights(raw)]);
-        let control = rights.as_ref().map_or(&[][..], |rights| &rights[..]);
+    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<()> {
         loop {
-            match sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None) {
+            match send(self.0.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
                 Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => {
+                    // A failed wait is tried again with the send.
+                    let _ = poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE);
+                }
                 result => return Ok(result.map(drop)?),
             }
         }
     }
 
-    /// Receives one packet; `None` if there is none and `wait` is false.
+    /// Receives one packet at the kernel's end, waiting for it. Its length; 0 if the other end is gone.
     ///
     /// # Errors
     /// The socket failed.
-    pub(super) fn receive(&self, buffer: &mut [u8], wait: bool) -> io::Result<Option<Packet>> {
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC | if wait { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
-        let mut control = nix::cmsg_space!(RawFd);
+    pub(super) fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            let mut parts = [IoSliceMut::new(buffer)];
-            match recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut control), flags) {
+            match recv(self.0.as_raw_fd(), buffer, MsgFlags::empty()) {
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return Ok(None),
-                Err(errno) => return Err(errno.into()),
-                Ok(message) => {
-                    let rights = message.cmsgs()?.find_map(|control| match control {
-                        ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-                        _ => None,
-                    });
-                    // SAFETY: the kernel has just installed this number in our table for this message (there
-                    // is room for one only) and tells nobody else, so it is ours to own.
-                    let fd = rights.map(|raw| unsafe { OwnedFd::from_raw_fd(raw) });
-                    return Ok(Some(Packet { len: message.bytes, fd }));
-                }
+                result => return Ok(result?),
             }
         }
     }

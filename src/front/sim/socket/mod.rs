@@ -1,10 +1,11 @@
 //! The model kernel on a socket: the whole daemon, with real descriptors and real I/O, without root.
 //!
 //! A `SOCK_SEQPACKET` pair keeps the borders of messages like the device does. The kernel's end sends the
-//! messages of cachefiles byte for byte, an OPEN with its sink (a memfd) beside it. The daemon's end answers
-//! with text: `copen` as it would write to the device, and `complete` in place of the ioctl `READ_COMPLETE`.
+//! messages of cachefiles byte for byte; the number of the descriptor in an OPEN is the name of a file in a
+//! directory that both know. The daemon's end answers with text: `copen` as it would write to the device, and
+//! `complete` in place of the ioctl `READ_COMPLETE`.
 //!
-//! Other than a real sink a memfd takes unaligned writes, and takes them without blocking.
+//! Other than a real sink a file takes unaligned writes, and takes them without blocking.
 
 mod front;
 mod kernel;

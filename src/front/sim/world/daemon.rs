@@ -18,6 +18,8 @@ use crate::store::Blob;
 
 /// How often, in a thousand, a sabotaged world makes its mistake.
 const SABOTAGE_PERMILLE: u64 = 300;
+/// How often, in a thousand, what is to be read is in memory.
+const IN_MEMORY_PERMILLE: u64 = 400;
 /// Why a request for an object that the daemon does not know may fail.
 const NOT_OPEN: &str = "the object is not open";
 /// The ticket of a request that sabotage has answered already.
@@ -156,6 +158,12 @@ impl World {
 
     fn act(&mut self, shard: usize, action: Action<SimTicket>) -> Checked {
         self.note(|| format!("shard {shard}: {action:?}"));
+        if let Action::Read { op, object, offset, .. } = action
+            && self.is_in_memory(shard, object, offset)?
+            && self.shards[shard].machine.use_mapped(op)
+        {
+            return Ok(());
+        }
         match action {
             Action::Read { op, object, file, offset, slot, slot_offset, len } => {
                 let slot = if self.sabotage == Some(Sabotage::OneSlotForAll) { 0 } else { slot };
@@ -174,6 +182,13 @@ impl World {
             Action::Answer(answered) => self.answer(shard, answered),
             Action::Release { object } => self.release(shard, object),
         }
+    }
+
+    /// Whether the bytes of a read happen to be in memory, in pages that may be written as they are.
+    fn is_in_memory(&mut self, shard: usize, object: Handle, offset: u64) -> Checked<bool> {
+        let sink = self.shards[shard].sink(object)?;
+        let may_be = sink.blob.may_be_mapped() && offset.is_multiple_of(PAGE_BYTES);
+        Ok(may_be && self.rng.chance(IN_MEMORY_PERMILLE))
     }
 
     fn start(&mut self, shard: usize, mut flight: Flight) -> Checked {

@@ -20,7 +20,7 @@ impl Sources {
     /// Cuts a file to `len` bytes. A mapped file is cut between pages: inside a page the mapping would go on
     /// with zeros, which nobody can tell from data.
     pub(super) fn truncate(&mut self, blob: &SimBlob, file: usize, len: u64) {
-        let mapped = blob.files()[file].mode == SourceMode::Mmap;
+        let mapped = blob.files()[file].mode == SourceMode::Mmap || blob.may_be_mapped();
         let len = if mapped { align_down(len, PAGE_BYTES) } else { len };
         if len < self.len(blob, file) {
             self.truncated.insert((blob.id(), file), len);
@@ -42,10 +42,10 @@ impl Sources {
     pub(super) fn is_lost(&self, blob: &SimBlob, range: &ByteRange) -> bool {
         let mut at = range.start;
         while at < range.end.min(blob.len_bytes()) {
-            let (origin, run) = blob.at(at);
+            let (source, run) = blob.source(at);
             let run = run.min(range.end - at).min(blob.len_bytes() - at);
-            if let Origin::File { file, offset, .. } = origin
-                && offset + run > self.len(blob, file as usize)
+            if let Some((file, offset)) = source
+                && offset + run > self.len(blob, file)
             {
                 return true;
             }

@@ -1,0 +1,197 @@
+//! The descriptor budget: how many descriptors objects may have, and who makes room when it runs out.
+//!
+//! An open that finds no free descriptor is lost for good, so messages are read from the kernel only while there
+//! is room for what they may bring. When room becomes scarce the router asks the shards for objects that nobody
+//! waits for: complete ones first, then those that have missed nothing for longest. The kernel opens them again
+//! when somebody reads what is missing, if it can; if it cannot, only complete ones are given up.
+//!
+//! A sink is closed by the thread that reads the kernel's messages, between two reads, and only if no request
+//! of its object has been read meanwhile: the kernel hands out a request once, and takes its answer only
+//! through the object's own descriptor. Else the shard gets its sink back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use super::Shared;
+use super::mailbox::Message;
+use super::router::owner;
+use crate::front::{ObjectId, Sink};
+
+/// What an open may take before its blob is known: its sink and a source.
+const FDS_PER_OPEN: u64 = 2;
+/// The part of the budget, one in so many, below which room is made.
+const RESERVE_DIVISOR: u64 = 8;
+/// What may be used beyond the budget, slowly, when nothing can be closed: the kernel's closes come in the same
+/// queue as its opens, so not to read at all could last for ever.
+pub const EMERGENCY_FDS: u64 = 64;
+/// Pause between two descriptors of the emergency reserve: so opens are slowed down, and not failed.
+const EMERGENCY_PAUSE_NS: u64 = 50_000_000;
+/// Pause before the shards are asked for room again.
+const ASK_PAUSE_NS: u64 = 5_000_000;
+
+/// How many descriptors objects may have, and have.
+#[derive(Debug)]
+pub struct Budget {
+    limit: u64,
+    used: AtomicU64,
+    peak: AtomicU64,
+}
+
+/// So many descriptors are in use, until it is dropped.
+#[derive(Debug)]
+pub struct Charge {
+    budget: Arc<Budget>,
+    fds: u64,
+}
+
+impl Budget {
+    /// A budget of `limit` descriptors, none of which is used.
+    #[must_use]
+    pub fn new(limit: u64) -> Arc<Self> {
+        Arc::new(Self { limit, used: AtomicU64::new(0), peak: AtomicU64::new(0) })
+    }
+
+    /// Counts what an open may take.
+    pub(super) fn charge_open(self: &Arc<Self>) -> Charge {
+        let mut charge = Charge { budget: Arc::clone(self), fds: 0 };
+        charge.set(FDS_PER_OPEN);
+        charge
+    }
+
+    /// Most descriptors that objects may have.
+    #[must_use]
+    pub const fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// Descriptors that objects have.
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Most that they ever had.
+    #[must_use]
+    pub fn peak(&self) -> u64 {
+        self.peak.load(Ordering::Relaxed)
+    }
+
+    fn room(&self) -> u64 {
+        self.limit.saturating_sub(self.used())
+    }
+
+    fn reserve(&self) -> u64 {
+        (self.limit / RESERVE_DIVISOR).max(FDS_PER_OPEN)
+    }
+}
+
+impl Charge {
+    /// It is known how many there are.
+    pub(super) fn set(&mut self, fds: u64) {
+        let used = self.budget.used.fetch_add(fds.wrapping_sub(self.fds), Ordering::Relaxed).wrapping_add(fds.wrapping_sub(self.fds));
+        self.budget.peak.fetch_max(used, Ordering::Relaxed);
+        self.fds = fds;
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.fds, Ordering::Relaxed);
+    }
+}
+
+/// What a shard says when it was asked for room.
+#[derive(Debug)]
+pub(super) enum Offer {
+    /// The sink of an object that may be closed.
+    Sink(ObjectId, Arc<dyn Sink>),
+    /// That was all.
+    End,
+}
+
+/// On the thread that reads the kernel's messages: makes room.
+#[derive(Debug)]
+pub(super) struct Evictor {
+    shared: Arc<Shared>,
+    offers: Receiver<Offer>,
+    /// Shards that were asked and have not said that it was all.
+    asked: usize,
+    ask_again_ns: u64,
+    /// Since when there is no room at all, or since the last descriptor of the emergency reserve.
+    starved_ns: Option<u64>,
+}
+
+impl Evictor {
+    /// It, and where shards put their offers.
+    pub(super) fn new(shared: Arc<Shared>) -> (Self, Sender<Offer>) {
+        let (sender, offers) = channel();
+        (Self { shared, offers, asked: 0, ask_again_ns: 0, starved_ns: None }, sender)
+    }
+
+    /// How many messages may be read now: each may be an open.
+    pub(super) fn credits(&mut self, now_ns: u64) -> u32 {
+        let budget = &self.shared.budget;
+        let credits = budget.room() / FDS_PER_OPEN;
+        if credits > 0 {
+            self.starved_ns = None;
+            return u32::try_from(credits).unwrap_or(u32::MAX);
+        }
+        let since = *self.starved_ns.get_or_insert(now_ns);
+        let may = now_ns.saturating_sub(since) >= EMERGENCY_PAUSE_NS && budget.used() + FDS_PER_OPEN <= budget.limit() + EMERGENCY_FDS;
+        if may {
+            self.starved_ns = Some(now_ns);
+        }
+        u32::from(may)
+    }
+
+    /// Closes what was offered, and asks for more if room is scarce. No read of the kernel's messages may be
+    /// under way, and what was read must have been routed. Gives messages for shards.
+    pub(super) fn turn(&mut self, now_ns: u64, mut send: impl FnMut(usize, Message)) {
+        let shards = self.shared.shards.len();
+        while let Ok(offer) = self.offers.try_recv() {
+            match offer {
+                Offer::Sink(object, sink) => send(owner(object, shards), self.close(object, sink)),
+                Offer::End => self.asked -= 1,
+            }
+        }
+        let (room, reserve) = (self.shared.budget.room(), self.shared.budget.reserve());
+        if self.asked == 0 && room < reserve && now_ns >= self.ask_again_ns {
+            self.ask_again_ns = now_ns + ASK_PAUSE_NS;
+            self.ask((2 * reserve - room).div_ceil(FDS_PER_OPEN), send);
+        }
+    }
+
+    /// Closes a sink if no request of its object was read since its shard offered it.
+    fn close(&self, object: ObjectId, sink: Arc<dyn Sink>) -> Message {
+        // Each request of it holds one, and nobody but this thread reads requests.
+        if Arc::strong_count(&sink) > 1 {
+            return Message::Keep(object, sink);
+        }
+        drop(sink);
+        Shared::count(&self.shared.evictions);
+        Message::Close(object)
+    }
+
+    /// Asks each shard for its part of `objects`.
+    fn ask(&mut self, objects: u64, mut send: impl FnMut(usize, Message)) {
+        let all: u64 = self.shared.shards.iter().map(super::stats::ShardStats::objects).sum();
+        for (index, shard) in self.shared.shards.iter().enumerate() {
+            let part = (objects * shard.objects()).div_ceil(all.max(1));
+            if part > 0 {
+                self.asked += 1;
+                send(index, Message::Evict(usize::try_from(part).unwrap_or(usize::MAX)));
+            }
+        }
+    }
+
+    /// Gives back what was offered: the engine ends, and requests that were read are finished first.
+    pub(super) fn give_back(&self, mut send: impl FnMut(usize, Message)) {
+        let shards = self.shared.shards.len();
+        for offer in self.offers.try_iter() {
+            if let Offer::Sink(object, sink) = offer {
+                send(owner(object, shards), Message::Keep(object, sink));
+            }
+        }
+    }
+}

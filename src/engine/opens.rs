@@ -1,0 +1,200 @@
+//! Opens that have no answer yet: those that wait for a thread, those that one is looking up, and those that
+//! are tried again later. Each has a deadline; an open that hangs in a store is refused without the thread that
+//! hangs, and that thread finds its open gone when it comes back.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use slab::Slab;
+
+use super::fds::Charge;
+use crate::front::OpenRequest;
+use crate::key::Key;
+
+/// Opens without an answer at a time. Beyond it nothing is read from the kernel.
+pub(super) const OPENS_MAX: usize = 1024;
+/// Threads that look blobs up at a time: as many may hang in a dead store before healthy ones have to wait.
+pub(super) const OPENERS_MAX: usize = 64;
+/// Pause before a lookup that failed for a passing reason is tried again; doubles up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(20);
+/// Longest such pause.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// How long a thread without work stays.
+const IDLE_MAX: Duration = Duration::from_secs(5);
+
+/// An open without an answer.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) open: OpenRequest,
+    pub(super) charge: Charge,
+    /// When it is refused if it still has no answer.
+    deadline: Instant,
+    pause: Duration,
+}
+
+/// What [`Opens::watch`] found.
+#[derive(Debug, Default)]
+pub(super) struct News {
+    /// They have had their time.
+    pub(super) overdue: Vec<Pending>,
+    /// So many threads more are needed.
+    pub(super) threads: usize,
+    /// The engine takes nothing new; this is what no thread had begun.
+    pub(super) ended: bool,
+}
+
+/// See the module's description.
+#[derive(Debug)]
+pub(super) struct Opens {
+    timeout: Duration,
+    state: Mutex<State>,
+    /// Something was queued.
+    work: Condvar,
+    /// Something concerns who watches.
+    news: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queued: VecDeque<Pending>,
+    later: Vec<(Instant, Pending)>,
+    /// What a thread is looking up; `None`: it took too long and was refused.
+    running: Slab<Option<Pending>>,
+    idle: usize,
+    threads: usize,
+    ended: bool,
+}
+
+impl State {
+    fn len(&self) -> usize {
+        self.queued.len() + self.later.len() + self.running.iter().filter(|(_, open)| open.is_some()).count()
+    }
+
+    /// Takes every open that has had its time, wherever it is.
+    fn take_overdue(&mut self, now: Instant) -> Vec<Pending> {
+        let is_overdue = |pending: &Pending| pending.deadline <= now;
+        let mut overdue: Vec<_> = self.running.iter_mut().filter_map(|(_, open)| open.take_if(|open| is_overdue(open))).collect();
+        let (late, queued) = std::mem::take(&mut self.queued).into_iter().partition::<VecDeque<_>, _>(is_overdue);
+        overdue.extend(late);
+        self.queued = queued;
+        overdue.extend(self.later.extract_if(.., |(_, open)| is_overdue(open)).map(|(_, open)| open));
+        overdue
+    }
+
+    /// Queues what is to be tried again by now.
+    fn queue_due(&mut self, now: Instant) {
+        let due = self.later.extract_if(.., |&mut (at, _)| at <= now).map(|(_, open)| open);
+        self.queued.extend(due);
+    }
+
+    fn next_event(&self) -> Option<Instant> {
+        let running = self.running.iter().filter_map(|(_, open)| open.as_ref());
+        let deadlines = self.queued.iter().chain(running).map(|open| open.deadline);
+        deadlines.chain(self.later.iter().map(|(at, open)| open.deadline.min(*at))).min()
+    }
+
+    /// Threads that are missing so that everything queued is looked up at once.
+    fn missing_threads(&self) -> usize {
+        self.queued.len().saturating_sub(self.idle).min(OPENERS_MAX.saturating_sub(self.threads))
+    }
+}
+
+impl Opens {
+    /// Nothing yet. An open is refused `timeout` after it came, if it has no answer then.
+    pub(super) fn new(timeout: Duration) -> Self {
+        Self { timeout, state: Mutex::default(), work: Condvar::new(), news: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes an open, or gives it back if there are too many, or if the engine ends.
+    pub(super) fn push(&self, open: OpenRequest, charge: Charge) -> Result<(), (OpenRequest, Charge)> {
+        let mut state = self.lock();
+        if state.ended || state.len() >= OPENS_MAX {
+            return Err((open, charge));
+        }
+        state.queued.push_back(Pending { open, charge, deadline: Instant::now() + self.timeout, pause: PAUSE_MIN });
+        self.work.notify_one();
+        // Its deadline is to be watched, and perhaps there is no thread for it.
+        self.news.notify_one();
+        Ok(())
+    }
+
+    /// The next open to look up, for a thread that does that: its place and its key. `None`: the thread is not
+    /// needed any more.
+    pub(super) fn take(&self) -> Option<(usize, Key)> {
+        let mut state = self.lock();
+        state.idle += 1;
+        let wait = |state: &mut State| state.queued.is_empty() && !state.ended;
+        let (mut state, _) = self.work.wait_timeout_while(state, IDLE_MAX, wait).unwrap_or_else(PoisonError::into_inner);
+        state.idle -= 1;
+        let Some(pending) = state.queued.pop_front() else {
+            state.threads -= 1;
+            return None;
+        };
+        let key = pending.open.key.clone();
+        Some((state.running.insert(Some(pending)), key))
+    }
+
+    /// The lookup of the open at `place` came to an end. `None`: it was refused meanwhile.
+    pub(super) fn give_back(&self, place: usize) -> Option<Pending> {
+        self.lock().running.try_remove(place).flatten()
+    }
+
+    /// Tries an open again after a pause. Gives it back if its time or the engine ends before that.
+    pub(super) fn again(&self, mut pending: Pending) -> Option<Pending> {
+        let mut state = self.lock();
+        let at = Instant::now() + pending.pause;
+        if state.ended || at >= pending.deadline {
+            return Some(pending);
+        }
+        pending.pause = (pending.pause * 2).min(PAUSE_MAX);
+        state.later.push((at, pending));
+        self.news.notify_one();
+        None
+    }
+
+    /// Threads that were wanted could not be started.
+    pub(super) fn not_started(&self, threads: usize) {
+        self.lock().threads -= threads;
+    }
+
+    /// Waits until something has to be done about an open: for the one thread that watches.
+    pub(super) fn watch(&self) -> News {
+        let mut state = self.lock();
+        loop {
+            let now = Instant::now();
+            state.queue_due(now);
+            let overdue = if state.ended { drain(&mut state) } else { state.take_overdue(now) };
+            let threads = if state.ended { 0 } else { state.missing_threads() };
+            if state.ended || !overdue.is_empty() || threads > 0 {
+                state.threads += threads;
+                return News { overdue, threads, ended: state.ended };
+            }
+            // What became due goes to whoever is idle.
+            (0..state.queued.len().min(state.idle)).for_each(|_| self.work.notify_one());
+            let until = state.next_event().map(|at| at.saturating_duration_since(now));
+            state = match until {
+                Some(timeout) => self.news.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0,
+                None => self.news.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+
+    /// The engine takes nothing new.
+    pub(super) fn end(&self) {
+        self.lock().ended = true;
+        self.work.notify_all();
+        self.news.notify_all();
+    }
+}
+
+/// What no thread has begun.
+fn drain(state: &mut State) -> Vec<Pending> {
+    let mut rest: Vec<_> = std::mem::take(&mut state.queued).into();
+    rest.extend(std::mem::take(&mut state.later).into_iter().map(|(_, open)| open));
+    rest
+}

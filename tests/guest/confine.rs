@@ -1,0 +1,142 @@
+//! What the daemon gives up after its start is not needed: it serves without any capability, as another user, with
+//! few files and few system calls.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use crate::guest::{Guest, data, with_blob};
+use crate::readers::{How, expect_equal};
+use crate::{Outcome, Test};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("confined_to_nobody_reads_the_whole_tree", confined_to_nobody),
+    ("confined_engines_and_sources_all_serve", confined_engines_and_sources),
+    ("confined_as_far_as_possible_by_default", confined_by_default),
+    ("confined_user_that_may_not_read_is_told_what_to_do", confined_user_that_may_not_read),
+];
+
+/// Strictly, and as a user of no rights.
+const STRICT: [&str; 2] = ["--confine=strict", "--user=nobody"];
+/// That user.
+const NOBODY: u32 = 65_534;
+/// Exit code of a bad configuration, from sysexits.h.
+const CONFIG: i32 = 78;
+
+/// The guest has no users.
+fn make_nobody() -> Outcome {
+    fs::create_dir_all("/etc")?;
+    fs::write("/etc/passwd", format!("root:x:0:0::/:\nnobody:x:{NOBODY}:{NOBODY}::/:\n"))?;
+    Ok(())
+}
+
+/// All lines are in the daemon's `/proc/PID/status`.
+fn expect_status(guest: &Guest, lines: &[&str]) -> Outcome {
+    let status = fs::read_to_string(format!("/proc/{}/status", guest.daemon_pid()?))?;
+    match lines.iter().find(|line| !status.contains(**line)) {
+        None => Ok(()),
+        Some(line) => Err(format!("{line:?} is not in:\n{status}").into()),
+    }
+}
+
+/// No capability in any set, none to be gained, a filter.
+fn expect_powerless(guest: &Guest) -> Outcome {
+    let none = "0000000000000000";
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        expect_status(guest, &[&format!("{set}:\t{none}")])?;
+    }
+    expect_status(guest, &["NoNewPrivs:\t1", "Seccomp:\t2"])
+}
+
+fn confined_to_nobody(guest: &mut Guest) -> Outcome {
+    make_nobody()?;
+    guest.stock(&["tree.img", "tree.blob", "one.img", "one.blob"])?;
+    guest.serve(&STRICT)?;
+    expect_powerless(guest)?;
+    expect_status(guest, &[&format!("Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}"), &format!("Gid:\t{NOBODY}\t")])?;
+    let tree = guest.mount(&with_blob("tree.img", "tree.blob"))?;
+    expect_equal(&tree, &data("tree.json"), 8, How::Read)?;
+    // Blobs are found, and cache files made, after the rights are gone.
+    let one = guest.mount(&with_blob("one.img", "one.blob"))?;
+    expect_equal(&one, &data("one.json"), 2, How::Mmap)?;
+    guest.umount(&one)?;
+    guest.umount(&tree)?;
+    guest.stop()?;
+    // The cache belongs to the daemon, so that it can look after it; and a new one finds everything there.
+    let owner = fs::metadata(guest.cache.join("cache"))?.uid();
+    if owner != NOBODY {
+        return Err(format!("the kernel's directory in the cache belongs to {owner}").into());
+    }
+    guest.whole_tree(&STRICT, &with_blob("tree.img", "tree.blob"), "tree.json", (4, How::Read))?;
+    // As does one that is not confined.
+    guest.whole_tree(&["--confine=off"], &with_blob("one.img", "one.blob"), "one.json", (2, How::Read))?;
+    Ok(())
+}
+
+fn confined_engines_and_sources(guest: &mut Guest) -> Outcome {
+    make_nobody()?;
+    for engine in ["uring", "blocking"] {
+        for source in ["direct", "buffered", "mmap"] {
+            let names = ["img", "blob"].map(|kind| format!("{engine}-{source}.{kind}"));
+            guest.stock_as("one.img", &names[0])?;
+            guest.stock_as("one.blob", &names[1])?;
+            guest.serve(&[&STRICT[..], &[&format!("--engine={engine}"), &format!("--source={source}")]].concat())?;
+            expect_powerless(guest)?;
+            let at = guest.mount(&with_blob(&names[0], &names[1]))?;
+            expect_equal(&at, &data("one.json"), 4, How::Read)?;
+            guest.umount(&at)?;
+            let ended = guest.stop()?;
+            if ended.json["engine"] != engine {
+                return Err(format!("served with another engine: {}", ended.json).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn confined_by_default(guest: &mut Guest) -> Outcome {
+    guest.stock(&["tiny.img"])?;
+    guest.serve(&[])?;
+    expect_powerless(guest)?;
+    expect_status(guest, &["Uid:\t0\t"])?;
+    let log = guest.log();
+    for part in ["capabilities: none", "landlock: version", "seccomp: "] {
+        if !log.contains(part) {
+            return Err(format!("the log does not say {part:?}:\n{log}").into());
+        }
+    }
+    let at = guest.mount("fsid=tiny.img,domain_id=lab")?;
+    expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
+    guest.umount(&at)?;
+    guest.stop()?;
+    Ok(())
+}
+
+fn confined_user_that_may_not_read(guest: &mut Guest) -> Outcome {
+    make_nobody()?;
+    let set = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode));
+    // A store.
+    set(&guest.store, 0o700)?;
+    let (code, log) = guest.refused(&guest.serve_arguments(&STRICT))?;
+    if code != CONFIG || !log.contains("chmod") || !log.contains(&guest.store.display().to_string()) {
+        return Err(format!("exit code {code}, and it said:\n{log}").into());
+    }
+    // A blob.
+    set(&guest.store, 0o755)?;
+    let blob = guest.store.join("own.img");
+    fs::copy(data("tiny.img"), &blob)?;
+    set(&blob, 0o600)?;
+    guest.serve(&STRICT)?;
+    if guest.mount("fsid=own.img,domain_id=lab").is_ok() {
+        return Err("nobody could read what is root's".into());
+    }
+    if !guest.log().lines().any(|line| line.contains("own.img") && line.contains("chmod")) {
+        return Err(format!("the log does not say what to do:\n{}", guest.log()).into());
+    }
+    set(&blob, 0o644)?;
+    let at = guest.mount("fsid=own.img,domain_id=lab")?;
+    expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
+    guest.umount(&at)?;
+    guest.stop()?;
+    Ok(())
+}
