@@ -5,26 +5,28 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::config::DEFAULT_CACHE_DIR;
+use super::Failure;
+use crate::config::Options;
 use crate::ops::doctor::{Check, Report, Status, Subject, Verdict, examine};
-use crate::store::StoreSpec;
+use crate::ops::exit;
 
 /// Width of a line, in columns.
 const LINE_COLUMNS: usize = 110;
 
 /// Find out whether this host can serve images through cachefiles, and what to do if not.
 ///
+/// It takes the settings of `infill serve`, also from its file, and judges by them; no store needs to be named.
+///
 /// Exit code: 0 if serving is possible, 69 if the kernel lacks the feature or the device is busy, 77 if
-/// this user is not permitted, 78 for a bad cache directory, 1 for anything else that is in the way.
+/// this user is not permitted, 78 for a bad cache directory or settings, 1 for anything else that is in the way.
 #[derive(Clone, Debug, clap::Args)]
 pub struct DoctorArgs {
-    /// Directory where the kernel is to keep its cache.
-    #[arg(long, value_name = "DIR", default_value = DEFAULT_CACHE_DIR)]
-    pub cache_dir: PathBuf,
+    /// Settings file [default: /etc/infill/config.toml, if it exists]
+    #[arg(long, value_name = "FILE", env = "INFILL_CONFIG")]
+    pub config: Option<PathBuf>,
 
-    /// Store to look at as well, dir:PATH or oci:PATH; may be given several times.
-    #[arg(long = "store", value_name = "SPEC")]
-    pub stores: Vec<StoreSpec>,
+    #[command(flatten)]
+    pub(super) options: Options,
 
     /// Print one JSON object instead of the table.
     #[arg(long)]
@@ -32,9 +34,13 @@ pub struct DoctorArgs {
 }
 
 /// Examines the host and prints the findings.
-#[must_use]
-pub fn run(args: &DoctorArgs) -> ExitCode {
-    let report = examine(&Subject { cache_dir: &args.cache_dir, stores: &args.stores });
+///
+/// # Errors
+/// Settings that cannot be used.
+pub fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
+    let config = args.options.look(args.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    let subject = Subject { cache_dir: &config.cache_dir, stores: &config.stores, limits: &config.cull, cache_bytes: config.cache_bytes };
+    let report = examine(&subject);
     let stdout = io::stdout();
     let text = if args.json {
         // A report is made of texts only, which always have a JSON form.
@@ -45,7 +51,7 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
     };
     // A reader that went away (a pager, head) does not change the verdict.
     let _ = stdout.lock().write_all(text.as_bytes());
-    ExitCode::from(report.verdict.exit_code())
+    Ok(ExitCode::from(report.verdict.exit_code()))
 }
 
 /// The report as aligned lines: mark, name, finding, and what to do below.

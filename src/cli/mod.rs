@@ -26,7 +26,7 @@ enum Verb {
     Prefetch(prefetch::PrefetchArgs),
     Release(release::ReleaseArgs),
     /// Find out whether this host can serve images, and what to do if not
-    Doctor(doctor::DoctorArgs),
+    Doctor(Box<doctor::DoctorArgs>),
     /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
     Demo(demo::DemoArgs),
     /// Measure: one command for each published table
@@ -66,7 +66,10 @@ pub fn main() -> ExitCode {
         Verb::Keeper => crate::ops::keeper::main().map_err(|e| {
             Failure::new(crate::ops::exit::FAILED, format!("the keeper is started by infill serve; there is no other use for it: {e}"))
         }),
-        Verb::Doctor(args) => return doctor::run(&args),
+        Verb::Doctor(args) => match doctor::run(*args) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(what) => bench::run(&what),
         Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(crate::ops::exit::FAILED, e)),

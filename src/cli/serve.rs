@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::Failure;
 use crate::config::{Config, FrontEndKind, Options};
+use crate::engine::room::NoRoom;
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings, Started};
@@ -24,6 +25,7 @@ use crate::ops::keep::{Keep, KeepError, KeepMode};
 use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
+use crate::ops::space::{self, Steward};
 use crate::ops::{erofs, exit, limits, log};
 use crate::store::{Store, StoreSpec, Stores};
 
@@ -77,19 +79,23 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let claimed = claim(&config)?;
     let user = become_user(&config)?;
     let store = open_stores(&config)?;
-    let (front, mut keep) = open_front(&config, claimed, sim_socket)?;
+    let Opened { front, device, mut keep } = open_front(&config, claimed, sim_socket)?;
     seed(&config, &*store);
+    // What it looks up on this host cannot be read later.
+    let space = space::Settings::new(&config.cache_dir, config.cull, config.cache_bytes);
     let store = confine_to(&config, user.as_ref(), store)?;
     let (tracer, printer) = start_tracer(trace_requests)?;
-    let engine = start_engine(&config, raised, &front, &store, tracer)?;
+    let (steward, no_room) = start_steward(space, device)?.unzip();
+    let engine = start_engine(&config, raised, &front, &store, tracer, no_room)?;
     seal(&config);
     announce(&config, &*front, &engine, keep.as_ref());
     let started = engine.started().clone();
-    let result = serve(&config, engine, &signals, &*front, keep.as_mut());
+    let result = serve(&config, engine, steward.as_ref(), &signals, &*front, keep.as_mut());
     finish(printer);
+    let space = steward.map(Steward::stop);
     // If nobody else keeps the device, the kernel now fails what still waits, and unbinds.
     drop(front);
-    report(&started, result, json)
+    report(&started, result, space, json)
 }
 
 fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
@@ -105,13 +111,22 @@ fn claim(config: &Config) -> Result<Option<Keep>, Failure> {
     Keep::claim(&config.state_dir).map(Some).map_err(|error| Failure::new(error.exit_code(), error))
 }
 
+/// A front end.
+struct Opened {
+    front: Arc<dyn FrontEnd>,
+    /// The device, if that is what it is.
+    device: Option<Arc<Device>>,
+    /// The hold on it that outlives this process.
+    keep: Option<Keep>,
+}
+
 /// The kernel interface, and for the one of a real kernel the hold on it that outlives this process.
-fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -> Result<(Arc<dyn FrontEnd>, Option<Keep>), Failure> {
+fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -> Result<Opened, Failure> {
     match (claimed, sim_socket) {
         (None, Some(0)) => {
             let front = SocketFront::from_stdin(&config.cache_dir)
                 .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-            Ok((Arc::new(front), None))
+            Ok(Opened { front: Arc::new(front), device: None, keep: None })
         }
         (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
         (Some(mut keep), _) => {
@@ -120,7 +135,7 @@ fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
             let device = open_device(config, &options, &mut keep)?;
-            Ok((device, Some(keep)))
+            Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device), keep: Some(keep) })
         }
     }
 }
@@ -196,12 +211,23 @@ fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>)
     Ok((Some(tracer), Some(printer)))
 }
 
+/// Starts to look after the space of a cache that is bound.
+fn start_steward(settings: space::Settings, device: Option<Arc<Device>>) -> Result<Option<(Steward, NoRoom)>, Failure> {
+    let Some(device) = device else { return Ok(None) };
+    let start = || {
+        let no_room = NoRoom::new()?;
+        Ok((Steward::start(settings, device, no_room.clone())?, no_room))
+    };
+    start().map(Some).map_err(|error: std::io::Error| Failure::new(exit::FAILED, format!("cannot look after the cache's space: {error}")))
+}
+
 fn start_engine(
     config: &Config,
     raised: Raised,
     front: &Arc<dyn FrontEnd>,
     store: &Arc<dyn Store>,
     tracer: Option<Tracer>,
+    no_room: Option<NoRoom>,
 ) -> Result<Engine, Failure> {
     let fd_budget = limits::fd_budget(config.fd_budget, raised).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let settings = Settings {
@@ -215,6 +241,7 @@ fn start_engine(
         fd_budget,
         open_timeout: config.open_timeout,
         tracer,
+        no_room,
     };
     Engine::start(front, store, &settings).map_err(|error| {
         let code = if matches!(error, EngineError::NoRing(_)) { exit::UNAVAILABLE } else { exit::FAILED };
@@ -256,6 +283,7 @@ fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine, keep: Option
 fn serve(
     config: &Config,
     engine: Engine,
+    steward: Option<&Steward>,
     signals: &Signals,
     front: &dyn FrontEnd,
     mut keep: Option<&mut Keep>,
@@ -272,7 +300,7 @@ fn serve(
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
                 break;
             }
-            Some(Event::Report) => tracing::info!("{}", json_text(engine.started(), &engine.snapshot())),
+            Some(Event::Report) => tracing::info!("{}", json_text(engine.started(), &engine.snapshot(), steward.map(Steward::statistics))),
             Some(Event::Reload) => tracing::warn!("settings are read at start only; restart infill to change them"),
             None => {}
         }
@@ -323,13 +351,13 @@ fn finish(printer: Option<JoinHandle<()>>) {
     }
 }
 
-fn report(started: &Started, result: Result<Snapshot, EngineError>, json: bool) -> Result<(), Failure> {
+fn report(started: &Started, result: Result<Snapshot, EngineError>, space: Option<space::Statistics>, json: bool) -> Result<(), Failure> {
     let snapshot = result.map_err(|error| Failure::new(exit::FAILED, error))?;
     let Snapshot { bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, .. } = snapshot;
     tracing::info!(bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, "where the cache's bytes came from");
     tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
     if json {
-        let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot));
+        let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot, space));
     }
     Ok(())
 }
@@ -341,9 +369,11 @@ struct Statistics<'a> {
     shards: usize,
     #[serde(flatten)]
     counts: &'a Snapshot,
+    #[serde(flatten)]
+    space: Option<space::Statistics>,
 }
 
-fn json_text(started: &Started, counts: &Snapshot) -> String {
-    let statistics = Statistics { engine: started.kind, shards: started.shards, counts };
+fn json_text(started: &Started, counts: &Snapshot, space: Option<space::Statistics>) -> String {
+    let statistics = Statistics { engine: started.kind, shards: started.shards, counts, space };
     serde_json::to_string(&statistics).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
 }

@@ -81,6 +81,8 @@ pub struct Config {
     pub secctx: Option<String>,
     /// How full the cache's file system may become.
     pub cull: CullLimits,
+    /// How much the objects in the cache may take together; `None`: as much as `cull` allows.
+    pub cache_bytes: Option<u64>,
     /// Event loops.
     pub shards: usize,
     /// How reads and writes are done.
@@ -122,6 +124,11 @@ impl Options {
         if self.store.is_empty() {
             return Err(ConfigError::NoStore);
         }
+        self.values()
+    }
+
+    /// The checked values, with or without a store.
+    pub(super) fn values(self) -> Result<Config, ConfigError> {
         let stores = self.store.iter().map(|spec| spec.parse().map_err(|error| value("store", spec, &error)));
         let seed = self.seed.iter().map(|blob| blob.parse().map_err(|error| value("seed", blob, &error)));
         let user = self.user.map(|text| text.parse().map_err(|problem: String| value("user", text, &problem))).transpose()?;
@@ -141,6 +148,7 @@ impl Options {
                 fcull_percent: self.fcull,
                 fstop_percent: self.fstop,
             },
+            cache_bytes: self.cache_bytes.map(|bytes| bytes.0),
             shards,
             engine: self.engine.unwrap_or_default(),
             source: self.source.unwrap_or_default(),

@@ -58,6 +58,10 @@ pub struct Options {
     /// As --bstop, for free files
     #[arg(long, value_name = "PERCENT")]
     pub(super) fstop: Option<u8>,
+    /// How much the blobs in the cache may take together; beyond it those used least recently are removed, if they are
+    /// not mounted [default: as much as --brun and --bcull allow]
+    #[arg(long, value_name = "SIZE", env = "INFILL_CACHE_BYTES")]
+    pub(super) cache_bytes: Option<Bytes>,
     /// Event loops, each on a core of its own [default: the usable cores]
     #[arg(long, env = "INFILL_SHARDS")]
     pub(super) shards: Option<NonZeroUsize>,
@@ -151,12 +155,24 @@ impl Options {
     /// # Errors
     /// A file that cannot be read or understood, or a value that cannot be used; the message names it.
     pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        self.with_file(file)?.check()
+    }
+
+    /// The same for a look at the settings: there need not be a store.
+    ///
+    /// # Errors
+    /// As [`Options::resolve`].
+    pub fn look(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        self.with_file(file)?.values()
+    }
+
+    fn with_file(self, file: Option<&Path>) -> Result<Self, ConfigError> {
         let from_file = match file {
             Some(path) => read_file(path)?,
             None if Path::new(DEFAULT_FILE).exists() => read_file(Path::new(DEFAULT_FILE))?,
             None => Self::default(),
         };
-        self.or(from_file).check()
+        Ok(self.or(from_file))
     }
 
     pub(super) fn or(self, second: Self) -> Self {
@@ -174,6 +190,7 @@ impl Options {
             frun,
             fcull,
             fstop,
+            cache_bytes,
             shards,
             engine,
             source,

@@ -12,8 +12,9 @@ use crate::store::Data;
 /// started again at once.
 const RETRIES_MAX: u8 = 16;
 /// How often a write that found no room (`ENOSPC`, or `ENOBUFS`, which is how cachefiles says it) is tried.
-const ROOM_TRIES_MAX: u8 = 4;
-/// Pause before a write that found no room is tried again.
+const ROOM_TRIES_MAX: u8 = 7;
+/// Pause before a write that found no room is tried again; each further pause is twice as long. Together 1.26 s: time
+/// to cull some objects also from a slow disk.
 const ROOM_PAUSE_NS: u64 = 20_000_000;
 
 /// What a fill wants to happen next.
@@ -74,7 +75,7 @@ pub enum From {
 enum Stage {
     Reading { done: u64 },
     Writing { done: u64 },
-    Waiting { done: u64, until_ns: u64 },
+    Waiting { done: u64, until_ns: u64, errno: Errno },
     Finished(Result<(), Errno>),
 }
 
@@ -152,10 +153,17 @@ impl Fill {
 
     /// Its waiting time is over.
     pub fn wake(&mut self, now_ns: u64) {
-        if let Stage::Waiting { done, until_ns } = self.stage
+        if let Stage::Waiting { done, until_ns, .. } = self.stage
             && until_ns <= now_ns
         {
             self.stage = Stage::Writing { done };
+        }
+    }
+
+    /// If it waits for room, it fails now.
+    pub fn give_up_waiting(&mut self) {
+        if let Stage::Waiting { errno, .. } = self.stage {
+            self.stage = Stage::Finished(Err(errno));
         }
     }
 
@@ -205,8 +213,9 @@ impl Fill {
         match (stage, errno) {
             (_, Errno::EINTR | Errno::EAGAIN) => self.retry(stage, errno),
             (Stage::Writing { done }, Errno::ENOSPC | Errno::ENOBUFS) if self.room_tries + 1 < ROOM_TRIES_MAX => {
+                let until_ns = now_ns + (ROOM_PAUSE_NS << self.room_tries);
                 self.room_tries += 1;
-                Stage::Waiting { done, until_ns: now_ns + ROOM_PAUSE_NS }
+                Stage::Waiting { done, until_ns, errno }
             }
             _ => Stage::Finished(Err(errno)),
         }
@@ -288,6 +297,14 @@ mod tests {
             }
         }
         assert_eq!(waits, u32::from(ROOM_TRIES_MAX) - 1);
+        assert_eq!(now, ROOM_PAUSE_NS * 63, "pauses double");
+
+        let mut fill = Fill::new(0..PAGE, PAGE, Data::Zero, PAGE);
+        fill.give_up_waiting();
+        assert!(matches!(fill.next(), Next::Write { .. }), "it does not wait");
+        fill.done(-(Errno::ENOSPC as i32), 0);
+        fill.give_up_waiting();
+        assert_eq!(fill.next(), Next::Finished(Err(Errno::ENOSPC)));
     }
 
     proptest! {

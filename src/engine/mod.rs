@@ -11,6 +11,7 @@
 //! | `io` | reads and writes: `ring` (io_uring) or `blocking` (threads) |
 //! | `fds` | the descriptor budget |
 //! | `buffers` | memory that operations use |
+//! | `room` | the bell for writes that found no room |
 //! | `stats`, `trace` | what is counted and what is shown |
 
 pub mod blocking;
@@ -28,6 +29,7 @@ pub mod plan;
 pub mod presence;
 mod probe;
 pub mod ring;
+pub mod room;
 mod router;
 mod shard;
 mod start;
@@ -82,6 +84,8 @@ pub struct Settings {
     pub fd_budget: u64,
     /// How long the lookup of a blob may take, with all its tries.
     pub open_timeout: Duration,
+    /// To be told of writes that found no room.
+    pub no_room: Option<room::NoRoom>,
     /// Records every answer.
     pub tracer: Option<trace::Tracer>,
 }

@@ -19,6 +19,7 @@ use super::fill::From;
 use super::io::{Done, FileRef, Io, Kind, Op};
 use super::machine::{Action, Answered, Handle, Machine, OpKey};
 use super::mailbox::{Adopted, Inbox, Message};
+use super::room::NoRoom;
 use super::router::{BATCH_MAX, Router};
 use super::stats::ShardStats;
 use super::trace::{Record, Tracer};
@@ -56,6 +57,7 @@ pub(super) struct Shard<I> {
     intake: Option<Intake>,
     machine: Machine<Ticket>,
     tracer: Option<Tracer>,
+    no_room: Option<NoRoom>,
     answers: Vec<Answered<Ticket>>,
     done: Vec<Done>,
     /// Where sinks are offered when descriptors are scarce.
@@ -90,15 +92,34 @@ pub(super) struct Parts<I> {
     pub(super) intake: Option<Intake>,
     pub(super) machine: Machine<Ticket>,
     pub(super) tracer: Option<Tracer>,
+    pub(super) no_room: Option<NoRoom>,
     pub(super) io: I,
     pub(super) buffers: Buffers,
 }
 
 impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
-        let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, io, buffers } = parts;
+        let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, no_room, io, buffers } = parts;
         let (attached, answers, done, picked, parked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { index, caps, shared, clock, inbox, intake, machine, tracer, answers, done, offers, picked, parked, io, attached, buffers }
+        Self {
+            index,
+            caps,
+            shared,
+            clock,
+            inbox,
+            intake,
+            machine,
+            tracer,
+            no_room,
+            answers,
+            done,
+            offers,
+            picked,
+            parked,
+            io,
+            attached,
+            buffers,
+        }
     }
 
     /// Serves until the engine stops, or until it cannot go on. Either way no request is left without its answer.
@@ -423,6 +444,10 @@ impl<I: Io> Shard<I> {
                 }
                 result = -(Errno::EIO as i32);
             }
+            if op.kind == Kind::Write && NoRoom::is_meant_by(result) {
+                let patient = self.no_room.as_ref().is_none_or(NoRoom::ring);
+                self.machine.wait_for_room(patient);
+            }
             self.machine.io_done(OpKey(op.key), result, now_ns);
         }
         self.done = done;
@@ -493,7 +518,9 @@ const fn index(value: u64) -> usize {
 fn advice(errno: Errno) -> &'static str {
     match errno {
         Errno::EIO => "its source cannot be read or was truncated; put the whole blob back and read again",
-        Errno::ENOSPC | Errno::ENOBUFS => "the cache file system has no room (see bstop and df); free some and read again",
+        Errno::ENOSPC | Errno::ENOBUFS => {
+            "the cache file system has no room, and nothing in the cache is unused (see bstop and df); unmount images or free some, and read again"
+        }
         Errno::ENXIO => "the image asks beyond the end of its blob; the blob in the store is not the image's",
         Errno::ENOENT => "the kernel asked for an object that is not open",
         Errno::EFAULT => "its mapped source was truncated; put the whole blob back and read again",

@@ -288,6 +288,7 @@ impl Plan {
             intake,
             machine: Machine::new(limits),
             tracer: self.settings.tracer,
+            no_room: self.settings.no_room,
             io,
             buffers,
         };

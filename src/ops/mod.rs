@@ -1,5 +1,5 @@
-//! What an operator meets: confinement, the doctor, limits, signals, the log, exit codes, who holds the device, and
-//! who keeps it over a restart.
+//! What an operator meets: confinement, the doctor, limits, space, signals, the log, exit codes, who holds the device,
+//! and who keeps it over a restart.
 
 pub mod confine;
 pub mod doctor;
@@ -16,5 +16,6 @@ pub mod passing;
 pub mod reflink;
 pub mod seeding;
 pub mod signals;
+pub mod space;
 pub mod state;
 pub mod xattr;

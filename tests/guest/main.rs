@@ -23,6 +23,7 @@ mod runner;
 mod seed;
 mod serve;
 mod sources;
+mod space;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -47,6 +48,7 @@ fn tests() -> impl Iterator<Item = Test> {
         lifecycle::TESTS,
         seed::TESTS,
         restart::TESTS,
+        space::TESTS,
     ]
     .into_iter()
     .flatten()

@@ -42,7 +42,7 @@ const OVERHEAD_BYTES_MAX: u64 = 1 << 20;
 /// How often seeding and mounting race for a new domain.
 const RACES: u32 = 16;
 /// How long the kernel may take for what it does after an unmounting or the daemon's end.
-const COMMIT_LIMIT: Duration = Duration::from_secs(20);
+const COMMIT_LIMIT: Duration = Duration::from_secs(60);
 /// The mode of a regular file without any permission.
 const S_IFREG: u32 = nix::libc::S_IFREG;
 /// Bytes of a page, the unit in which the kernel asks.
@@ -253,7 +253,7 @@ fn seeded_objects_are_the_kernels_own(guest: &mut Guest) -> Outcome {
 }
 
 /// Where an object of the tests' domain is.
-fn object(guest: &Guest, name: &str) -> Result<PathBuf> {
+pub(crate) fn object(guest: &Guest, name: &str) -> Result<PathBuf> {
     let volume = guest.cache.join(format!("cache/Ierofs,{DOMAIN}"));
     for fanout in fs::read_dir(volume)? {
         let path = fanout?.path().join(format!("D{name}"));
@@ -343,12 +343,12 @@ fn linked_under_a_mounted_one(guest: &mut Guest) -> Outcome {
 }
 
 /// The daemon is gone, but the kernel may still be letting go of its ring, which holds the device, and of the cache.
-fn wait_until_unbound() -> Outcome {
+pub(crate) fn wait_until_unbound() -> Outcome {
     wait_until("the kernel lets go of the device", || File::options().read(true).write(true).open("/dev/cachefiles").is_ok())
 }
 
 /// Waits for what the kernel does in its own time.
-fn wait_until(what: &str, done: impl Fn() -> bool) -> Outcome {
+pub(crate) fn wait_until(what: &str, done: impl Fn() -> bool) -> Outcome {
     let began = Instant::now();
     while !done() {
         if began.elapsed() > COMMIT_LIMIT {

@@ -143,6 +143,8 @@ pub struct Machine<T> {
     counters: Counters,
     /// The time, as far as the driver has told.
     now_ns: u64,
+    /// Whether fills that found no room wait for some.
+    waits_for_room: bool,
 }
 
 impl<T> Machine<T> {
@@ -167,7 +169,14 @@ impl<T> Machine<T> {
             actions: VecDeque::new(),
             counters: Counters::default(),
             now_ns: 0,
+            waits_for_room: true,
         }
+    }
+
+    /// Whether a fill whose write finds no room is tried again some time later, or fails at once, until this is said
+    /// anew.
+    pub fn wait_for_room(&mut self, wanted: bool) {
+        self.waits_for_room = wanted;
     }
 
     /// An object comes to life. An object of the same id that is still open is closed first.
@@ -387,6 +396,9 @@ impl<T> Machine<T> {
             return;
         };
         job.fill.done(result, now_ns);
+        if !self.waits_for_room {
+            job.fill.give_up_waiting();
+        }
         if self.objects[job.object.0].closed {
             return self.retire(key, Err(Errno::ECANCELED));
         }

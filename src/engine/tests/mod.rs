@@ -191,6 +191,7 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         workers: 2,
         fd_budget: 10_000,
         open_timeout: PATIENCE,
+        no_room: None,
         tracer: None,
     }
 }

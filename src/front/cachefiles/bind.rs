@@ -326,11 +326,15 @@ fn open_dir(path: &Path) -> Result<OwnedFd, Errno> {
 
 /// Removes what would make mounts fail, and says so.
 fn tidy(dir: &Path) -> Result<(), BindError> {
-    let report = fsck::fsck(dir)?;
-    for path in &report.removed {
+    let report = fsck::repair(dir)?;
+    for path in &report.damaged {
         tracing::warn!("removed the damaged cache file {}: its data will be fetched again", path.display());
     }
-    tracing::debug!(checked = report.checked, removed = report.removed.len(), buried = report.buried, "cache directory checked");
+    if report.damaged.is_empty() && report.buried == 0 {
+        tracing::debug!(checked = report.checked, "cache directory checked");
+    } else {
+        tracing::info!(checked = report.checked, removed = report.damaged.len(), buried = report.buried, "cache directory cleaned");
+    }
     Ok(())
 }
 

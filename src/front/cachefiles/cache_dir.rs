@@ -110,7 +110,7 @@ impl CacheDirError {
     }
 
     /// For `map_err`: what was tried on `path`.
-    pub(super) fn io<E: Into<io::Error>>(path: &Path, doing: &'static str) -> impl FnOnce(E) -> Self {
+    pub fn io<E: Into<io::Error>>(path: &Path, doing: &'static str) -> impl FnOnce(E) -> Self {
         move |source| Self::Io { path: path.to_owned(), doing, source: source.into() }
     }
 }

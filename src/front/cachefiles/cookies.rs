@@ -1,18 +1,19 @@
 //! Which blobs the kernel works with right now: fscache's lists in `/proc`.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 
 use super::cache_dir::CacheDirError;
-use super::layout::volume_key;
+use super::layout::{Place, VOLUME_PREFIX, volume_key};
 use crate::key::Key;
 
 /// fscache's volumes, a header of two lines and then one each (`fscache_volumes_seq_show`). Since Linux 6.8 the
 /// directory is a link to `/proc/fs/netfs`.
-const VOLUMES: &str = "/proc/fs/fscache/volumes";
+pub const VOLUMES: &str = "/proc/fs/fscache/volumes";
 
 /// fscache's cookies, in the same form (`fscache_cookies_seq_show`).
-const COOKIES: &str = "/proc/fs/fscache/cookies";
+pub const COOKIES: &str = "/proc/fs/fscache/cookies";
 
 /// The state of a cookie that has given its object back (`fscache_cookie_states`, the last one).
 const DROPPED: &str = "D";
@@ -23,6 +24,14 @@ const DROPPED: &str = "D";
 /// The lists cannot be read; where there are none, nothing is in use.
 pub(super) fn in_use(key: &Key) -> Result<bool, CacheDirError> {
     Ok(listed(&read(VOLUMES)?, &read(COOKIES)?, key))
+}
+
+/// The places of all blobs that the kernel has open.
+///
+/// # Errors
+/// As [`in_use`].
+pub fn live() -> Result<HashSet<Place>, CacheDirError> {
+    Ok(live_in(&read(VOLUMES)?, &read(COOKIES)?))
 }
 
 /// The text of a list.
@@ -46,6 +55,24 @@ fn listed(volumes: &[u8], cookies: &[u8], key: &Key) -> bool {
             matches!(fields[..], [_, volume, _, _, _, state, _, key, ..]
                 if volumes.contains(&volume) && state != DROPPED.as_bytes() && key == name.as_bytes())
         })
+}
+
+/// See [`live`]. A volume whose key holds a newline is not found; the kernel still refuses to cull what is in use.
+fn live_in(volumes: &[u8], cookies: &[u8]) -> HashSet<Place> {
+    let marker = [b" ", VOLUME_PREFIX].concat();
+    let domain = |line: &[u8]| line.windows(marker.len()).position(|part| part == marker).map(|at| line[at + marker.len()..].to_vec());
+    let domains: HashMap<_, _> = lines(volumes).filter_map(|line| Some((fields(line).next()?.to_vec(), domain(line)?))).collect();
+    let place = |line| {
+        let fields: Vec<_> = fields(line).collect();
+        let [_, volume, _, _, _, state, _, key, ..] = fields[..] else { return None };
+        let domain = domains.get(volume).filter(|_| state != DROPPED.as_bytes())?;
+        Place::of(&Key::new(domain, &unhex(key)?)).ok()
+    };
+    lines(cookies).filter_map(place).collect()
+}
+
+fn unhex(digits: &[u8]) -> Option<Vec<u8>> {
+    digits.chunks(2).map(|pair| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok()).collect()
 }
 
 fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
@@ -89,5 +116,13 @@ COOKIE   VOLUME   REF ACT ACC S FL DEF
             assert_eq!(listed(VOLUMES_TEXT, COOKIES_TEXT, &key), expected, "{key}");
         }
         assert!(!listed(b"", b"", &Key::new(b"dom", b"a.img")));
+    }
+
+    #[test]
+    fn the_places_of_live_cookies_are_found() {
+        let place = |domain: &[u8]| Place::of(&Key::new(domain, b"a.img")).unwrap();
+        let found = live_in(VOLUMES_TEXT, COOKIES_TEXT);
+        assert_eq!(found, HashSet::from([place(b"dom"), place(b"a.img")]));
+        assert!(live_in(b"", COOKIES_TEXT).is_empty());
     }
 }

@@ -74,6 +74,11 @@ impl Device {
         self.counters.snapshot()
     }
 
+    /// Gives the kernel a command that is no answer. It takes one at a time: a slow one delays answers to OPENs.
+    pub(super) fn command(&self, command: &[u8]) -> Result<(), Errno> {
+        command::give(self.devnode.fd.as_fd(), command)
+    }
+
     /// What a failed read of the device means.
     fn unread(&self, errno: Errno) -> Result<Option<Request>, FrontError> {
         match errno {
@@ -221,7 +226,7 @@ impl Answer for Devnode {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs::File;
     use std::io::Read;
     use std::os::fd::{AsRawFd, IntoRawFd};
@@ -233,9 +238,9 @@ mod tests {
     use super::*;
 
     /// The kernel's end of a stand-in for the device: it keeps the borders between messages, too.
-    struct Kernel(OwnedFd);
+    pub(in super::super) struct Kernel(OwnedFd);
 
-    fn device() -> (Arc<Device>, Kernel) {
+    pub(in super::super) fn device() -> (Arc<Device>, Kernel) {
         let (devnode, kernel) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC).unwrap();
         let reopens = true;
@@ -258,7 +263,7 @@ mod tests {
             self.message(msg_id, object_id, Body::Open { fd, key });
         }
 
-        fn command(&self) -> String {
+        pub(in super::super) fn command(&self) -> String {
             let mut buffer = [0; command::COMMAND_MAX_BYTES];
             let len = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
             str::from_utf8(&buffer[..len]).unwrap().to_owned()

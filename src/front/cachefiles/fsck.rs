@@ -1,114 +1,116 @@
-//! Removes from a cache that is not bound what the kernel would stumble over.
+//! Finds in a cache that is not bound what the kernel would stumble over, and removes it.
 //!
 //! The kernel marks every object and every volume with an extended attribute of an exact length
 //! (fs/cachefiles/xattr.c). It replaces what has a wrong one, but kernels since 6.1.100, 6.6.41 and 6.9.10
 //! fail the mount where it is missing or too long, until somebody deletes the file. A crash, or a cache that was
-//! filled by hand, leaves such files. What is removed is only cached and will be fetched again.
+//! filled by hand, leaves such files. It also gives up on a volume if that, or a directory in it, is none
+//! (`cachefiles_get_directory`, fs/cachefiles/namei.c). What is removed is only cached and will be fetched again.
 
-use std::fs::{self, OpenOptions};
-use std::io;
+use std::ffi::OsStr;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
 
 use super::cache_dir::CacheDirError;
 use super::layout::{MARK, OBJECT_MARK_BYTES, VOLUME_MARK};
+use super::tree::{CACHE, Dir, Entry, GRAVEYARD, Kind, is_fanout, is_volume};
 use crate::ops::xattr;
-
-/// How the names of volumes begin that EROFS made: `I` and the volume key. Marks of others have other lengths.
-const VOLUME_PREFIX: &[u8] = b"Ierofs,";
-
-/// How the names of a volume's directories begin; a hash follows.
-const FANOUT_PREFIX: &[u8] = b"@";
 
 /// What was found.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct FsckReport {
     /// Objects that were looked at.
     pub checked: u64,
-    /// Objects and volumes without a proper mark, which are gone now.
-    pub removed: Vec<PathBuf>,
-    /// Entries deleted from `graveyard`, where the kernel leaves what it cannot use.
+    /// Objects and volumes that would make mounts fail.
+    pub damaged: Vec<PathBuf>,
+    /// Entries in `graveyard`, where the kernel leaves what it cannot use.
     pub buried: u64,
 }
 
-/// Checks the cache in `dir`, which must not be bound. A directory that never was a cache is fine.
+/// Removes from the cache in `dir`, which must not be bound, what would make mounts fail, and empties its graveyard. A
+/// directory that never was a cache is fine.
 ///
 /// # Errors
 /// Something could not be read or removed.
-pub fn fsck(dir: &Path) -> Result<FsckReport, CacheDirError> {
+pub fn repair(dir: &Path) -> Result<FsckReport, CacheDirError> {
+    check(dir, Dir::remove)
+}
+
+/// Finds what [`repair`] would remove, and changes nothing.
+///
+/// # Errors
+/// Something could not be read.
+pub fn look(dir: &Path) -> Result<FsckReport, CacheDirError> {
+    check(dir, |_, _| Ok(()))
+}
+
+/// What is done with an entry that must go.
+type Fate = fn(&Dir, &Entry) -> Result<(), CacheDirError>;
+
+fn check(dir: &Path, fate: Fate) -> Result<FsckReport, CacheDirError> {
     let mut report = FsckReport::default();
-    for volume in subdirs(&dir.join("cache"), VOLUME_PREFIX)? {
-        if mark_bytes(&volume)? == Some(VOLUME_MARK.len()) {
-            check_volume(&volume, &mut report)?;
-        } else {
-            remove(&volume)?;
-            report.removed.push(volume);
+    let Some(root) = Dir::open(dir)? else { return Ok(report) };
+    if let Some(cache) = root.sub(CACHE)? {
+        for entry in cache.entries()?.iter().filter(|entry| is_volume(entry)) {
+            let volume = if has_mark(&cache, entry, Kind::Dir, VOLUME_MARK.len())? { cache.sub(&entry.name)? } else { None };
+            match volume {
+                Some(volume) => check_volume(&volume, &mut report, fate)?,
+                None => report.found(&cache, entry, fate)?,
+            }
         }
     }
-    for (path, _) in entries(&dir.join("graveyard"))? {
-        remove(&path)?;
-        report.buried += 1;
+    if let Some(graveyard) = root.sub(GRAVEYARD)? {
+        for entry in graveyard.entries()? {
+            fate(&graveyard, &entry)?;
+            report.buried += 1;
+        }
     }
     Ok(report)
 }
 
-fn check_volume(volume: &Path, report: &mut FsckReport) -> Result<(), CacheDirError> {
-    for fanout in subdirs(volume, FANOUT_PREFIX)? {
-        for (object, kind) in entries(&fanout)? {
-            if !kind.is_file() {
-                continue;
-            }
-            report.checked += 1;
-            if mark_bytes(&object)? != Some(OBJECT_MARK_BYTES) {
-                remove(&object)?;
-                report.removed.push(object);
-            }
+fn check_volume(volume: &Dir, report: &mut FsckReport, fate: Fate) -> Result<(), CacheDirError> {
+    for entry in volume.entries()?.iter().filter(|entry| is_fanout(entry)) {
+        if entry.kind != Kind::Dir {
+            report.found(volume, entry, fate)?;
+        } else if let Some(fanout) = volume.sub(&entry.name)? {
+            check_objects(&fanout, report, fate)?;
         }
     }
     Ok(())
 }
 
-fn subdirs(dir: &Path, prefix: &[u8]) -> Result<Vec<PathBuf>, CacheDirError> {
-    let mut found = entries(dir)?;
-    found.retain(|(path, kind)| {
-        let name = path.file_name().unwrap_or_default();
-        kind.is_dir() && name.as_bytes().starts_with(prefix)
-    });
-    Ok(found.into_iter().map(|(path, _)| path).collect())
+/// What is no file in the place of an object is buried by the kernel itself.
+fn check_objects(fanout: &Dir, report: &mut FsckReport, fate: Fate) -> Result<(), CacheDirError> {
+    for entry in fanout.entries()?.iter().filter(|entry| entry.kind == Kind::File) {
+        report.checked += 1;
+        if !has_mark(fanout, entry, Kind::File, OBJECT_MARK_BYTES)? {
+            report.found(fanout, entry, fate)?;
+        }
+    }
+    Ok(())
 }
 
-/// What is in a directory; nothing if it does not exist. The kinds are those of the entries themselves: no
-/// symbolic link is followed.
-fn entries(dir: &Path) -> Result<Vec<(PathBuf, fs::FileType)>, CacheDirError> {
-    let listed = match fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        listed => listed,
-    };
-    listed
-        .and_then(|entries| entries.map(|entry| entry.and_then(|entry| Ok((entry.path(), entry.file_type()?)))).collect())
-        .map_err(CacheDirError::io(dir, "list the directory"))
+impl FsckReport {
+    fn found(&mut self, dir: &Dir, entry: &Entry, fate: Fate) -> Result<(), CacheDirError> {
+        fate(dir, entry)?;
+        self.damaged.push(dir.path_of(&entry.name));
+        Ok(())
+    }
 }
 
-fn mark_bytes(path: &Path) -> Result<Option<usize>, CacheDirError> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(CacheDirError::io(path, "open it to check its mark"))?;
-    xattr::len_bytes(file.as_fd(), MARK).map_err(CacheDirError::io(path, "read its mark"))
+fn has_mark(dir: &Dir, entry: &Entry, kind: Kind, len_bytes: usize) -> Result<bool, CacheDirError> {
+    Ok(entry.kind == kind && mark_bytes(dir, &entry.name)? == Some(len_bytes))
 }
 
-fn remove(path: &Path) -> Result<(), CacheDirError> {
-    let is_dir = fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
-    let removed = if is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) };
-    removed.map_err(CacheDirError::io(path, "remove it from the cache"))
+fn mark_bytes(dir: &Dir, name: &OsStr) -> Result<Option<usize>, CacheDirError> {
+    let file = dir.open_file(name, OFlag::O_RDONLY).map_err(CacheDirError::io(&dir.path_of(name), "open it to check its mark"))?;
+    xattr::len_bytes(file.as_fd(), MARK).map_err(CacheDirError::io(&dir.path_of(name), "read its mark"))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
+    use std::fs::{self, File};
 
     use tempfile::TempDir;
 
@@ -159,19 +161,25 @@ mod tests {
         let buried = dir.path().join("graveyard/deep");
         object(&buried, "x", None);
 
-        let mut report = fsck(dir.path()).unwrap();
-        report.removed.sort();
-        let mut removed = vec![lost_volume, unmarked, too_long];
+        let no_dir = volume.join("@d4");
+        File::create(&no_dir).unwrap();
+
+        let mut removed = vec![lost_volume, unmarked, too_long, no_dir];
         removed.sort();
-        assert_eq!(report, FsckReport { checked: 3, removed: removed.clone(), buried: 1 });
+        let expected = FsckReport { checked: 3, damaged: removed.clone(), buried: 1 };
+        for examine in [look, repair] {
+            let mut report = examine(dir.path()).unwrap();
+            report.damaged.sort();
+            assert_eq!(report, expected, "looking changes nothing");
+        }
         for path in [good, stray, foreign] {
             assert!(path.exists(), "{} was removed", path.display());
         }
         for path in removed.iter().chain([&buried]) {
             assert!(!path.exists(), "{} is still there", path.display());
         }
-        let again = fsck(dir.path()).unwrap();
-        assert_eq!((again.checked, again.removed.len(), again.buried), (1, 0, 0));
+        let again = repair(dir.path()).unwrap();
+        assert_eq!((again.checked, again.damaged.len(), again.buried), (1, 0, 0));
     }
 
     #[test]
@@ -184,14 +192,20 @@ mod tests {
         let graveyard = dir.path().join("graveyard");
         fs::create_dir(&graveyard).unwrap();
         std::os::unix::fs::symlink(dir.path(), graveyard.join("link")).unwrap();
-        let report = fsck(dir.path()).unwrap();
-        assert_eq!((report.checked, report.buried), (0, 1));
+        let report = repair(dir.path()).unwrap();
+        assert_eq!((report.checked, report.damaged.len(), report.buried), (0, 1, 1));
+        assert!(outside.exists());
+        assert!(fs::symlink_metadata(cache.join("Ierofs,link")).is_err(), "no mount could use it");
+
+        std::fs::remove_dir(&graveyard).unwrap();
+        std::os::unix::fs::symlink(dir.path(), &graveyard).unwrap();
+        assert!(repair(dir.path()).unwrap_err().to_string().contains("graveyard"));
         assert!(outside.exists());
     }
 
     #[test]
     fn a_fresh_directory_is_clean() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(fsck(dir.path()).unwrap(), FsckReport::default());
+        assert_eq!(repair(dir.path()).unwrap(), FsckReport::default());
     }
 }

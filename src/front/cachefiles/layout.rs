@@ -9,10 +9,11 @@
 //! Object and volume carry an extended attribute, here called their mark (fs/cachefiles/xattr.c). None of this
 //! changed between Linux 5.19 and 7.1: a cache outlives a change of kernel.
 
-use std::ffi::{CStr, OsString};
+use std::ffi::{CStr, OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
 
-use super::wire::{COOKIE_KEY_MAX_BYTES, VOLUME_PREFIX};
+use super::wire::COOKIE_KEY_MAX_BYTES;
+pub(super) use super::wire::VOLUME_PREFIX;
 use crate::key::Key;
 use crate::range::align_up;
 
@@ -58,7 +59,7 @@ pub enum NoPlace {
 }
 
 /// Where a blob's object is, from the directory `cache` on.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Place {
     /// Name of the volume's directory.
     pub volume: OsString,
@@ -99,6 +100,13 @@ impl Place {
 #[must_use]
 pub fn fanout_name(fanout: u8) -> String {
     format!("@{fanout:02x}")
+}
+
+/// The number of a volume's directory; `None`: the kernel knows no such directory.
+#[must_use]
+pub fn fanout_of(name: &OsStr) -> Option<u8> {
+    let number = u8::from_str_radix(name.to_str()?.strip_prefix('@')?, 16).ok()?;
+    (*fanout_name(number) == *name).then_some(number)
 }
 
 /// The name under which fscache knows the volume of `key` (`erofs_fscache_register_volume`, fs/erofs/fscache.c).

@@ -20,7 +20,7 @@ pub struct CullLimits {
 }
 
 /// What the kernel starts with: run, cull, stop (`cachefiles_daemon_open`).
-const KERNEL_DEFAULTS: Triple = Triple { run: 7, cull: 5, stop: 1 };
+const KERNEL_DEFAULTS: Percents = Percents { run: 7, cull: 5, stop: 1 };
 
 /// Limits that no order of commands could set.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -34,48 +34,67 @@ pub struct BadLimits {
     stop: u8,
 }
 
+/// Three limits on one resource, in percent of the whole of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Triple {
-    run: u8,
-    cull: u8,
-    stop: u8,
+pub struct Percents {
+    /// Above it nothing needs to be culled.
+    pub run: u8,
+    /// Below it objects should be culled.
+    pub cull: u8,
+    /// Below it nothing more is written or created.
+    pub stop: u8,
 }
 
-impl Triple {
+impl Percents {
     const fn is_valid(self) -> bool {
         self.stop < self.cull && self.cull < self.run && self.run < 100
     }
 }
 
 impl CullLimits {
+    /// The limits on free space, those of the kernel where none are set.
+    #[must_use]
+    pub fn blocks(&self) -> Percents {
+        or_default(self.brun_percent, self.bcull_percent, self.bstop_percent)
+    }
+
+    /// The limits on free inodes, those of the kernel where none are set.
+    #[must_use]
+    pub fn files(&self) -> Percents {
+        or_default(self.frun_percent, self.fcull_percent, self.fstop_percent)
+    }
+
     /// The commands that set these limits, in an order in which the kernel accepts each.
     ///
     /// # Errors
     /// See [`BadLimits`].
     pub fn commands(&self) -> Result<Vec<String>, BadLimits> {
-        let mut commands = order('b', self.brun_percent, self.bcull_percent, self.bstop_percent)?;
-        let inodes = order('f', self.frun_percent, self.fcull_percent, self.fstop_percent)?;
-        commands.extend(inodes);
+        let mut commands = order('b', self.blocks())?;
+        commands.extend(order('f', self.files())?);
         Ok(commands)
     }
+}
+
+fn or_default(run: Option<u8>, cull: Option<u8>, stop: Option<u8>) -> Percents {
+    let default = KERNEL_DEFAULTS;
+    Percents { run: run.unwrap_or(default.run), cull: cull.unwrap_or(default.cull), stop: stop.unwrap_or(default.stop) }
 }
 
 /// Every command is checked against the current values of the other two, so the order depends on where they
 /// move. Some command is always possible: if `run` would fall to the current `cull` or lower, `cull` falls too,
 /// and if that would fall to the current `stop` or lower, `stop` falls too, which is possible at once.
-fn order(kind: char, run: Option<u8>, cull: Option<u8>, stop: Option<u8>) -> Result<Vec<String>, BadLimits> {
+fn order(kind: char, wanted: Percents) -> Result<Vec<String>, BadLimits> {
     let mut now = KERNEL_DEFAULTS;
-    let wanted = Triple { run: run.unwrap_or(now.run), cull: cull.unwrap_or(now.cull), stop: stop.unwrap_or(now.stop) };
     if !wanted.is_valid() {
-        let Triple { run, cull, stop } = wanted;
+        let Percents { run, cull, stop } = wanted;
         return Err(BadLimits { kind, run, cull, stop });
     }
     let mut commands = Vec::new();
     while now != wanted {
         let steps = [
-            ("stop", wanted.stop, Triple { stop: wanted.stop, ..now }),
-            ("cull", wanted.cull, Triple { cull: wanted.cull, ..now }),
-            ("run", wanted.run, Triple { run: wanted.run, ..now }),
+            ("stop", wanted.stop, Percents { stop: wanted.stop, ..now }),
+            ("cull", wanted.cull, Percents { cull: wanted.cull, ..now }),
+            ("run", wanted.run, Percents { run: wanted.run, ..now }),
         ];
         let possible = steps.into_iter().find(|(_, _, then)| *then != now && then.is_valid());
         let Some((limit, percent, then)) = possible else {
@@ -94,7 +113,7 @@ mod tests {
     use super::*;
 
     /// The kernel's six handlers (fs/cachefiles/daemon.c) for one triple.
-    fn obey(now: &mut Triple, command: &str) -> bool {
+    fn obey(now: &mut Percents, command: &str) -> bool {
         let (verb, value) = command.split_once(' ').unwrap();
         let percent = value.strip_suffix('%').unwrap().parse().unwrap();
         let (slot, allowed) = match &verb[1..] {

@@ -3,17 +3,20 @@
 //!
 //! [`cache_dir`] and [`fsck`] prepare the directory, [`Device::bind`] takes the device, and then [`Device`] turns the
 //! kernel's messages into requests. [`wire`] knows the messages, `command` the answers, `object` the descriptors.
-//! [`layout`] knows where the kernel keeps what, so that [`seed`] can put it there beforehand.
+//! [`layout`] knows where the kernel keeps what, so that [`seed`] can put it there beforehand; [`tree`] walks it, and
+//! [`cull`] has the kernel remove what is not in use.
 
 pub mod cache_dir;
+pub mod cull;
 pub mod fsck;
 pub mod layout;
 pub mod seed;
+pub mod tree;
 pub mod wire;
 
 mod bind;
 pub mod command;
-mod cookies;
+pub mod cookies;
 mod counters;
 mod device;
 mod limits;
@@ -25,4 +28,4 @@ pub use counters::Counts;
 pub use device::Device;
 pub(crate) use object::take_over;
 
-pub use limits::{BadLimits, CullLimits};
+pub use limits::{BadLimits, CullLimits, Percents};

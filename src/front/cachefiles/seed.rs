@@ -21,18 +21,13 @@ use nix::unistd::linkat;
 use super::cache_dir::{CacheDirError, nameless};
 use super::cookies;
 use super::layout::{MARK, NoPlace, OBJECT_ALIGN_BYTES, Place, VOLUME_MARK, fanout_name, object_len_bytes, object_mark};
+use super::tree::{CACHE, GRAVEYARD};
 use crate::key::Key;
 use crate::ops::{reflink, xattr};
 
 /// Mode of the directories of a cache (`cachefiles_get_directory`). Objects have 0600, as those of newer kernels
 /// (6.12); those of 6.1 have no permissions at all, which makes no difference to the kernel.
 const DIR_MODE: u32 = 0o700;
-
-/// Where in a cache directory the kernel keeps volumes.
-const CACHE: &str = "cache";
-
-/// Where in a cache directory the kernel puts what is to be deleted, and infill deletes it when it starts.
-const GRAVEYARD: &str = "graveyard";
 
 /// What fills the last block of an object.
 const ZEROS: [u8; OBJECT_ALIGN_BYTES as usize] = [0; OBJECT_ALIGN_BYTES as usize];
@@ -220,7 +215,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::super::cache_dir::scratch_on_disk;
-    use super::super::fsck::fsck;
+    use super::super::fsck::repair;
     use super::super::layout::OBJECT_MARK_BYTES;
     use super::*;
 
@@ -272,8 +267,8 @@ mod tests {
         assert_eq!(names.len(), 256);
         assert!(names.iter().any(|name| name == "@0a") && names.iter().any(|name| name == "@ff"));
         assert_eq!((mode(&cache), mode(&volume), mode(&volume.join("@0a"))), (0o700, 0o700, 0o700));
-        let report = fsck(dir.path()).unwrap();
-        assert!(report.removed.is_empty() && report.buried == 0, "{report:?}");
+        let report = repair(dir.path()).unwrap();
+        assert!(report.damaged.is_empty() && report.buried == 0, "{report:?}");
         let unmarked = cache.join("Ierofs,unmarked");
         make_dir(&unmarked).unwrap();
         assert!(!make_volume(dir.path(), &unmarked).unwrap());

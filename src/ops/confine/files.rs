@@ -11,11 +11,14 @@ use landlock::{
     RulesetCreatedAttr, RulesetError, RulesetStatus,
 };
 
+use crate::front::cachefiles::cookies;
+
 /// Rights known when this was written; of these, what the kernel knows is taken away. TCP is in it from 4 on.
 const KNOWN: ABI = ABI::V5;
 
-/// Read when the engine explains why there is no ring; they tell nothing about others.
-const EXPLANATIONS: [&str; 2] = ["/proc/sys/kernel/io_uring_disabled", "/proc/self/status"];
+/// Read when the engine explains why there is no ring, and to see what the kernel has open in the cache; they tell
+/// nothing about others.
+const LISTS: [&str; 4] = ["/proc/sys/kernel/io_uring_disabled", "/proc/self/status", cookies::VOLUMES, cookies::COOKIES];
 
 /// Leaves the calling thread the files below `readable`, for reading, and those below `writable`; and no TCP.
 /// Gives the version of Landlock.
@@ -36,7 +39,7 @@ pub(super) fn restrict(readable: &[&Path], writable: &[&Path]) -> Result<String,
 fn apply(readable: &[&Path], writable: &[&Path]) -> Result<RestrictionStatus, RulesetError> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let mut ruleset = Ruleset::default().handle_access(AccessFs::from_all(KNOWN))?.handle_access(AccessNet::from_all(ABI::V4))?.create()?;
-    for path in EXPLANATIONS {
+    for path in LISTS {
         // Not there: nothing to allow.
         if let Ok(file) = PathFd::new(path) {
             ruleset = ruleset.add_rule(PathBeneath::new(file, AccessFs::ReadFile))?;

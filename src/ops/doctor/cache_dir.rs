@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{Statfs, statfs};
 
-use super::{Check, Verdict};
+use super::{Check, DEVICE, Subject, Verdict};
 use crate::front::cachefiles::cache_dir::{CacheDirError, EXTENT_BYTES, check, hinted_dirs};
-use crate::ops::{exit, extsize};
+use crate::front::cachefiles::fsck::{self, FsckReport};
+use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
+use crate::front::cachefiles::{CullLimits, Percents};
+use crate::ops::holder::{describe, find_holders};
+use crate::ops::space::policy::{Level, Room};
+use crate::ops::{exit, extsize, space};
 
-/// Space below which the kernel refuses every fill, in percent of the whole file system: the default of
-/// `bstop` and `fstop` (`cachefiles_daemon_open`, fs/cachefiles/daemon.c).
-const STOP_PERCENT: u64 = 1;
-/// Space that the kernel likes to see: the default of `brun` and `frun`.
-const RUN_PERCENT: u64 = 7;
 /// The block size with which every request is made of whole pages.
 const BLOCK_BYTES: u64 = 4096;
 
@@ -25,11 +25,14 @@ const XFS_MAGIC: u32 = 0x5846_5342;
 /// `EXT4_SUPER_MAGIC` (include/uapi/linux/magic.h).
 const EXT4_MAGIC: u32 = 0xEF53;
 
-/// Looks at the cache directory, or where it would be made.
+/// Damaged objects that are named; of more only the number is given.
+const NAMED_MAX: usize = 3;
+
+/// Looks at the cache directory, or where it would be made, with the settings that `serve` would use.
 #[must_use]
-pub fn checks(dir: &Path) -> Vec<Check> {
+pub fn checks(subject: &Subject<'_>) -> Vec<Check> {
     const ID: &str = "cache-dir";
-    let dir = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
+    let dir = std::path::absolute(subject.cache_dir).unwrap_or_else(|_| subject.cache_dir.to_owned());
     let Some(existing) = dir.ancestors().find(|path| path.exists()) else {
         let found = format!("{} is nowhere to be found", dir.display());
         return vec![Check::fail(ID, Verdict::BadCacheDir, found, "give an absolute path with --cache-dir")];
@@ -53,6 +56,13 @@ pub fn checks(dir: &Path) -> Vec<Check> {
         }
         Err(errno) => checks.push(Check::unknown("cache-fs", format!("the file system cannot be examined: {errno}"), "")),
     }
+    match File::open(existing).and_then(|file| Ok(space::room(&file)?)) {
+        Ok(room) => checks.push(space_check(&room, subject.limits)),
+        Err(error) => checks.push(Check::unknown("cache-space", format!("it cannot be told how full it is: {error}"), "")),
+    }
+    if dir.join(CACHE).exists() {
+        checks.push(objects_check(&dir, subject.cache_bytes));
+    }
     checks
 }
 
@@ -67,18 +77,11 @@ fn unfit(id: &'static str, error: &CacheDirError) -> Check {
     Check::fail(id, verdict, found, remedy)
 }
 
-fn judge(stat: &Statfs) -> [Check; 3] {
+fn judge(stat: &Statfs) -> [Check; 2] {
     // The types of these fields differ between targets; f_type has 32 bits.
     let magic = stat.filesystem_type().0 as u32;
     let block_bytes = u64::try_from(stat.block_size()).unwrap_or(0);
-    [
-        kind_check(magic),
-        block_check(block_bytes),
-        space_check(
-            Space { what: "space", free: stat.blocks_available(), total: stat.blocks() },
-            Space { what: "inodes", free: stat.files_free(), total: stat.files() },
-        ),
-    ]
+    [kind_check(magic), block_check(block_bytes)]
 }
 
 fn kind_check(magic: u32) -> Check {
@@ -129,65 +132,107 @@ fn judge_hints(hints: &[(Option<u32>, PathBuf)]) -> Check {
     )
 }
 
-/// A resource of a file system.
-#[derive(Clone, Copy, Debug)]
-struct Space {
-    what: &'static str,
-    free: u64,
-    /// 0: without limit.
-    total: u64,
-}
-
-impl Space {
-    /// Free share in percent, rounded down; all of it where there is no limit.
-    fn percent(self) -> u64 {
-        u64::try_from(u128::from(self.free) * 100 / u128::from(self.total.max(1)))
-            .unwrap_or(100)
-            .max(if self.total == 0 { 100 } else { 0 })
-            .min(100)
-    }
-}
-
-fn space_check(blocks: Space, inodes: Space) -> Check {
+/// How full the file system is, by the marks that the kernel will be told.
+fn space_check(room: &Room, limits: &CullLimits) -> Check {
     const ID: &str = "cache-space";
-    let short = if inodes.percent() < blocks.percent() { inodes } else { blocks };
-    let (what, percent) = (short.what, short.percent());
+    let (bytes, files) = (room.bytes.percent(), room.files.percent());
+    let marks = space::limits(limits, room);
+    let scarce_bytes = marks.bytes.level(room.bytes.free) <= marks.files.level(room.files.free);
+    let (what, percent, letter, percents) =
+        if scarce_bytes { ("space", bytes, 'b', limits.blocks()) } else { ("inodes", files, 'f', limits.files()) };
+    let Percents { run, cull, stop } = percents;
     let remedy = "free some, or put the cache on a file system of its own: the shares count the whole file system";
-    // cachefiles_has_space (fs/cachefiles/cache.c) compares with a threshold that was rounded down.
-    if short.free <= short.total * STOP_PERCENT / 100 && short.total > 0 {
-        Check::fail(
+    match marks.level(room) {
+        Level::Stop => {
+            let found = format!("{percent} % of its {what} free: below {stop} % ({letter}stop) the kernel refuses every fill");
+            Check::fail(ID, Verdict::BadCacheDir, found, remedy)
+        }
+        Level::Cull => {
+            let found =
+                format!("{percent} % of its {what} free: below {cull} % ({letter}cull) what is not mounted is removed from the cache");
+            Check::warn(ID, found, remedy)
+        }
+        Level::Low => Check::warn(
             ID,
-            Verdict::BadCacheDir,
-            format!("{percent} % of its {what} free: at {STOP_PERCENT} % (bstop, fstop) the kernel refuses every fill"),
+            format!("{percent} % of its {what} free, less than the {run} % ({letter}run) that culling brings it to"),
             remedy,
-        )
-    } else if percent < RUN_PERCENT {
-        Check::warn(
-            ID,
-            format!("{percent} % of its {what} free; below {STOP_PERCENT} % (bstop, fstop) the kernel refuses every fill"),
-            remedy,
-        )
-    } else {
-        Check::ok(ID, format!("{} % of space and {} % of inodes free", blocks.percent(), inodes.percent()))
+        ),
+        Level::Plenty => Check::ok(ID, format!("{bytes} % of space and {files} % of inodes free")),
     }
+}
+
+/// What is in the cache, and what of it `serve` would remove before it begins. A cache that is in use is left alone:
+/// what is there changes all the time.
+fn objects_check(dir: &Path, budget_bytes: Option<u64>) -> Check {
+    const ID: &str = "cache-objects";
+    let holders = find_holders(Path::new(DEVICE));
+    if !holders.is_empty() {
+        return Check::ok(ID, format!("not looked at while the device is in use by {}", describe(&holders)));
+    }
+    let looked = fsck::look(dir).and_then(|report| {
+        let found = Dir::open(dir)?.map_or_else(|| Ok(Census::default()), |root| census(&root))?;
+        Ok((report, found.objects.iter().map(|object| object.bytes).sum()))
+    });
+    match looked {
+        Ok((report, bytes)) => judge_objects(ID, &report, bytes, budget_bytes),
+        Err(error) => Check::unknown(ID, error.to_string(), ""),
+    }
+}
+
+fn judge_objects(id: &'static str, report: &FsckReport, bytes: u64, budget_bytes: Option<u64>) -> Check {
+    let checked = report.checked;
+    let room = match budget_bytes {
+        Some(budget) => format!("{bytes} of {budget} bytes"),
+        None => format!("{bytes} bytes"),
+    };
+    let buried = if report.buried == 0 { String::new() } else { format!(", {} rejects of the kernel", report.buried) };
+    let found = format!("{checked} objects, {room}{buried}");
+    if report.damaged.is_empty() {
+        return Check::ok(id, found);
+    }
+    let mut names: Vec<_> = report.damaged.iter().take(NAMED_MAX).map(|path| path.display().to_string()).collect();
+    if report.damaged.len() > NAMED_MAX {
+        names.push("...".to_owned());
+    }
+    let found = format!("{found}; {} damaged, with which mounts would fail: {}", report.damaged.len(), names.join(" "));
+    Check::warn(id, found, "nothing: `infill serve` removes them when it starts, and their data is fetched again")
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::Status;
     use super::*;
+    use crate::ops::space::policy::Resource;
+
+    fn subject<'a>(cache_dir: &'a Path, limits: &'a CullLimits) -> Subject<'a> {
+        Subject { cache_dir, stores: &[], limits, cache_bytes: None }
+    }
 
     #[test]
-    fn space_is_judged_by_the_scarcer_resource() {
-        let space = |free, total| Space { what: "space", free, total };
-        let inodes = |free, total| Space { what: "inodes", free, total };
-        let plenty = space(500, 1000);
-        assert_eq!(space_check(plenty, inodes(0, 0)).status, Status::Ok);
-        assert_eq!(space_check(plenty, inodes(60, 1000)).status, Status::Warn);
-        assert_eq!(space_check(space(11, 1000), inodes(0, 0)).status, Status::Warn);
-        let full = space_check(space(10, 1000), inodes(9, 10));
+    fn space_is_judged_by_the_scarcer_resource_and_the_settings() {
+        let resource = |free, total| Resource { free, total };
+        let judge = |bytes, files, limits| space_check(&Room { bytes, files, block_bytes: 1 }, &limits);
+        let plenty = resource(500, 1000);
+        let usual = CullLimits::default();
+        assert_eq!(judge(plenty, resource(0, 0), usual).status, Status::Ok);
+        let low = judge(plenty, resource(60, 1000), usual);
+        assert!(low.status == Status::Warn && low.found.starts_with("6 % of its inodes free, less than the 7 % (frun)"), "{}", low.found);
+        assert_eq!(judge(resource(10, 1000), resource(0, 0), usual).status, Status::Warn);
+        let full = judge(resource(9, 1000), resource(9, 10), usual);
         assert_eq!(full.verdict, Verdict::BadCacheDir);
-        assert!(full.found.starts_with("1 % of its space free"), "{}", full.found);
+        assert!(full.found.starts_with("0 % of its space free: below 1 % (bstop)"), "{}", full.found);
+        let small = CullLimits { bstop_percent: Some(0), bcull_percent: Some(1), brun_percent: Some(2), ..usual };
+        assert_eq!(judge(resource(20, 1000), plenty, small).status, Status::Ok);
+    }
+
+    #[test]
+    fn damage_is_told_with_its_place() {
+        let report = |n: usize| FsckReport { checked: 9, damaged: (0..n).map(|n| format!("/c/{n}").into()).collect(), buried: 1 };
+        let good = judge_objects("x", &report(0), 10, Some(20));
+        assert_eq!((good.status, &*good.found), (Status::Ok, "9 objects, 10 of 20 bytes, 1 rejects of the kernel"));
+        let bad = judge_objects("x", &report(4), 10, None);
+        assert_eq!(bad.status, Status::Warn);
+        assert!(bad.found.ends_with("4 damaged, with which mounts would fail: /c/0 /c/1 /c/2 ..."), "{}", bad.found);
     }
 
     #[test]
@@ -205,7 +250,7 @@ mod tests {
     #[test]
     fn a_directory_that_cannot_be_the_cache_is_refused_with_the_way_out() {
         for (dir, word) in [("/dev/null/x", "not a directory"), ("/dev/shm", "tmpfs")] {
-            let found = checks(Path::new(dir));
+            let found = checks(&subject(Path::new(dir), &CullLimits::default()));
             assert_eq!((found.len(), found[0].verdict), (1, Verdict::BadCacheDir), "{dir}");
             assert!(found[0].found.contains(word) && !found[0].remedy.is_empty(), "{:?}", found[0]);
         }
@@ -215,7 +260,7 @@ mod tests {
     fn a_directory_that_is_missing_is_judged_by_its_parent_and_not_made() {
         let program = std::env::current_exe().unwrap();
         let dir = program.parent().unwrap().join("missing/cache");
-        let found = checks(&dir);
+        let found = checks(&subject(&dir, &CullLimits::default()));
         assert!(!dir.exists());
         assert!(matches!(found.len(), 4 | 5) || found[0].status == Status::Fail, "{found:?}");
         assert_eq!(kind_check(XFS_MAGIC).status, Status::Ok);

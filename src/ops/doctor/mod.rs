@@ -25,6 +25,7 @@ use std::path::Path;
 
 use self::features::Kernel;
 use self::release::Running;
+use crate::front::cachefiles::CullLimits;
 use crate::ops::exit;
 use crate::store::{SourceMode, StoreSpec, open_store};
 
@@ -151,6 +152,10 @@ pub struct Subject<'a> {
     pub cache_dir: &'a Path,
     /// The stores that are to be used.
     pub stores: &'a [StoreSpec],
+    /// How full the cache's file system may become.
+    pub limits: &'a CullLimits,
+    /// How much the cache may take.
+    pub cache_bytes: Option<u64>,
 }
 
 /// Examines this host.
@@ -161,7 +166,7 @@ pub fn examine(subject: &Subject<'_>) -> Report {
     let mut checks = release::checks(&running);
     checks.extend(kernel.checks());
     checks.extend(device::checks(&kernel));
-    checks.extend(cache_dir::checks(subject.cache_dir));
+    checks.extend(cache_dir::checks(subject));
     checks.extend(host::checks());
     checks.extend(confinement::checks());
     checks.extend(subject.stores.iter().map(check_store));

@@ -156,6 +156,15 @@ struct Bug {
     text: &'static str,
 }
 
+/// In [`BUGS`]: from here on to the fixes, nothing may be culled.
+const CULL_BROKEN: (Version, [Version; 2]) = (Version(6, 19, 0), [Version(6, 19, 14), Version(7, 0, 0)]);
+
+/// Whether the kernel may be asked to cull: not where that corrupts its memory (CVE-2026-43106).
+#[must_use]
+pub fn may_cull(running: &Running) -> bool {
+    running.version.is_none_or(|version| version < CULL_BROKEN.0 || version.has(&CULL_BROKEN.1))
+}
+
 const BUGS: [Bug; 3] = [
     Bug { first: FIRST, fixed: &EARLY_WRITE, text: "a write that comes very early can crash the kernel (CVE-2024-56549)" },
     Bug {
@@ -165,9 +174,9 @@ const BUGS: [Bug; 3] = [
         text: "writes to all objects go through one queue, so fills are slow (io_uring and anonymous inodes)",
     },
     Bug {
-        first: Version(6, 19, 0),
-        fixed: &[Version(6, 19, 14), Version(7, 0, 0)],
-        text: "culling can free a directory entry twice (CVE-2026-43106)",
+        first: CULL_BROKEN.0,
+        fixed: &CULL_BROKEN.1,
+        text: "culling can free a directory entry twice (CVE-2026-43106), so infill does not cull",
     },
 ];
 

@@ -1,0 +1,324 @@
+//! The thread `infill-space`: looks how full the cache is, and has the kernel remove what was not used for the longest
+//! time when it is too full.
+//!
+//! In on-demand mode the kernel does not say that space is short (its read(2) gives requests, not the state that
+//! cachefilesd reads), so the thread looks itself, every [`POLL`] and whenever a fill found no room.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use serde::Serialize;
+
+use super::policy::{Excess, Level, Limits, Room};
+use super::round::{Removed, Round};
+use super::uses::Uses;
+use super::{limits, room};
+use crate::engine::room::NoRoom;
+use crate::front::cachefiles::cache_dir::CacheDirError;
+use crate::front::cachefiles::cull::{Culler, empty_graveyard};
+use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
+use crate::front::cachefiles::{CullLimits, Device};
+use crate::ops::doctor::release::{Running, may_cull};
+
+/// How often the cache's room is looked at when nobody complains.
+pub const POLL: Duration = Duration::from_secs(5);
+/// Longest time for which the statistics tell an old size of the cache.
+const CENSUS_AGE_MAX: Duration = Duration::from_secs(60);
+/// Shortest time from one look to the next, however many fills find no room: the file system may free the blocks of
+/// what was removed some time later (XFS does so in the background), and they must not be missed twice.
+const SETTLE: Duration = Duration::from_millis(200);
+/// For how long a round that could remove nothing counts: fills that find no room meanwhile fail at once.
+const IN_VAIN: Duration = Duration::from_secs(1);
+/// How long the thread may take to end; longer, and it hangs in the kernel.
+const STOP_MAX: Duration = Duration::from_secs(5);
+/// Pause between two looks at whether it has ended.
+const STOP_POLL: Duration = Duration::from_millis(5);
+/// Share of the byte budget, in percent, that is made free when the budget is exceeded.
+const BUDGET_SLACK_PERCENT: u64 = 5;
+
+/// What to keep to.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The bound cache.
+    pub cache_dir: PathBuf,
+    /// Marks on free space and inodes, as the kernel was told.
+    pub limits: CullLimits,
+    /// How much the objects may take together; `None`: as much as the marks allow.
+    pub budget_bytes: Option<u64>,
+    /// Whether the kernel may be asked to cull.
+    pub may_cull: bool,
+}
+
+impl Settings {
+    /// These settings for this kernel.
+    #[must_use]
+    pub fn new(cache_dir: &Path, limits: CullLimits, budget_bytes: Option<u64>) -> Self {
+        Self { cache_dir: cache_dir.to_owned(), limits, budget_bytes, may_cull: may_cull(&Running::read()) }
+    }
+}
+
+/// What the steward knows and has done.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
+pub struct Statistics {
+    /// Space that the objects in the cache take. Those of images that are mounted for the first time have no name yet and
+    /// are missing; blocks that are shared with a store count.
+    pub cache_bytes: u64,
+    /// Objects that were counted.
+    pub cache_objects: u64,
+    /// Free space on the cache's file system.
+    pub cache_free_bytes: u64,
+    /// Objects removed for want of room.
+    pub culled_objects: u64,
+    /// Space that they took.
+    pub culled_bytes: u64,
+    /// Volumes removed because no object was left in them.
+    pub culled_volumes: u64,
+    /// Objects that were chosen but stayed, because the kernel had just begun to use them.
+    pub cull_refused: u64,
+    /// When something was last removed, in seconds of the epoch; 0: never.
+    pub last_cull_unix_s: u64,
+}
+
+impl Statistics {
+    fn count(&mut self, bytes: u64, objects: usize) {
+        (self.cache_bytes, self.cache_objects) = (bytes, objects as u64);
+    }
+
+    fn add(&mut self, removed: Removed) {
+        self.culled_objects += removed.objects;
+        self.culled_bytes += removed.bytes;
+        self.culled_volumes += removed.volumes;
+        self.cull_refused += removed.refused;
+        self.cache_bytes = self.cache_bytes.saturating_sub(removed.bytes);
+        self.cache_objects = self.cache_objects.saturating_sub(removed.objects);
+        if removed.anything() {
+            self.last_cull_unix_s = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+        }
+    }
+}
+
+/// The running thread.
+#[derive(Debug)]
+pub struct Steward {
+    thread: JoinHandle<()>,
+    stop: Arc<EventFd>,
+    statistics: Arc<Mutex<Statistics>>,
+}
+
+impl Steward {
+    /// Starts the thread for a cache that `device` has bound.
+    ///
+    /// # Errors
+    /// No thread or descriptor is free.
+    pub fn start(settings: Settings, device: Arc<Device>, no_room: NoRoom) -> io::Result<Self> {
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let statistics = Arc::<Mutex<Statistics>>::default();
+        let (asked, shared) = (Arc::clone(&stop), Arc::clone(&statistics));
+        let thread = Builder::new().name("infill-space".to_owned()).spawn(move || {
+            let path = settings.cache_dir.display().to_string();
+            match Worker::new(&settings, device, no_room, shared) {
+                Ok(mut worker) => worker.work(&asked),
+                Err(error) => tracing::error!("{path}: no space will be made in the cache: {error}"),
+            }
+        })?;
+        Ok(Self { thread, stop, statistics })
+    }
+
+    /// What it knows and has done.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        *lock(&self.statistics)
+    }
+
+    /// Ends the thread, which lets go of the device; gives what it knew at the end.
+    pub fn stop(self) -> Statistics {
+        // It is read once, so this cannot overflow.
+        let _ = self.stop.write(1);
+        let began = Instant::now();
+        while !self.thread.is_finished() {
+            if began.elapsed() > STOP_MAX {
+                tracing::error!("left the thread infill-space behind, which hangs in the kernel; see `dmesg` and the cache's disk");
+                break;
+            }
+            std::thread::sleep(STOP_POLL);
+        }
+        self.statistics()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the thread works with.
+struct Worker {
+    root: Dir,
+    cache: Dir,
+    /// `None`: the kernel must not or cannot be asked to remove anything.
+    culler: Option<Culler>,
+    limits: Limits,
+    budget_bytes: Option<u64>,
+    no_room: NoRoom,
+    statistics: Arc<Mutex<Statistics>>,
+    uses: Uses,
+    /// The cull mark was passed, and the run mark is not reached yet.
+    culling: bool,
+    /// The last count, and the free space then.
+    counted: Option<(Instant, u64)>,
+    /// When it last looked.
+    looked: Instant,
+    /// What was last said about room that cannot be made.
+    said: String,
+}
+
+impl Worker {
+    fn new(settings: &Settings, device: Arc<Device>, no_room: NoRoom, statistics: Arc<Mutex<Statistics>>) -> Result<Self, CacheDirError> {
+        let dir = &settings.cache_dir;
+        let missing = || CacheDirError::io(dir, "look after its space")(Errno::ENOENT);
+        let root = Dir::open(dir)?.ok_or_else(missing)?;
+        let cache = root.sub(CACHE)?.ok_or_else(missing)?;
+        let size = room(&root).map_err(CacheDirError::io(dir, "query its file system"))?;
+        Ok(Self {
+            limits: limits(&settings.limits, &size),
+            culler: culler(settings, device),
+            root,
+            cache,
+            budget_bytes: settings.budget_bytes,
+            no_room,
+            statistics,
+            uses: Uses::default(),
+            culling: false,
+            counted: None,
+            looked: Instant::now(),
+            said: String::new(),
+        })
+    }
+
+    /// Works until it is told to stop.
+    fn work(&mut self, stop: &EventFd) {
+        loop {
+            let starved = self.no_room.was_rung();
+            let turn = self.turn(starved);
+            self.looked = Instant::now();
+            if let Err(error) = turn {
+                self.say(format!("cannot look after the cache's space: {error}"));
+            }
+            if self.wait(stop) {
+                self.uses.finish(&self.cache);
+                return;
+            }
+        }
+    }
+
+    /// Waits until there is something to do; says whether that is to stop.
+    fn wait(&self, stop: &EventFd) -> bool {
+        std::thread::sleep(SETTLE.saturating_sub(self.looked.elapsed()));
+        let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN), PollFd::new(self.no_room.as_fd(), PollFlags::POLLIN)];
+        // An interrupted wait is a look that comes early.
+        let _ = poll(&mut fds, PollTimeout::try_from(POLL).unwrap_or(PollTimeout::NONE));
+        fds[0].any().unwrap_or(false)
+    }
+
+    /// One look at the cache, after a fill found no room if it is `starved`.
+    fn turn(&mut self, starved: bool) -> Result<(), CacheDirError> {
+        let closed = self.uses.update(&self.cache)?;
+        let now = room(&self.root).map_err(CacheDirError::io(self.root.path(), "query its file system"))?;
+        lock(&self.statistics).cache_free_bytes = now.bytes.free;
+        self.culling = match self.limits.level(&now) {
+            Level::Stop | Level::Cull => true,
+            Level::Low => self.culling || starved,
+            Level::Plenty => false,
+        };
+        empty_graveyard(&self.root)?;
+        if self.culling || self.must_count(closed, now.bytes.free) {
+            let found = census(&self.root)?;
+            self.counted = Some((Instant::now(), now.bytes.free));
+            self.keep(&found, &now, starved)?;
+        } else if self.budget_bytes.is_none() {
+            self.said.clear();
+        }
+        Ok(())
+    }
+
+    /// Whether the last count says too little: objects were filled, or closed and named. Without a budget it is only for
+    /// the statistics.
+    fn must_count(&self, closed: bool, free_bytes: u64) -> bool {
+        let changed = |free| self.budget_bytes.is_some() && (closed || free != free_bytes);
+        self.counted.is_none_or(|(at, free)| at.elapsed() > CENSUS_AGE_MAX || changed(free))
+    }
+
+    /// Removes what is too much of what was found.
+    fn keep(&mut self, found: &Census, now: &Room, starved: bool) -> Result<(), CacheDirError> {
+        let used_bytes = found.objects.iter().map(|object| object.bytes).sum();
+        lock(&self.statistics).count(used_bytes, found.objects.len());
+        let excess = self.excess(used_bytes, now);
+        if excess.is_none() {
+            self.said.clear();
+            return Ok(());
+        }
+        let mut left = excess;
+        let mut removed = Removed::default();
+        if let Some(culler) = &self.culler {
+            let mut round = Round::new(&self.cache, culler, excess);
+            let ended = round.run(found, self.uses.live());
+            (left, removed) = (round.left, round.removed);
+            lock(&self.statistics).add(removed);
+            empty_graveyard(&self.root)?;
+            ended?;
+        }
+        if removed.anything() {
+            let Removed { objects, bytes, volumes, .. } = removed;
+            tracing::info!(objects, bytes, volumes, free_bytes = now.bytes.free, cache_bytes = used_bytes, "made room in the cache");
+        } else if starved {
+            self.no_room.in_vain_for(IN_VAIN);
+        }
+        if left.is_none() {
+            self.said.clear();
+        } else {
+            self.say(format!("the cache is too full, and nothing in it is unused: {}", advice(left, now)));
+        }
+        Ok(())
+    }
+
+    /// What must go, by the marks or the budget.
+    fn excess(&self, used_bytes: u64, now: &Room) -> Excess {
+        let of_marks = if self.culling { self.limits.excess(now) } else { Excess::default() };
+        let over = |budget: u64| used_bytes - (budget - budget / 100 * BUDGET_SLACK_PERCENT);
+        let bytes = self.budget_bytes.filter(|budget| used_bytes > *budget).map_or(0, over);
+        of_marks.or(Excess { bytes, files: 0 })
+    }
+
+    /// Warns of something once, until it is over.
+    fn say(&mut self, what: String) {
+        let subject = what.split(':').next().unwrap_or_default();
+        if self.said != subject {
+            tracing::warn!("{what}");
+            self.said = subject.to_owned();
+        }
+    }
+}
+
+/// What an operator can do when nothing more can be removed.
+fn advice(left: Excess, now: &Room) -> String {
+    format!(
+        "{} bytes and {} inodes too few ({} and {} are free); unmount images, enlarge the cache's file system, or change brun and frun or --cache-bytes",
+        left.bytes, left.files, now.bytes.free, now.files.free
+    )
+}
+
+/// The right to cull, where the kernel does that well.
+fn culler(settings: &Settings, device: Arc<Device>) -> Option<Culler> {
+    if !settings.may_cull {
+        tracing::warn!("nothing is removed from the cache: culling can corrupt this kernel's memory (CVE-2026-43106); update it");
+        return None;
+    }
+    let culler = Culler::on_this_thread(device);
+    culler.inspect_err(|error| tracing::warn!("nothing is removed from the cache: unshare(CLONE_FS) is refused: {error}")).ok()
+}
