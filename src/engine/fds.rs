@@ -22,7 +22,7 @@ use crate::front::{ObjectId, Sink};
 const FDS_PER_OPEN: u64 = 2;
 /// The part of the budget, one in so many, below which room is made.
 const RESERVE_DIVISOR: u64 = 8;
-/// What may be used beyond the budget, slowly, when nothing can be closed: the kernel's closes come in the same
+/// What may be used beyond the budget, slowly, when every shard says that nothing can be closed: the kernel's closes come in the same
 /// queue as its opens, so not to read at all could last for ever.
 pub const EMERGENCY_FDS: u64 = 64;
 /// Pause between two descriptors of the emergency reserve: so opens are slowed down, and not failed.
@@ -117,6 +117,8 @@ pub(super) struct Evictor {
     offers: Receiver<Offer>,
     /// Shards that were asked and have not said that it was all.
     asked: usize,
+    /// Whether anything was closed since they were asked.
+    gained: bool,
     ask_again_ns: u64,
     /// Since when there is no room at all, or since the last descriptor of the emergency reserve.
     starved_ns: Option<u64>,
@@ -126,7 +128,7 @@ impl Evictor {
     /// It, and where shards put their offers.
     pub(super) fn new(shared: Arc<Shared>) -> (Self, Sender<Offer>) {
         let (sender, offers) = channel();
-        (Self { shared, offers, asked: 0, ask_again_ns: 0, starved_ns: None }, sender)
+        (Self { shared, offers, asked: 0, gained: false, ask_again_ns: 0, starved_ns: None }, sender)
     }
 
     /// How many messages may be read now: each may be an open.
@@ -138,7 +140,9 @@ impl Evictor {
             return u32::try_from(credits).unwrap_or(u32::MAX);
         }
         let since = *self.starved_ns.get_or_insert(now_ns);
-        let may = now_ns.saturating_sub(since) >= EMERGENCY_PAUSE_NS && budget.used() + FDS_PER_OPEN <= budget.limit() + EMERGENCY_FDS;
+        // A shard that is slow to say what can be closed, or to close it, is no emergency.
+        let in_vain = self.asked == 0 && !self.gained;
+        let may = in_vain && now_ns.saturating_sub(since) >= EMERGENCY_PAUSE_NS && budget.used() + FDS_PER_OPEN <= budget.limit() + EMERGENCY_FDS;
         if may {
             self.starved_ns = Some(now_ns);
         }
@@ -157,18 +161,19 @@ impl Evictor {
         }
         let (room, reserve) = (self.shared.budget.room(), self.shared.budget.reserve());
         if self.asked == 0 && room < reserve && now_ns >= self.ask_again_ns {
-            self.ask_again_ns = now_ns + ASK_PAUSE_NS;
+            (self.gained, self.ask_again_ns) = (false, now_ns + ASK_PAUSE_NS);
             self.ask((2 * reserve - room).div_ceil(FDS_PER_OPEN), send);
         }
     }
 
     /// Closes a sink if no request of its object was read since its shard offered it.
-    fn close(&self, object: ObjectId, sink: Arc<dyn Sink>) -> Message {
+    fn close(&mut self, object: ObjectId, sink: Arc<dyn Sink>) -> Message {
         // Each request of it holds one, and nobody but this thread reads requests.
         if Arc::strong_count(&sink) > 1 {
             return Message::Keep(object, sink);
         }
         drop(sink);
+        self.gained = true;
         Shared::count(&self.shared.evictions);
         Message::Close(object)
     }
