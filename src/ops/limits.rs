@@ -55,18 +55,33 @@ pub fn fd_budget(setting: Option<u64>, raised: Raised) -> Result<u64, LimitError
     match setting {
         Some(wanted) if wanted > most => Err(LimitError::Descriptors { wanted, fds: raised.fds, most }),
         Some(wanted) => Ok(wanted),
-        None => Ok(default_budget(most, free_in_system())),
+        None => Ok(default_budget(raised, free_in_system()).0),
     }
 }
 
-/// The table of the process is made for [`TABLE_FDS`] at start, so more must be asked for.
-fn default_budget(most: u64, free_in_system: Option<u64>) -> u64 {
-    let part = free_in_system.map_or(u64::MAX, |free| free / SYSTEM_DIVISOR);
-    most.min(part).clamp(1, TABLE_FDS - BESIDES_FDS)
+/// What keeps the default budget from being more.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Bound {
+    /// What this process may have.
+    Process,
+    /// What the whole system has left.
+    System,
+    /// The table of the process is made so large at start; more must be asked for.
+    Table,
+}
+
+/// How many descriptors blobs may have if nothing is set, and what bounds it.
+#[must_use]
+pub fn default_budget(raised: Raised, free_in_system: Option<u64>) -> (u64, Bound) {
+    let process = (raised.fds.saturating_sub(BESIDES_FDS), Bound::Process);
+    let system = (free_in_system.map_or(u64::MAX, |free| free / SYSTEM_DIVISOR), Bound::System);
+    let (budget, bound) = process.min(system).min((TABLE_FDS - BESIDES_FDS, Bound::Table));
+    (budget.max(1), bound)
 }
 
 /// Files that may still be opened in the whole system: `fs.file-max` less what `fs.file-nr` says is in use.
-fn free_in_system() -> Option<u64> {
+#[must_use]
+pub fn free_in_system() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/sys/fs/file-nr").ok()?;
     let numbers: Vec<u64> = text.split_whitespace().filter_map(|number| number.parse().ok()).collect();
     let [used, _, max] = numbers[..] else { return None };
@@ -123,9 +138,11 @@ mod tests {
 
     #[test]
     fn the_budget_stays_below_every_limit() {
-        assert_eq!(default_budget(1 << 20, None), TABLE_FDS - BESIDES_FDS);
-        assert_eq!(default_budget(1 << 20, Some(1000)), 500);
-        assert_eq!(default_budget(700, Some(1 << 40)), 700);
+        let default = |fds, free| default_budget(Raised { fds }, free);
+        assert_eq!(default(1 << 20, None), (TABLE_FDS - BESIDES_FDS, Bound::Table));
+        assert_eq!(default(1 << 20, Some(1000)), (500, Bound::System));
+        assert_eq!(default(1024, Some(1 << 40)), (704, Bound::Process));
+        assert_eq!(default(100, Some(1 << 40)), (1, Bound::Process));
         let raised = Raised { fds: 1024 };
         assert_eq!(fd_budget(Some(704), raised).unwrap(), 704);
         let message = fd_budget(Some(705), raised).unwrap_err().to_string();

@@ -5,9 +5,12 @@ use nix::sys::resource::{Resource, getrlimit};
 use super::device::{CAP_IPC_LOCK, CAP_SYS_RESOURCE, capabilities, has_capability};
 use super::{Check, Verdict, read};
 use crate::engine::ring;
+use crate::ops::limits::{self, Bound, Raised};
 
 /// Descriptors below which a host with hundreds of containers runs short: each mounted blob takes up to two.
 const WANTED_FILES: u64 = 65_536;
+/// A default budget below this keeps few blobs open.
+const FEW_FDS: u64 = 2048;
 /// What the unit file should set: the kernel's default upper bound (`fs.nr_open`).
 const NR_OPEN: u64 = 1_048_576;
 /// Share of `fs.file-max` in use, in percent, from which on there is a warning.
@@ -29,6 +32,7 @@ pub fn checks() -> Vec<Check> {
     vec![
         ring_check(ring::probe()),
         files_check(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises),
+        budget_check(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises, limits::free_in_system()),
         host_files_check(read("/proc/sys/fs/file-nr").as_deref()),
         file_size_check(limit(Resource::RLIMIT_FSIZE), raises),
         locked_check(limit(Resource::RLIMIT_MEMLOCK).1, may(CAP_IPC_LOCK)),
@@ -47,14 +51,36 @@ fn ring_check(ring: Result<&str, String>) -> Check {
     }
 }
 
-/// `raises`: the daemon will raise the limit itself, see [`crate::ops::limits`].
+/// What the process will be able to have. `raises`: the daemon will raise the limit itself, see [`limits`].
+fn most_fds(hard: u64, nr_open: u64, raises: bool) -> u64 {
+    if raises { nr_open } else { hard.min(nr_open) }
+}
+
+/// What `--fd-budget` is if it is not set, and why.
+fn budget_check(hard: u64, nr_open: u64, raises: bool, free_in_system: Option<u64>) -> Check {
+    const ID: &str = "fd-budget";
+    let (budget, bound) = limits::default_budget(Raised { fds: most_fds(hard, nr_open, raises) }, free_in_system);
+    let (why, remedy) = match bound {
+        Bound::Table => ("more has to be asked for", ""),
+        Bound::System => ("half of what fs.file-max and fs.file-nr leave", "raise the sysctl fs.file-max"),
+        Bound::Process if raises => ("what fs.nr_open leaves", "raise the sysctl fs.nr_open"),
+        Bound::Process => ("what the limit of this process leaves", "raise LimitNOFILE= in the systemd unit, or ulimit -Hn"),
+    };
+    let found = format!("blobs may take {budget} descriptors by default ({why}): about {} are open at a time", budget.div_ceil(2));
+    if budget < FEW_FDS {
+        let remedy = format!("{remedy}; beyond that, blobs are closed, and opened again when they are read, if the kernel can (line kernel-reopen)");
+        return Check::warn(ID, found, remedy);
+    }
+    Check::ok(ID, found)
+}
+
 fn files_check(hard: u64, nr_open: u64, raises: bool) -> Check {
     const ID: &str = "open-files";
-    let limit = if raises { nr_open } else { hard.min(nr_open) };
+    let limit = most_fds(hard, nr_open, raises);
     let found = format!("up to {limit} descriptors (limit {hard}, fs.nr_open {nr_open})");
     if limit < WANTED_FILES {
         let remedy = format!(
-            "LimitNOFILE={NR_OPEN} in the systemd unit; an open blob needs two descriptors, and one that gets none cannot be mounted"
+            "LimitNOFILE={NR_OPEN} in the systemd unit; an open blob needs two descriptors"
         );
         return Check::warn(ID, found, remedy);
     }
@@ -129,6 +155,12 @@ mod tests {
         assert_eq!(files_check(4096, 1 << 20, false).status, Status::Warn);
         assert_eq!(files_check(4096, 1 << 20, true).status, Status::Ok);
         assert_eq!(files_check(UNLIMITED, 1024, true).status, Status::Warn);
+        let budget = |hard, raises, free| budget_check(hard, 1 << 20, raises, free);
+        assert_eq!(budget(1024, true, None).status, Status::Ok);
+        assert!(budget(1024, false, None).remedy.contains("LimitNOFILE="));
+        let scarce = budget(1 << 20, true, Some(3000));
+        assert!(scarce.found.contains("1500 descriptors") && scarce.remedy.contains("fs.file-max"), "{scarce:?}");
+        assert!(budget_check(1024, 1024, true, None).remedy.contains("fs.nr_open"));
         assert_eq!(host_files_check(Some("667\t0\t2466177")).status, Status::Ok);
         assert_eq!(host_files_check(Some("80\t0\t100")).status, Status::Warn);
         assert_eq!(host_files_check(Some("80")).status, Status::Unknown);
