@@ -27,6 +27,8 @@ use crate::store::{Blob, SourceFile};
 
 /// Longest sleep: a wake-up that the kernel lost costs no more than this.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// Answers that wait for each other at most; in a turn with more of them they go out in between.
+const ANSWERS_MAX: usize = 64;
 /// How often a shard that cannot go on looks for the messages it has asked for: reading them never waits.
 const READ_TRIES: u32 = 3;
 
@@ -145,7 +147,7 @@ impl<I: Io> Shard<I> {
         for n in 0..router.wanted(BATCH_MAX) {
             let memory = messages.slot(n, 0, MESSAGE_MAX_BYTES);
             let file = FileRef::plain(front.requests());
-            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory });
+            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory, then: None });
         }
     }
 
@@ -201,16 +203,19 @@ impl<I: Io> Shard<I> {
     /// Does what the machine wants done.
     fn act(&mut self) {
         while let Some(action) = self.machine.pop_action() {
+            if self.answers.len() >= ANSWERS_MAX {
+                self.answer();
+            }
             match action {
                 Action::Answer(answered) => self.answers.push(answered),
                 Action::Release { object } => self.release(object),
-                Action::Read { op, object, file, offset, slot, slot_offset, len } => {
+                Action::Read { op, object, file, offset, slot, slot_offset, len, then } => {
                     let memory = self.buffers.slot(slot, index(slot_offset), index(len));
-                    self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory));
+                    self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory), then);
                 }
                 Action::Write { op, object, offset, len, slot, from } => {
                     let memory = self.written(object, slot, len, from);
-                    self.start(op, object, Kind::Write, Target::Sink, offset, memory);
+                    self.start(op, object, Kind::Write, Target::Sink, offset, memory, None);
                 }
             }
         }
@@ -235,13 +240,16 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>) {
-        let file = self.attached.get(object.0).and_then(Option::as_ref).and_then(|attached| match target {
+    #[expect(clippy::too_many_arguments, reason = "the parts of an operation")]
+    fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>, then: Option<u64>) {
+        let attached = self.attached.get(object.0).and_then(Option::as_ref);
+        let file = attached.and_then(|attached| match target {
             Target::Sink => Some(attached.sink_file),
             Target::Source(file) => attached.source_files.get(file).copied(),
         });
+        let then = attached.zip(then).map(|(attached, offset)| (attached.sink_file, offset));
         match (file, memory) {
-            (Some(file), Some(memory)) => self.io.push(Op { key: key.0, kind, file, offset, memory }),
+            (Some(file), Some(memory)) => self.io.push(Op { key: key.0, kind, file, offset, memory, then }),
             _ => self.machine.io_done(key, -(Errno::EIO as i32), self.clock.now_ns()),
         }
     }
@@ -261,6 +269,7 @@ impl<I: Io> Shard<I> {
     /// Gives this turn's answers, back to back.
     fn answer(&mut self) {
         let mut answers = std::mem::take(&mut self.answers);
+        self.stats().batch(answers.len());
         let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
         for answered in answers.drain(..) {
             let Answered { ticket, outcome, object, range, since_ns } = answered;
@@ -329,7 +338,7 @@ impl<I: Io> Shard<I> {
         let mut received = Ok(());
         let mut done = std::mem::take(&mut self.done);
         let now_ns = self.clock.now_ns();
-        for Done { op, mut result } in done.drain(..) {
+        for Done { op, mut result, copied } in done.drain(..) {
             if op.kind == Kind::Receive {
                 received = received.and(self.received(&op.memory, result));
                 continue;
@@ -343,7 +352,11 @@ impl<I: Io> Shard<I> {
                 }
                 result = -(Errno::EIO as i32);
             }
-            self.machine.io_done(OpKey(op.key), result, now_ns);
+            if copied {
+                self.machine.io_copied(OpKey(op.key), result, now_ns);
+            } else {
+                self.machine.io_done(OpKey(op.key), result, now_ns);
+            }
         }
         self.done = done;
         received

@@ -74,6 +74,9 @@ pub enum Action<T> {
         slot_offset: u64,
         /// How much.
         len: u64,
+        /// Where in the object's sink all of it goes next, if the read gives all of it. The driver may have that
+        /// done at once, and then reports [`Machine::io_copied`].
+        then: Option<u64>,
     },
     /// Write to the object's sink, then report [`Machine::io_done`].
     Write {
@@ -387,6 +390,15 @@ impl<T> Machine<T> {
             return self.retire(key, Err(Errno::ECANCELED));
         }
         self.step(key);
+    }
+
+    /// An [`Action::Read`] with `then` gave all its bytes, and their write has ended with `result`.
+    pub fn io_copied(&mut self, op: OpKey, result: i32, now_ns: u64) {
+        let (key, generation) = op.parts();
+        if let Some(job) = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Running) {
+            job.fill.read_whole();
+        }
+        self.io_done(op, result, now_ns);
     }
 
     /// Time has passed: fills that waited may go on.

@@ -157,7 +157,7 @@ impl World {
     fn act(&mut self, shard: usize, action: Action<SimTicket>) -> Checked {
         self.note(|| format!("shard {shard}: {action:?}"));
         match action {
-            Action::Read { op, object, file, offset, slot, slot_offset, len } => {
+            Action::Read { op, object, file, offset, slot, slot_offset, len, .. } => {
                 let slot = if self.sabotage == Some(Sabotage::OneSlotForAll) { 0 } else { slot };
                 self.start(shard, Flight { op, object, len, kind: Kind::Read { file, offset, slot, slot_offset } })
             }
