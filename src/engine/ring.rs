@@ -26,13 +26,6 @@ const NOWAIT: u64 = 1 << 32;
 /// The same: it is a read with a write linked behind it. Only one of the two is heard of: the read if it did not give
 /// everything, else the write.
 const LINKED: u64 = 1 << 33;
-/// Longest time for which a busy shard's ring waits for more than one completion: no reader waits longer than that
-/// because of it.
-const GATHER_MAX: Duration = Duration::from_micros(100);
-/// It waits at most so many times as long as the shard worked since the last wait: who has little to do is woken at once.
-const GATHER_SHARE: u32 = 3;
-/// It waits only after a turn with at least so many completions.
-const GATHER_MIN: usize = 4;
 /// Pause when the kernel has no memory for a request just now.
 const NO_MEMORY_PAUSE: Duration = Duration::from_millis(1);
 /// Completions taken out of the ring at a time.
@@ -85,8 +78,6 @@ pub struct Ring {
     wake: RawFd,
     features: Features,
     cqes: Vec<cqueue::Entry>,
-    /// When the last wait ended, and with how many completions.
-    returned: (Instant, usize),
     thread_bound: PhantomData<*const ()>,
 }
 
@@ -128,7 +119,6 @@ impl Ring {
             wake: watch.wake.as_raw_fd(),
             features,
             cqes: Vec::with_capacity(REAP_BATCH),
-            returned: (Instant::now(), 0),
             thread_bound: PhantomData,
         };
         ring.arm(WAKE);
@@ -214,12 +204,6 @@ impl Ring {
         };
         // A sink takes no non-blocking write, so the first attempt would only be lost time.
         if kind == Kind::Write { entry.flags(squeue::Flags::ASYNC) } else { entry }
-    }
-
-    /// For how many completions, and for how long, it pays to wait instead of for the first alone.
-    fn gather(&self) -> Option<(usize, Duration)> {
-        let (at, completions) = self.returned;
-        (completions >= GATHER_MIN && self.ops.len() > 1).then(|| (self.ops.len(), (at.elapsed() * GATHER_SHARE).min(GATHER_MAX)))
     }
 
     /// Enters the kernel once: submits, and waits for `want` completions.
@@ -321,25 +305,15 @@ impl Io for Ring {
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready> {
         let mut ready = Ready::default();
         self.flush_backlog();
-        let before = done.len();
         let idle = self.backlog.is_empty() && timeout != Some(Duration::ZERO);
-        let mut entered = Ok(());
-        let gather = self.gather().filter(|_| idle);
-        if let Some((want, time)) = gather {
-            entered = self.enter(want, Some(timeout.map_or(time, |timeout| timeout.min(time))));
-            self.reap(done, &mut ready);
-        }
-        if entered.is_ok() && done.len() == before && ready == Ready::default() {
-            entered = self.enter(usize::from(idle), timeout);
-            self.reap(done, &mut ready);
-        }
+        let entered = self.enter(usize::from(idle), timeout);
+        self.reap(done, &mut ready);
         entered?;
         // The kernel runs at most 20 deferred completions beyond those waited for in one call.
         while self.ring.0.submission().taskrun() {
             self.enter(0, None)?;
             self.reap(done, &mut ready);
         }
-        self.returned = (Instant::now(), done.len() - before);
         Ok(ready)
     }
 }
