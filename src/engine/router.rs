@@ -132,6 +132,8 @@ impl Router {
     pub(super) fn next_turn(&self) -> Option<Duration> {
         match (self.held.is_empty(), self.batch.more) {
             (true, false) => None,
+            // The reads end by themselves, and with them the wait.
+            (true, true) if self.is_reading() => None,
             (true, true) if self.has_room() && !self.starved => Some(Duration::ZERO),
             _ => Some(FULL_PAUSE),
         }

@@ -30,6 +30,8 @@ use crate::store::{Blob, SourceFile};
 
 /// Longest sleep: a wake-up that the kernel lost costs no more than this.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// Answers that wait for each other at most; in a turn with more of them they go out in between.
+const ANSWERS_MAX: usize = 64;
 /// How often a shard that cannot go on looks for the messages it has asked for: reading them never waits.
 const READ_TRIES: u32 = 3;
 
@@ -180,7 +182,7 @@ impl<I: Io> Shard<I> {
         for n in 0..router.wanted(BATCH_MAX) {
             let memory = messages.slot(n, 0, MESSAGE_MAX_BYTES);
             let file = FileRef::plain(front.requests());
-            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory });
+            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory, then: None });
         }
     }
 
@@ -289,6 +291,9 @@ impl<I: Io> Shard<I> {
     /// Does what the machine wants done.
     fn act(&mut self) {
         while let Some(action) = self.machine.pop_action() {
+            if self.answers.len() >= ANSWERS_MAX {
+                self.answer();
+            }
             match action {
                 Action::Answer(answered) => self.answers.push(answered),
                 Action::Look { object, range } => match self.sink(object) {
@@ -298,13 +303,13 @@ impl<I: Io> Shard<I> {
                 Action::Release { object } => self.release(object),
                 Action::Read { op, object, file, offset, len, .. }
                     if self.is_in_memory(object, file, offset, len) && self.machine.use_mapped(op) => {}
-                Action::Read { op, object, file, offset, slot, slot_offset, len } => {
+                Action::Read { op, object, file, offset, slot, slot_offset, len, then } => {
                     let memory = self.buffers.slot(slot, index(slot_offset), index(len));
-                    self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory));
+                    self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory), then);
                 }
                 Action::Write { op, object, offset, len, slot, from } => {
                     let memory = self.written(object, slot, len, from);
-                    self.start(op, object, Kind::Write, Target::Sink, offset, memory);
+                    self.start(op, object, Kind::Write, Target::Sink, offset, memory, None);
                 }
             }
         }
@@ -336,13 +341,16 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>) {
-        let file = self.attached.get(object.0).and_then(Option::as_ref).and_then(|attached| match target {
+    #[expect(clippy::too_many_arguments, reason = "the parts of an operation")]
+    fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>, then: Option<u64>) {
+        let attached = self.attached.get(object.0).and_then(Option::as_ref);
+        let file = attached.and_then(|attached| match target {
             Target::Sink => attached.sink.is_some().then_some(attached.sink_file),
             Target::Source(file) => attached.source_files.get(file).copied(),
         });
+        let then = attached.filter(|attached| attached.sink.is_some()).zip(then).map(|(attached, offset)| (attached.sink_file, offset));
         match (file, memory) {
-            (Some(file), Some(memory)) => self.io.push(Op { key: key.0, kind, file, offset, memory }),
+            (Some(file), Some(memory)) => self.io.push(Op { key: key.0, kind, file, offset, memory, then }),
             _ => self.machine.io_done(key, -(Errno::EIO as i32), self.clock.now_ns()),
         }
     }
@@ -362,6 +370,7 @@ impl<I: Io> Shard<I> {
     /// Gives this turn's answers, back to back.
     fn answer(&mut self) {
         let mut answers = std::mem::take(&mut self.answers);
+        self.stats().batch(answers.len());
         let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
         for answered in answers.drain(..) {
             let Answered { ticket, outcome, object, range, since_ns } = answered;
@@ -430,7 +439,7 @@ impl<I: Io> Shard<I> {
         let mut received = Ok(());
         let mut done = std::mem::take(&mut self.done);
         let now_ns = self.clock.now_ns();
-        for Done { op, mut result } in done.drain(..) {
+        for Done { op, mut result, copied } in done.drain(..) {
             if op.kind == Kind::Receive {
                 received = received.and(self.received(&op.memory, result));
                 continue;
@@ -444,11 +453,15 @@ impl<I: Io> Shard<I> {
                 }
                 result = -(Errno::EIO as i32);
             }
-            if op.kind == Kind::Write && NoRoom::is_meant_by(result) {
+            if (op.kind == Kind::Write || copied) && NoRoom::is_meant_by(result) {
                 let patient = self.no_room.as_ref().is_none_or(NoRoom::ring);
                 self.machine.wait_for_room(patient);
             }
-            self.machine.io_done(OpKey(op.key), result, now_ns);
+            if copied {
+                self.machine.io_copied(OpKey(op.key), result, now_ns);
+            } else {
+                self.machine.io_done(OpKey(op.key), result, now_ns);
+            }
         }
         self.done = done;
         received

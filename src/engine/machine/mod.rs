@@ -405,6 +405,15 @@ impl<T> Machine<T> {
         self.step(key);
     }
 
+    /// An [`Action::Read`] with `then` gave all its bytes, and their write has ended with `result`.
+    pub fn io_copied(&mut self, op: OpKey, result: i32, now_ns: u64) {
+        let (key, generation) = op.parts();
+        if let Some(job) = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Running) {
+            job.fill.read_whole();
+        }
+        self.io_done(op, result, now_ns);
+    }
+
     /// Time has passed: fills that waited may go on.
     pub fn tick(&mut self, now_ns: u64) {
         self.now_ns = self.now_ns.max(now_ns);

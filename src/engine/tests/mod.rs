@@ -318,7 +318,7 @@ fn fault_broken_kernel_interface_ends_the_engine_without_delay() {
 #[test]
 fn fault_hanging_operation_delays_no_answer_of_a_stop() {
     with_each_engine(1, |engine, kernel, _| {
-        // Nobody empties this pipe, so a write of a whole window never ends. (The blocking engine fails it.)
+        // Nobody empties this pipe, so there is room for one of two windows. (The blocking engine fails both.)
         let (_reader, writer) = nix::unistd::pipe().unwrap();
         let fd = Arc::new(writer);
         kernel.then([kernel.open(1, 8, &fd), Step::Await(1), kernel.need(2, 8, 65536..69632), kernel.need(3, 8, 0..4096)]);
@@ -326,9 +326,8 @@ fn fault_hanging_operation_delays_no_answer_of_a_stop() {
         let stopping = Instant::now();
         let snapshot = engine.stop(PATIENCE, || stopping.elapsed() > Duration::from_millis(100)).unwrap();
         assert!(stopping.elapsed() < PATIENCE / 2, "{:?}", stopping.elapsed());
-        for token in [2, 3] {
-            assert!(matches!(kernel.answers.of(token), Outcome::Failed(_)) || token == 2);
-        }
+        let answers = [2, 3].map(|token| kernel.answers.of(token));
+        assert!(answers.iter().any(|answer| matches!(answer, Outcome::Failed(_))), "{answers:?}");
         assert_eq!(snapshot.pending, 0);
     });
 }
