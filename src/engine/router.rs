@@ -218,6 +218,20 @@ impl Router {
         }
     }
 
+    /// Fails an open for which there are no descriptors.
+    fn refuse(&self, open: OpenRequest) {
+        Shared::count(&self.shared.opens_failed);
+        if self.shared.may_log_failure() {
+            tracing::error!(
+                "{} gets no descriptors, its mount or its reads fail: fd_budget = {} is used up by blobs that cannot be closed; raise it, or unmount images",
+                open.key,
+                self.shared.budget.limit()
+            );
+        }
+        // A kernel that takes no refusal has forgotten the open.
+        let _ = open.ticket.answer(Outcome::Failed(Errno::ENFILE));
+    }
+
     fn has_room(&self) -> bool {
         self.shared.shards.iter().map(super::stats::ShardStats::pending).sum::<u64>() < PENDING_MAX
     }
@@ -226,7 +240,8 @@ impl Router {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
-                Held::Open(open, self.shared.budget.charge_open())
+                let Some(charge) = self.evictor.admit(self.clock.now_ns()) else { return self.refuse(open) };
+                Held::Open(open, charge)
             }
             Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, self.clock.now_ns())),
             Request::Close(object) => {

@@ -78,6 +78,13 @@ struct Object {
     goal: Goal,
 }
 
+impl Object {
+    /// Nobody waits for it, and it is not picked already.
+    fn is_idle(&self) -> bool {
+        !self.closed && !self.leaving && self.jobs.is_empty()
+    }
+}
+
 #[derive(Debug)]
 struct Need<T> {
     object: Handle,
@@ -209,9 +216,6 @@ impl<T> Machine<T> {
         };
         let handle = Handle(self.objects.insert(object));
         self.handles.insert(id, handle);
-        if self.limits.completion.when == Complete::Always {
-            self.complete(handle, &(0..len));
-        }
         handle
     }
 
@@ -221,6 +225,16 @@ impl<T> Machine<T> {
         let part = plan::clamp(part, object.blob.len_bytes(), self.limits.page_bytes);
         if let (Some(planner), Some(part)) = (&mut object.planner, part) {
             planner.bring_whole(part);
+        }
+    }
+
+    /// The kernel has been told that an object is open: before, nothing may be written to it.
+    pub fn opened(&mut self, id: ObjectId) {
+        if self.limits.completion.when == Complete::Always
+            && let Some(handle) = self.handle(id)
+        {
+            let len = self.objects[handle.0].blob.len_bytes();
+            self.complete(handle, &(0..len));
         }
     }
 
@@ -340,8 +354,7 @@ impl<T> Machine<T> {
     /// longest ago. They are not picked again before [`Machine::stays`].
     pub fn pick_idle(&mut self, count: usize, complete_only: bool, picked: &mut Vec<Handle>) {
         picked.clear();
-        let idle = |object: &Object| !object.closed && !object.leaving && object.jobs.is_empty();
-        let fits = |object: &Object| idle(object) && (object.present.is_full() || !complete_only);
+        let fits = |object: &Object| object.is_idle() && (object.present.is_full() || !complete_only);
         picked.extend(self.objects.iter().filter(|(_, object)| fits(object)).map(|(key, _)| Handle(key)));
         if count < picked.len() {
             let objects = &self.objects;
@@ -351,10 +364,21 @@ impl<T> Machine<T> {
             });
             picked.truncate(count);
         }
-        for &handle in &*picked {
-            self.objects[handle.0].leaving = true;
-            self.drop_background(handle);
+        picked.iter().for_each(|handle| self.leaves(*handle));
+    }
+
+    /// Picks one object, as [`Machine::pick_idle`] does, if nobody waits for it.
+    pub fn pick(&mut self, object: Handle) -> bool {
+        let is_idle = self.objects.get(object.0).is_some_and(Object::is_idle);
+        if is_idle {
+            self.leaves(object);
         }
+        is_idle
+    }
+
+    fn leaves(&mut self, object: Handle) {
+        self.objects[object.0].leaving = true;
+        self.drop_background(object);
     }
 
     /// An object that was picked stays after all.

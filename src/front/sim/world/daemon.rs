@@ -83,6 +83,7 @@ impl World {
             // The kernel gave the object up meanwhile; no CLOSE will come for it.
             return self.close(shard, object);
         }
+        self.shards[shard].machine.opened(ObjectId(object));
         Ok(())
     }
 
