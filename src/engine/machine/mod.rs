@@ -24,7 +24,7 @@ use super::plan::adaptive::Planner;
 use super::plan::{self, Complete, Completion, Window};
 use super::presence::PageSet;
 use crate::front::{ObjectId, Outcome};
-use crate::range::{self, ByteRange, align_up, intersect};
+use crate::range::{self, ByteRange, align_down, align_up, intersect};
 use crate::store::Blob;
 
 pub use self::action::{Action, Answered, Counters, Handle, OpKey};
@@ -270,7 +270,8 @@ impl<T> Machine<T> {
         let Some(object) = self.objects.get_mut(object.0) else { return };
         object.probed.insert(probed);
         for range in present {
-            object.present.insert(&range);
+            // A write of the last page may have been cut off behind the blob's end: the kernel still misses the rest.
+            object.present.insert(&(range.start..align_down(range.end, self.limits.page_bytes)));
         }
     }
 
