@@ -22,7 +22,7 @@ use crate::front::{ObjectId, Sink};
 const FDS_PER_OPEN: u64 = 2;
 /// The part of the budget, one in so many, below which room is made.
 const RESERVE_DIVISOR: u64 = 8;
-/// What may be used beyond the budget, slowly, when nothing can be closed: the kernel's closes come in the same
+/// What may be used beyond the budget, slowly, when every shard says that nothing can be closed: the kernel's closes come in the same
 /// queue as its opens, so not to read at all could last for ever.
 pub const EMERGENCY_FDS: u64 = 64;
 /// Pause after an open that took of the emergency reserve: so opens are slowed down, and not failed.
@@ -119,6 +119,8 @@ pub(super) struct Evictor {
     offers: Receiver<Offer>,
     /// Shards that were asked and have not said that it was all.
     asked: usize,
+    /// Whether anything was closed since they were asked.
+    gained: bool,
     ask_again_ns: u64,
     ask_pause_ns: u64,
     /// Since when there is no room at all, or when the last open came since then.
@@ -129,7 +131,7 @@ impl Evictor {
     /// It, and where shards put their offers.
     pub(super) fn new(shared: Arc<Shared>) -> (Self, Sender<Offer>) {
         let (sender, offers) = channel();
-        (Self { shared, offers, asked: 0, ask_again_ns: 0, ask_pause_ns: ASK_PAUSE_NS, starved_ns: None }, sender)
+        (Self { shared, offers, asked: 0, gained: false, ask_again_ns: 0, ask_pause_ns: ASK_PAUSE_NS, starved_ns: None }, sender)
     }
 
     /// How many messages may be read now: each may be an open. If there is no room for long, then one at a time all the
@@ -141,7 +143,9 @@ impl Evictor {
             return u32::try_from(credits).unwrap_or(u32::MAX);
         }
         let since_ns = *self.starved_ns.get_or_insert(now_ns);
-        u32::from(now_ns.saturating_sub(since_ns) >= EMERGENCY_PAUSE_NS)
+        // A shard that is slow to say what can be closed, or to close it, is no emergency.
+        let in_vain = self.asked == 0 && !self.gained;
+        u32::from(in_vain && now_ns.saturating_sub(since_ns) >= EMERGENCY_PAUSE_NS)
     }
 
     /// Counts what an open may take. `None`: the emergency reserve is used up too.
@@ -168,6 +172,7 @@ impl Evictor {
         }
         let (room, reserve) = (self.shared.budget.room(), self.shared.budget.reserve());
         if self.asked == 0 && room < reserve && now_ns >= self.ask_again_ns {
+            self.gained = false;
             self.ask_again_ns = now_ns + self.ask_pause_ns;
             self.ask_pause_ns = (self.ask_pause_ns * 2).min(ASK_PAUSE_MAX_NS);
             self.ask((2 * reserve - room).div_ceil(FDS_PER_OPEN), send);
@@ -175,12 +180,13 @@ impl Evictor {
     }
 
     /// Closes a sink if no request of its object was read since its shard offered it.
-    fn close(&self, object: ObjectId, sink: Arc<dyn Sink>) -> Message {
+    fn close(&mut self, object: ObjectId, sink: Arc<dyn Sink>) -> Message {
         // Each request of it holds one, and nobody but this thread reads requests.
         if Arc::strong_count(&sink) > 1 {
             return Message::Keep(object, sink);
         }
         drop(sink);
+        self.gained = true;
         Shared::count(&self.shared.evictions);
         Message::Close(object)
     }

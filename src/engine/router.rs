@@ -38,7 +38,7 @@ pub(super) struct Router {
     shards: Vec<Mailbox>,
     opens: Arc<Opens>,
     evictor: Evictor,
-    /// There are no descriptors for what may come.
+    /// There are no descriptors for what may come, or the front end must settle first.
     starved: bool,
     /// What found its receiver's queue full, and what was read behind it; nothing else is read before it is delivered.
     held: VecDeque<Held>,
@@ -141,7 +141,7 @@ impl Router {
 
     /// How many messages are to be read from the front end now, `max` at most; what each read gives must come to
     /// [`Router::take`]. None while a queue is full.
-    pub(super) fn wanted(&mut self, max: u32) -> u32 {
+    pub(super) fn wanted(&mut self, front: &dyn FrontEnd, max: u32) -> u32 {
         if self.is_reading() {
             return 0;
         }
@@ -152,6 +152,10 @@ impl Router {
                 self.held.push_front(held);
                 return 0;
             }
+        }
+        if !front.settle() {
+            (self.starved, self.batch.more) = (true, true);
+            return 0;
         }
         // The room once a turn: it looks at memory that every shard writes.
         if !self.batch.more || !self.has_room() {

@@ -192,7 +192,7 @@ impl<I: Io> Shard<I> {
         if self.shared.look_again.swap(false, Ordering::AcqRel) {
             router.notice();
         }
-        for n in 0..router.wanted(BATCH_MAX) {
+        for n in 0..router.wanted(&**front, BATCH_MAX) {
             let memory = messages.slot(n, 0, MESSAGE_MAX_BYTES);
             let file = FileRef::plain(front.requests());
             self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory, then: None });

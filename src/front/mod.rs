@@ -200,6 +200,12 @@ pub trait FrontEnd: Send + Sync {
     /// interface itself failed.
     fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError>;
 
+    /// Called before each read, when no read is under way and every request that was read has been handed on.
+    /// `false`: nothing may be read now; it wants to be asked again soon.
+    fn settle(&self) -> bool {
+        true
+    }
+
     /// Reads a message and parses it, for a caller without an engine.
     ///
     /// # Errors

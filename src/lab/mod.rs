@@ -5,6 +5,7 @@
 //!  kernel     source package + kernel.config -> bzImage, cached outside the checkout
 //!  initramfs  programs with their libraries, files, nodes -> a newc archive
 //!  disk       ext4, XFS and EROFS images
+//!  blobs      an EROFS image of thousands of blobs
 //!  tree       a directory tree, and the manifest that says what it must read as
 //!  guest      the guest both users want: infill inside, a cache disk, a store disk
 //!  qemu       kernel + initramfs + disks -> a boot, its console line by line, and how it ended
@@ -15,6 +16,7 @@
 //! Nothing here is used by `infill serve`.
 
 pub mod bench;
+pub mod blobs;
 pub mod demo;
 pub mod disk;
 pub mod guest;

@@ -10,6 +10,7 @@
 
 mod bad_disk;
 mod confine;
+mod density;
 mod disturbances;
 mod failures;
 mod fixtures;
@@ -49,6 +50,7 @@ fn tests() -> impl Iterator<Item = Test> {
         seed::TESTS,
         restart::TESTS,
         space::TESTS,
+        density::TESTS,
     ]
     .into_iter()
     .flatten()

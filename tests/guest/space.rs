@@ -365,7 +365,7 @@ fn kernel_answers(guest: &mut Guest) -> Outcome {
     Ok(())
 }
 
-fn settings() -> Settings {
+pub(crate) fn settings() -> Settings {
     Settings {
         shards: 1,
         kind: EngineKind::Auto,

@@ -1,6 +1,8 @@
 //! `infill bench`: measurements, one command for each published table.
 
+mod density;
 mod guest;
+mod inside;
 mod restart;
 
 use std::path::PathBuf;
@@ -29,6 +31,8 @@ pub enum Bench {
     },
     /// What readers notice when the daemon is killed and started anew, again and again, on a real kernel
     Restart(restart::RestartArgs),
+    /// Thousands of mounted objects under a small budget of descriptors, on a real kernel
+    Density(density::DensityArgs),
     /// One cell, inside a guest
     #[command(hide = true)]
     Cell,
@@ -64,6 +68,7 @@ pub fn run(bench: &Bench) -> Result<(), Failure> {
             Ok(())
         }
         Bench::Restart(args) => restart::run(args),
+        Bench::Density(args) => density::run(args),
         Bench::Cell => cell::run().map_err(failed),
         Bench::Naive { cache_dir, store, all } => match naive::serve(cache_dir, store, *all) {
             Ok(never) => match never {},

@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::inside::{Inside, PROGRESS};
 use crate::cli::Failure;
 use crate::lab::bench::restart::{self, Figures};
 use crate::lab::disk::{self, CacheFs};
-use crate::lab::guest::GuestPlan;
-use crate::lab::init::INIT_PROGRAM;
 use crate::lab::progress::Progress;
-use crate::lab::{LabError, Result, Scratch, Trying, kernel, last_lines, packages, qemu};
+use crate::lab::{LabError, Result, Scratch, kernel, packages};
 use crate::ops::exit;
 
 /// How long the guest may take for itself, and for each kill.
@@ -18,11 +17,8 @@ const GUEST_LIMIT: Duration = Duration::from_secs(900);
 const KILL_LIMIT: Duration = Duration::from_secs(20);
 /// Room on the guest's store disk beside the data.
 const DISK_SLACK_BYTES: u64 = 32 << 20;
-/// The result in the guest begins like this, and a line of its progress like that.
+/// The result in the guest begins like this.
 const FIGURES_START: &str = "{\"kills\"";
-const KILLED: &str = "ended the daemon: ";
-/// Console lines that are shown of a guest without a result.
-const TAIL_LINES: usize = 40;
 
 /// Flags of `infill bench restart`.
 #[derive(Debug, Args)]
@@ -74,14 +70,13 @@ pub(super) fn run(args: &RestartArgs) -> std::result::Result<(), Failure> {
 /// Inside the guest.
 fn here(args: &RestartArgs) -> Result<()> {
     let storm = restart::Storm { orderly: args.orderly, ..restart::in_guest(args.kills, args.seed)? };
-    let figures = storm.run(|number| println!("{KILLED}{number}"))?;
+    let figures = storm.run(|number| println!("{PROGRESS}{number} of {} kills", args.kills))?;
     println!("{}", serde_json::to_string(&figures).map_err(|error| LabError::Failed(error.to_string()))?);
     Ok(())
 }
 
 fn in_guest(args: &RestartArgs) -> Result<Figures> {
     packages::ensure(packages::GUEST_TOOLS)?;
-    let kernel = kernel::ensure(&args.kernel)?;
     let scratch = Scratch::make("restart")?;
     let progress = Progress::begin("packing files of this machine into an EROFS image");
     let data = scratch.path().join("data");
@@ -89,41 +84,18 @@ fn in_guest(args: &RestartArgs) -> Result<Figures> {
     let store_disk = scratch.path().join("store.img");
     disk::ext4(&store_disk, len_bytes * 5 / 4 + DISK_SLACK_BYTES, Some(&data))?;
     progress.finish(&format!("{} MiB", len_bytes >> 20));
-    let accelerator = qemu::accelerator(&kernel.image)?;
-    let infill = std::env::current_exe().trying(|| "cannot find this program")?;
     let (kills, seed) = (args.kills.to_string(), args.seed.to_string());
-    let mut argv = vec![INIT_PROGRAM, "bench", "restart", "--here", "--kills", &kills, "--seed", &seed];
+    let mut argv = vec!["restart", "--here", "--kills", &kills, "--seed", &seed];
     argv.extend(args.orderly.then_some("--orderly"));
-    let plan = GuestPlan {
-        kernel: &kernel,
-        infill: &infill,
-        programs: &[],
-        files: &[],
+    let inside = Inside {
+        step: "killing infill under readers",
+        series: &args.kernel,
         cache_fs: args.fs,
         store_disk: &store_disk,
-        argv: argv.into_iter().map(str::to_owned).collect(),
+        argv: &argv,
+        figures_start: FIGURES_START,
         total_limit: GUEST_LIMIT + KILL_LIMIT * u32::try_from(args.kills).unwrap_or(u32::MAX),
     };
-    let machine = plan.build(scratch.path())?;
-    let step =
-        format!("killing infill under readers on Linux {} ({}), the cache on {}", kernel.version, accelerator.name(), args.fs.name());
-    let mut progress = Progress::begin(step);
-    let (mut lines, mut figures, mut kills_seen) = (Vec::new(), None, false);
-    let ending = machine.run(accelerator, &mut |line| {
-        if let Some(number) = line.strip_prefix(KILLED) {
-            kills_seen = true;
-            progress.update(|| format!("{number} of {} kills", args.kills));
-        } else if line.starts_with(FIGURES_START) {
-            figures = serde_json::from_str::<Figures>(line).ok();
-        }
-        lines.push(line.to_owned());
-        kills_seen
-    })?;
-    let mut figures = figures.ok_or_else(|| {
-        let tail = last_lines(&lines.join("\n"), TAIL_LINES);
-        LabError::Failed(format!("the guest gave no result ({ending}); its console ended with:\n{tail}"))
-    })?;
-    progress.finish("done");
-    figures.cache_fs = Some(args.fs.name().to_owned());
-    Ok(figures)
+    let figures: Figures = inside.run(scratch.path())?;
+    Ok(Figures { cache_fs: Some(args.fs.name().to_owned()), ..figures })
 }

@@ -1,12 +1,20 @@
 //! The bound device: messages in, answers out.
 //!
 //! One thread calls [`FrontEnd::parse`]; answers may come from any. An engine that closes a sink early, to save
-//! descriptors, should drop its last clone on the thread that calls `parse`, and before it reads: the kernel hands
-//! out a READ only once, and one that it handed out just before the close cannot be answered any more.
+//! descriptors, drops its last clone on the thread that calls `parse`, and before it reads: the kernel hands out a
+//! READ only once, and one that it handed out just before the close cannot be answered any more.
+//!
+//! Even so the kernel may hand one out after the close: for it the object is open as long as anybody refers to the
+//! descriptor's file, and a worker of io_uring does for a moment after it has reported a write. Such a READ is lost,
+//! until `restore` makes the kernel hand everything unanswered out again, by which time the object is closed and is
+//! opened anew. READs that are being answered come twice then, which does no harm; an OPEN must not
+//! (`EEXIST` would fail it for good), so before that all OPENs are answered, and nothing is read.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -21,6 +29,8 @@ use crate::range::{self, ByteRange};
 
 /// Smallest alignment of writes, whatever the page size: `CACHEFILES_DIO_BLOCK_SIZE`.
 const ALIGN_MIN_BYTES: u64 = 4096;
+/// Pause before the kernel is asked for lost READs again: what still refers to a closed descriptor ends soon.
+const RESTORE_PAUSE: Duration = Duration::from_millis(10);
 const _: () = assert!(wire::MSG_MAX_BYTES <= MESSAGE_MAX_BYTES, "the kernel refuses a shorter read");
 
 /// `/dev/cachefiles`, bound in on-demand mode. Dropping it closes the device, and with that every mounted
@@ -30,12 +40,16 @@ pub struct Device {
     objects: Objects,
     counters: Arc<Counters>,
     caps: Caps,
+    /// When a READ was lost that `restore` is to bring back. Only the thread that reads uses it.
+    lost_at: Mutex<Option<Instant>>,
 }
 
 /// The open device, as OPENs are answered through it.
 struct Devnode {
     fd: OwnedFd,
     counters: Arc<Counters>,
+    /// OPENs that were read and have no answer.
+    unanswered: AtomicU64,
 }
 
 impl Device {
@@ -61,10 +75,11 @@ impl Device {
     fn new(bound: Bound) -> Arc<Self> {
         let counters = Arc::<Counters>::default();
         Arc::new(Self {
-            devnode: Arc::new(Devnode { fd: bound.devnode, counters: Arc::clone(&counters) }),
+            devnode: Arc::new(Devnode { fd: bound.devnode, counters: Arc::clone(&counters), unanswered: AtomicU64::new(0) }),
             objects: Objects::default(),
             counters,
             caps: Caps { align_bytes: range::page_bytes().max(ALIGN_MIN_BYTES), holes_are_absent: true, reopens: bound.reopens },
+            lost_at: Mutex::default(),
         })
     }
 
@@ -102,17 +117,28 @@ impl Device {
     }
 
     fn open_ticket(&self, msg_id: u32) -> Ticket {
+        self.devnode.unanswered.fetch_add(1, Ordering::Relaxed);
         Ticket::new(Arc::clone(&self.devnode) as Arc<dyn Answer>, msg_id.into())
     }
 
-    fn need(&self, msg_id: u32, object: u32, range: ByteRange) -> Result<Request, FrontError> {
-        let Some(answer) = self.objects.get(object) else {
+    fn need(&self, msg_id: u32, object: u32, range: ByteRange) -> Result<Option<Request>, FrontError> {
+        if let Some(answer) = self.objects.get(object) {
+            let ticket = Ticket::new(answer, msg_id.into());
+            return Ok(Some(Request::Need(NeedRequest { object: ObjectId(object), range, ticket })));
+        }
+        if !self.caps.reopens {
             return Err(self.unknown_object(msg_id, object));
-        };
-        Ok(Request::Need(NeedRequest { object: ObjectId(object), range, ticket: Ticket::new(answer, msg_id.into()) }))
+        }
+        self.counters.unknown_objects.bump();
+        *self.lost() = Some(Instant::now());
+        Ok(None)
     }
 
-    /// A READ that has no descriptor of its own. Kernels before 6.1.101, 6.6.42 and 6.9.11 let any descriptor
+    fn lost(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.lost_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A READ that has no descriptor of its own, where the kernel has no `restore`. Kernels before 6.1.101, 6.6.42 and 6.9.11 let any descriptor
     /// complete it; later ones refuse, and it waits until its object is opened again.
     fn unknown_object(&self, msg_id: u32, object: u32) -> FrontError {
         self.counters.unknown_objects.bump();
@@ -186,13 +212,25 @@ impl FrontEnd for Device {
                     return Err(self.refuse(bytes, None, why));
                 }
             },
-            Body::Read(range) => self.need(msg_id, object_id, range)?,
+            Body::Read(range) => return self.need(msg_id, object_id, range),
             Body::Close => {
                 self.objects.remove(object_id);
                 Request::Close(ObjectId(object_id))
             }
         };
         Ok(Some(request))
+    }
+
+    fn settle(&self) -> bool {
+        let mut lost_at = self.lost();
+        let Some(at) = *lost_at else { return true };
+        if at.elapsed() < RESTORE_PAUSE || self.devnode.unanswered.load(Ordering::Acquire) > 0 {
+            return false;
+        }
+        // If the kernel refuses, reading the device will say why.
+        let _ = self.command(b"restore");
+        *lost_at = None;
+        true
     }
 }
 
@@ -214,7 +252,9 @@ impl Answer for Devnode {
         // An answer that cannot be given is an error, but the kernel still must hear something.
         let refused = opened.as_ref().err().copied();
         let command = opened.unwrap_or_else(|errno| command::refuse(msg_id, errno));
-        let wanted = match command::give(self.fd.as_fd(), command.as_bytes()) {
+        let given = command::give(self.fd.as_fd(), command.as_bytes());
+        self.unanswered.fetch_sub(1, Ordering::Release);
+        let wanted = match given {
             Err(Errno::EINVAL) => {
                 self.counters.late_answers.bump();
                 false
@@ -241,9 +281,12 @@ pub(super) mod tests {
     pub(in super::super) struct Kernel(OwnedFd);
 
     pub(in super::super) fn device() -> (Arc<Device>, Kernel) {
+        device_that(true)
+    }
+
+    fn device_that(reopens: bool) -> (Arc<Device>, Kernel) {
         let (devnode, kernel) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC).unwrap();
-        let reopens = true;
         (Device::new(Bound { devnode, reopens }), Kernel(kernel))
     }
 
@@ -342,8 +385,33 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn reads_and_closes_of_unknown_objects_are_survived() {
+    fn a_read_of_a_closed_descriptor_is_asked_for_again_when_no_open_is_unanswered() {
         let (device, kernel) = device();
+        kernel.open(1, 5);
+        let OpenRequest { sink, ticket, .. } = next_open(&device);
+        ticket.answer(Outcome::Opened { len_bytes: 1 }).unwrap();
+        assert_eq!(kernel.command(), "copen 1,1");
+        drop(sink);
+        kernel.message(2, 5, Body::Read(0..4096));
+        assert!(device.next().unwrap().is_none());
+        // Delivered behind it in the same batch.
+        kernel.open(3, 6);
+        let open = next_open(&device);
+        std::thread::sleep(RESTORE_PAUSE);
+        assert!(!device.settle(), "an open is unanswered");
+        open.ticket.answer(Outcome::Opened { len_bytes: 1 }).unwrap();
+        assert_eq!(kernel.command(), "copen 3,1");
+        assert!(device.settle() && device.settle());
+        assert_eq!(kernel.command(), "restore");
+        assert_eq!(device.counts(), Counts { unknown_objects: 1, ..Counts::default() });
+        kernel.message(4, 7, Body::Read(0..4096));
+        assert!(device.next().unwrap().is_none());
+        assert!(!device.settle(), "what holds the descriptor has had no time to end");
+    }
+
+    #[test]
+    fn reads_and_closes_of_unknown_objects_are_survived() {
+        let (device, kernel) = device_that(false);
         kernel.message(2, u32::MAX, Body::Read(0..4096));
         assert_eq!(
             malformed(&device),

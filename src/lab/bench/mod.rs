@@ -1,6 +1,7 @@
 //! The benches. `infill bench guest`: what a daemon costs its readers, measured on a real kernel whose clock counts
 //! instructions. `infill bench engine`: what the engine costs without a kernel that asks. `infill bench restart`: what
-//! readers notice when the daemon is killed (`restart`, apart from all below).
+//! readers notice when the daemon is killed (`restart`), and `infill bench density`: far more objects than descriptors
+//! (`density`); these two are apart from all below.
 //!
 //! ```text
 //!  engine  engine    figures of the two below, and system calls counted by strace
@@ -25,7 +26,9 @@
 
 pub mod cell;
 mod corpus;
+mod daemon;
 pub mod data;
+pub mod density;
 pub mod engine;
 pub mod figures;
 pub mod grid;

@@ -4,20 +4,19 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use super::daemon::Daemon;
 use crate::front::sim::rng::Rng;
 use crate::lab::disk::{self, ErofsLayout};
 use crate::lab::tree::{Content, Entry, Manifest, Selection};
-use crate::lab::{LabError, Result, Trying, checksum, last_lines};
+use crate::lab::{Result, Trying, checksum};
 
 /// The image, its blob and its manifest in the data directory.
 const IMAGE: &str = "restart.img";
@@ -41,8 +40,6 @@ const WINDOW: &str = "--window=64K";
 /// Longest life of a daemon that became ready; its end comes at a random moment before. One in three is ended before it
 /// is ready.
 const LIVES_MS: [u64; 2] = [150, 1500];
-/// How long a daemon may take to be ready, or to end when asked to.
-const DAEMON_LIMIT: Duration = Duration::from_secs(60);
 /// How long the rounds may take to come to an end after the last kill. A reader that hangs is lost.
 const END_LIMIT: Duration = Duration::from_secs(180);
 /// Errors that are described.
@@ -199,7 +196,7 @@ impl Storm {
             Watch { manifest, enough: AtomicBool::new(false), reading: AtomicUsize::new(0), mounting: AtomicUsize::new(0), figures };
         std::thread::scope(|scope| {
             let began = Instant::now();
-            let mut daemon = Daemon::start(self, 0)?;
+            let mut daemon = self.daemon(0)?;
             daemon.await_ready()?;
             let start_ms = millis(began.elapsed());
             let rounds = scope.spawn(|| self.rounds(&watch));
@@ -224,6 +221,15 @@ impl Storm {
         Ok(watch.figures.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// The daemon with this number.
+    fn daemon(&self, number: usize) -> Result<Daemon> {
+        let mut command = Command::new(&self.infill[number % self.infill.len()]);
+        command.args(["serve", "--front-end=cachefiles", "--keep=keeper", WINDOW]);
+        command.arg("--cache-dir").arg(&self.cache).arg("--state-dir").arg(&self.state);
+        command.arg("--store").arg(format!("dir:{}", self.store.display()));
+        Daemon::start(command, &self.at)
+    }
+
     /// Ends the daemon at random moments; `start_ms` is what a start takes.
     fn end_and_start(&self, daemon: &mut Daemon, start_ms: u64, watch: &Watch, mut on_kill: impl FnMut(usize)) -> Result<()> {
         let mut rng = Rng::new(self.seed);
@@ -236,7 +242,7 @@ impl Storm {
             std::thread::sleep(Duration::from_millis(rng.below(longest)));
             let (reading, mounting) = (watch.reading.load(Ordering::Relaxed), watch.mounting.load(Ordering::Relaxed));
             daemon.end(self.orderly)?;
-            *daemon = Daemon::start(self, number)?;
+            *daemon = self.daemon(number)?;
             watch.note(|figures| {
                 figures.kills_at_start += usize::from(at_start);
                 figures.kills_with_readers += usize::from(reading > 0);
@@ -357,71 +363,6 @@ fn inside<T>(who: &AtomicUsize, call: impl FnOnce() -> T) -> T {
     let result = call();
     who.fetch_sub(1, Ordering::Relaxed);
     result
-}
-
-/// A daemon as a child of this process; killed when dropped.
-struct Daemon {
-    child: Child,
-    out: PathBuf,
-    log: PathBuf,
-}
-
-impl Daemon {
-    fn start(storm: &Storm, number: usize) -> Result<Self> {
-        let (out, log) = (storm.at.with_extension("out"), storm.at.with_extension("log"));
-        let mut command = Command::new(&storm.infill[number % storm.infill.len()]);
-        command.args(["serve", "--front-end=cachefiles", "--keep=keeper", WINDOW]);
-        command.arg("--cache-dir").arg(&storm.cache).arg("--state-dir").arg(&storm.state);
-        command.arg("--store").arg(format!("dir:{}", storm.store.display()));
-        let file = |path: &Path| File::create(path).trying(|| format!("cannot write {}", path.display()));
-        command.stdin(Stdio::null()).stdout(file(&out)?).stderr(file(&log)?);
-        let child = command.spawn().trying(|| "cannot start infill serve")?;
-        Ok(Self { child, out, log })
-    }
-
-    fn await_ready(&mut self) -> Result<()> {
-        let began = Instant::now();
-        while !fs::read_to_string(&self.out).is_ok_and(|text| text.contains("infill: ready")) {
-            self.must_live()?;
-            if began.elapsed() > DAEMON_LIMIT {
-                return Err(LabError::Failed(format!("infill serve is not ready; it said:\n{}", self.logged())));
-            }
-            std::thread::sleep(POLL);
-        }
-        Ok(())
-    }
-
-    fn must_live(&mut self) -> Result<()> {
-        match self.child.try_wait().trying(|| "cannot look at infill serve")? {
-            None => Ok(()),
-            Some(status) => Err(LabError::Failed(format!("infill serve ended by itself ({status}); it said:\n{}", self.logged()))),
-        }
-    }
-
-    /// Ends it with `SIGTERM` or `SIGKILL`; it must have lived until then.
-    fn end(&mut self, orderly: bool) -> Result<()> {
-        self.must_live()?;
-        let signal = if orderly { Signal::SIGTERM } else { Signal::SIGKILL };
-        kill(Pid::from_raw(self.child.id().cast_signed()), signal).trying(|| "cannot end infill serve")?;
-        let status = self.child.wait().trying(|| "cannot wait for infill serve")?;
-        // One that is still starting may not know the signal yet.
-        let is_expected = !orderly || status.success() || !fs::read_to_string(&self.out).is_ok_and(|text| text.contains("ready"));
-        if is_expected {
-            return Ok(());
-        }
-        Err(LabError::Failed(format!("infill serve ended with {status}; it said:\n{}", self.logged())))
-    }
-
-    fn logged(&self) -> String {
-        last_lines(&fs::read_to_string(&self.log).unwrap_or_default(), 20)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 fn millis(time: Duration) -> u64 {
