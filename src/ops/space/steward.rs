@@ -22,6 +22,7 @@ use super::uses::Uses;
 use super::{limits, room};
 use crate::engine::room::NoRoom;
 use crate::front::cachefiles::cache_dir::CacheDirError;
+use crate::front::cachefiles::cookies::Lists;
 use crate::front::cachefiles::cull::{Culler, empty_graveyard};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
 use crate::front::cachefiles::{CullLimits, Device};
@@ -44,7 +45,7 @@ const STOP_POLL: Duration = Duration::from_millis(5);
 const BUDGET_SLACK_PERCENT: u64 = 5;
 
 /// What to keep to.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Settings {
     /// The bound cache.
     pub cache_dir: PathBuf,
@@ -54,13 +55,16 @@ pub struct Settings {
     pub budget_bytes: Option<u64>,
     /// Whether the kernel may be asked to cull.
     pub may_cull: bool,
+    /// Where the kernel tells what it has open; `None`: nowhere, so it is asked about each object that is to go.
+    pub lists: Option<Lists>,
 }
 
 impl Settings {
-    /// These settings for this kernel.
+    /// These settings for this kernel. To be made before the process is confined.
     #[must_use]
     pub fn new(cache_dir: &Path, limits: CullLimits, budget_bytes: Option<u64>) -> Self {
-        Self { cache_dir: cache_dir.to_owned(), limits, budget_bytes, may_cull: may_cull(&Running::read()) }
+        let lists = Lists::open().inspect_err(|error| tracing::warn!("{error}: the last use of blobs is not noted")).ok();
+        Self { cache_dir: cache_dir.to_owned(), limits, budget_bytes, may_cull: may_cull(&Running::read()), lists }
     }
 }
 
@@ -123,7 +127,7 @@ impl Steward {
         let (asked, shared) = (Arc::clone(&stop), Arc::clone(&statistics));
         let thread = Builder::new().name("infill-space".to_owned()).spawn(move || {
             let path = settings.cache_dir.display().to_string();
-            match Worker::new(&settings, device, no_room, shared) {
+            match Worker::new(settings, device, no_room, shared) {
                 Ok(mut worker) => worker.work(&asked),
                 Err(error) => tracing::error!("{path}: no space will be made in the cache: {error}"),
             }
@@ -179,7 +183,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(settings: &Settings, device: Arc<Device>, no_room: NoRoom, statistics: Arc<Mutex<Statistics>>) -> Result<Self, CacheDirError> {
+    fn new(settings: Settings, device: Arc<Device>, no_room: NoRoom, statistics: Arc<Mutex<Statistics>>) -> Result<Self, CacheDirError> {
         let dir = &settings.cache_dir;
         let missing = || CacheDirError::io(dir, "look after its space")(Errno::ENOENT);
         let root = Dir::open(dir)?.ok_or_else(missing)?;
@@ -187,13 +191,13 @@ impl Worker {
         let size = room(&root).map_err(CacheDirError::io(dir, "query its file system"))?;
         Ok(Self {
             limits: limits(&settings.limits, &size),
-            culler: culler(settings, device),
+            culler: culler(&settings, device),
             root,
             cache,
             budget_bytes: settings.budget_bytes,
             no_room,
             statistics,
-            uses: Uses::default(),
+            uses: Uses::new(settings.lists),
             culling: false,
             counted: None,
             looked: Instant::now(),
