@@ -49,8 +49,13 @@ impl Uses {
 
     /// Looks what is open now, and notes the use of what no longer is. `cache` is the directory of the volumes. Says
     /// whether something was closed: then objects may have got their names.
+    ///
+    /// # Errors
+    /// The kernel's lists cannot be read; then nothing counts as open.
     pub(super) fn update(&mut self, cache: &Dir) -> Result<bool, CacheDirError> {
-        let live = self.lists.as_ref().map_or_else(|| Ok(HashSet::new()), Lists::live)?;
+        let live = self.lists.as_ref().map_or_else(|| Ok(HashSet::new()), Lists::live);
+        // What was open long ago may be closed: not to know is better than to be wrong.
+        let live = live.inspect_err(|_| self.live.clear())?;
         // As of the last look, when they were open for certain: others may have been used since, which only the kernel
         // and the fills have noted.
         let closed = self.live.difference(&live).cloned();
