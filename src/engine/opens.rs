@@ -15,7 +15,7 @@ use crate::key::Key;
 /// Opens without an answer at a time. Beyond it nothing is read from the kernel.
 pub(super) const OPENS_MAX: usize = 1024;
 /// Threads that look blobs up at a time: as many may hang in a dead store before healthy ones have to wait.
-pub(super) const OPENERS_MAX: usize = 64;
+pub const OPENERS_MAX: usize = 64;
 /// Pause before a lookup that failed for a passing reason is tried again; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 /// Longest such pause.

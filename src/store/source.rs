@@ -83,8 +83,15 @@ impl SourceFile {
         match is_resident(&self.fd, 0, 1) {
             Ok(_) => drop(self.try_map()),
             Err(errno) => SAID.call_once(|| {
+                let takes = match errno {
+                    Errno::ENOSYS => "Linux 6.5, and in a container a seccomp filter that knows the call",
+                    Errno::EPERM => {
+                        "the blobs' owner or somebody who may write them, and in a container a seccomp filter that allows the call"
+                    }
+                    _ => "another file system",
+                };
                 tracing::info!(
-                    "cannot see which blobs are in memory (cachestat: {errno}), so all are read from their disks; that takes Linux 6.5, and the blobs' owner"
+                    "cannot see which blobs are in memory (cachestat: {errno}), so all are read from their disks; that takes {takes}"
                 );
             }),
         }
