@@ -328,7 +328,7 @@ mod tests {
         let place = |object| Place { volume: "Ierofs,bad".into(), fanout: 0x4b, object };
         assert!(count_fanout(&bad, "@4b".as_ref(), place, &mut objects).is_err());
         assert!(objects.is_empty());
-        fs::set_permissions(bad.path().join("@4a"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(bad.path().join("@4a"), fs::Permissions::from_mode(0o000)).unwrap();
         let found = census(&Dir::open(dir.path()).unwrap().unwrap()).unwrap();
         if nix::unistd::geteuid().is_root() {
             println!("not run: a directory without permission, which root can read");
