@@ -4,8 +4,11 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 use std::fs::Permissions;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -14,7 +17,7 @@ use std::time::Duration;
 use infill::front::sim::rng::Rng;
 use infill::front::sim::socket::SocketKernel;
 use infill::key::Key;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
 const PAGE: u64 = 4096;
@@ -139,6 +142,31 @@ fn a_confined_daemon_serves() {
             assert_eq!(kernel.violations(), [""; 0]);
         }
     }
+}
+
+/// However the daemon treats signals: who stops the unit ends the keeper at once.
+#[test]
+fn a_keeper_can_be_ended_with_sigterm() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    // In a thread of its own, for a program inherits what is blocked.
+    let start = move || {
+        signals.thread_block().unwrap();
+        Command::new(env!("CARGO_BIN_EXE_infill")).arg("keeper").stdin(OwnedFd::from(listener)).spawn().unwrap()
+    };
+    let mut keeper = thread::spawn(start).join().unwrap();
+    let connection = UnixStream::connect(&socket).unwrap();
+    // It answers, so it is detached.
+    (&connection).write_all(b"t").unwrap();
+    (&connection).read_exact(&mut [0]).unwrap();
+    send(Signal::SIGHUP, &keeper);
+    (&connection).write_all(b"t").unwrap();
+    (&connection).read_exact(&mut [0]).unwrap();
+    send(Signal::SIGTERM, &keeper);
+    assert_eq!(keeper.wait().unwrap().signal(), Some(Signal::SIGTERM as i32));
 }
 
 #[test]

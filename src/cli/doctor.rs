@@ -39,7 +39,13 @@ pub struct DoctorArgs {
 /// Settings that cannot be used.
 pub fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
     let config = args.options.look(args.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
-    let subject = Subject { cache_dir: &config.cache_dir, stores: &config.stores, limits: &config.cull, cache_bytes: config.cache_bytes };
+    let subject = Subject {
+        cache_dir: &config.cache_dir,
+        stores: &config.stores,
+        limits: &config.cull,
+        cache_bytes: config.cache_bytes,
+        shards: config.shards,
+    };
     let report = examine(&subject);
     let stdout = io::stdout();
     let text = if args.json {

@@ -229,7 +229,8 @@ fn start_engine(
     tracer: Option<Tracer>,
     no_room: Option<NoRoom>,
 ) -> Result<Engine, Failure> {
-    let fd_budget = limits::fd_budget(config.fd_budget, raised).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    let fd_budget =
+        limits::fd_budget(config.fd_budget, raised, config.shards).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let settings = Settings {
         shards: config.shards,
         kind: config.engine,

@@ -80,17 +80,26 @@ impl Worker {
             if self.ended.load(Ordering::Acquire) {
                 return;
             }
-            let result = match op.kind {
-                Kind::Read => op.memory.read_at(op.file.fd, op.offset),
-                Kind::Receive => op.memory.receive(op.file.fd),
-                Kind::Write => op.memory.write_at(op.file.fd, op.offset),
-            };
-            if self.results.send(Done { op, result }).is_err() {
+            if self.results.send(run(op)).is_err() {
                 return;
             }
             // The counter cannot overflow in practice, and a full one wakes as well.
             let _ = self.completions.write(1);
         }
+    }
+}
+
+fn run(op: Op) -> Done {
+    let result = match op.kind {
+        Kind::Read => op.memory.read_at(op.file.fd, op.offset),
+        Kind::Receive => op.memory.receive(op.file.fd),
+        Kind::Write => op.memory.write_at(op.file.fd, op.offset),
+    };
+    match op.then {
+        Some((file, offset)) if u32::try_from(result) == Ok(op.memory.len()) => {
+            Done { result: op.memory.write_at(file.fd, offset), op, copied: true }
+        }
+        _ => Done { op, result, copied: false },
     }
 }
 
@@ -102,7 +111,7 @@ impl Blocking {
         for op in self.receives.drain(..) {
             let result = nothing.unwrap_or_else(|| op.memory.receive(op.file.fd));
             nothing = nothing.or_else(|| [0, -(Errno::EAGAIN as i32)].contains(&result).then_some(result));
-            done.push(Done { op, result });
+            done.push(Done { op, result, copied: false });
         }
         done.len() > before
     }
@@ -172,14 +181,14 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let to = io.add_file(file.as_fd());
         for key in 0..100 {
-            io.push(Op { key, kind: Kind::Write, file: to, offset: key * 4096, memory: buffers.zeros(4096) });
+            io.push(Op { key, kind: Kind::Write, file: to, offset: key * 4096, memory: buffers.zeros(4096), then: None });
         }
         wake.write(1).unwrap();
         let (mut done, mut woken) = (Vec::new(), false);
         while done.len() < 100 || !woken {
             woken |= io.wait(Some(Duration::from_secs(10)), &mut done).unwrap().woken;
         }
-        io.push(Op { key: 100, kind: Kind::Read, file: to, offset: 399 * 1024, memory: buffers.slot(0, 0, 65536) });
+        io.push(Op { key: 100, kind: Kind::Read, file: to, offset: 399 * 1024, memory: buffers.slot(0, 0, 65536), then: None });
         while done.len() < 101 {
             io.wait(Some(Duration::from_secs(10)), &mut done).unwrap();
         }
@@ -197,7 +206,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let to = io.add_file(file.as_fd());
         for key in 0..500 {
-            io.push(Op { key, kind: Kind::Write, file: to, offset: key << 20, memory: buffers.zeros(1 << 20) });
+            io.push(Op { key, kind: Kind::Write, file: to, offset: key << 20, memory: buffers.zeros(1 << 20), then: None });
         }
         drop(io);
         // The descriptor's number may stand for another file from here on.

@@ -25,10 +25,12 @@ const RESERVE_DIVISOR: u64 = 8;
 /// What may be used beyond the budget, slowly, when every shard says that nothing can be closed: the kernel's closes come in the same
 /// queue as its opens, so not to read at all could last for ever.
 pub const EMERGENCY_FDS: u64 = 64;
-/// Pause between two descriptors of the emergency reserve: so opens are slowed down, and not failed.
+/// Pause after an open that took of the emergency reserve: so opens are slowed down, and not failed.
 const EMERGENCY_PAUSE_NS: u64 = 50_000_000;
-/// Pause before the shards are asked for room again.
+/// Pause before the shards are asked for room again; doubles up to [`ASK_PAUSE_MAX_NS`] while they have none.
 const ASK_PAUSE_NS: u64 = 5_000_000;
+/// Longest such pause.
+const ASK_PAUSE_MAX_NS: u64 = 1_000_000_000;
 
 /// How many descriptors objects may have, and have.
 #[derive(Debug)]
@@ -120,7 +122,8 @@ pub(super) struct Evictor {
     /// Whether anything was closed since they were asked.
     gained: bool,
     ask_again_ns: u64,
-    /// Since when there is no room at all, or since the last descriptor of the emergency reserve.
+    ask_pause_ns: u64,
+    /// Since when there is no room at all, or when the last open came since then.
     starved_ns: Option<u64>,
 }
 
@@ -128,25 +131,30 @@ impl Evictor {
     /// It, and where shards put their offers.
     pub(super) fn new(shared: Arc<Shared>) -> (Self, Sender<Offer>) {
         let (sender, offers) = channel();
-        (Self { shared, offers, asked: 0, gained: false, ask_again_ns: 0, starved_ns: None }, sender)
+        (Self { shared, offers, asked: 0, gained: false, ask_again_ns: 0, ask_pause_ns: ASK_PAUSE_NS, starved_ns: None }, sender)
     }
 
-    /// How many messages may be read now: each may be an open.
+    /// How many messages may be read now: each may be an open. If there is no room for long, then one at a time all the
+    /// same, because closes make room and requests for data need none; after an open not before another pause.
     pub(super) fn credits(&mut self, now_ns: u64) -> u32 {
-        let budget = &self.shared.budget;
-        let credits = budget.room() / FDS_PER_OPEN;
+        let credits = self.shared.budget.room() / FDS_PER_OPEN;
         if credits > 0 {
             self.starved_ns = None;
             return u32::try_from(credits).unwrap_or(u32::MAX);
         }
-        let since = *self.starved_ns.get_or_insert(now_ns);
+        let since_ns = *self.starved_ns.get_or_insert(now_ns);
         // A shard that is slow to say what can be closed, or to close it, is no emergency.
         let in_vain = self.asked == 0 && !self.gained;
-        let may = in_vain && now_ns.saturating_sub(since) >= EMERGENCY_PAUSE_NS && budget.used() + FDS_PER_OPEN <= budget.limit() + EMERGENCY_FDS;
-        if may {
-            self.starved_ns = Some(now_ns);
+        u32::from(in_vain && now_ns.saturating_sub(since_ns) >= EMERGENCY_PAUSE_NS)
+    }
+
+    /// Counts what an open may take. `None`: the emergency reserve is used up too.
+    pub(super) fn admit(&mut self, now_ns: u64) -> Option<Charge> {
+        if let Some(since_ns) = &mut self.starved_ns {
+            *since_ns = now_ns;
         }
-        u32::from(may)
+        let budget = &self.shared.budget;
+        (budget.used() + FDS_PER_OPEN <= budget.limit() + EMERGENCY_FDS).then(|| budget.charge_open())
     }
 
     /// Closes what was offered, and asks for more if room is scarce. No read of the kernel's messages may be
@@ -155,13 +163,18 @@ impl Evictor {
         let shards = self.shared.shards.len();
         while let Ok(offer) = self.offers.try_recv() {
             match offer {
-                Offer::Sink(object, sink) => send(owner(object, shards), self.close(object, sink)),
+                Offer::Sink(object, sink) => {
+                    self.ask_pause_ns = ASK_PAUSE_NS;
+                    send(owner(object, shards), self.close(object, sink));
+                }
                 Offer::End => self.asked -= 1,
             }
         }
         let (room, reserve) = (self.shared.budget.room(), self.shared.budget.reserve());
         if self.asked == 0 && room < reserve && now_ns >= self.ask_again_ns {
-            (self.gained, self.ask_again_ns) = (false, now_ns + ASK_PAUSE_NS);
+            self.gained = false;
+            self.ask_again_ns = now_ns + self.ask_pause_ns;
+            self.ask_pause_ns = (self.ask_pause_ns * 2).min(ASK_PAUSE_MAX_NS);
             self.ask((2 * reserve - room).div_ceil(FDS_PER_OPEN), send);
         }
     }

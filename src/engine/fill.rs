@@ -30,6 +30,8 @@ pub enum Next {
         slot_offset: u64,
         /// How much.
         len: u64,
+        /// If it gives all of that, exactly that is written next, to here in the object.
+        then: Option<u64>,
     },
     /// Write to the object.
     Write {
@@ -151,6 +153,14 @@ impl Fill {
         };
     }
 
+    /// The read that [`Fill::next`] asked for gave all its bytes; the write behind it was begun as well.
+    pub const fn read_whole(&mut self) {
+        if matches!(self.stage, Stage::Reading { .. }) {
+            self.retries = 0;
+            self.stage = Stage::Writing { done: 0 };
+        }
+    }
+
     /// Its waiting time is over.
     pub fn wake(&mut self, now_ns: u64) {
         if let Stage::Waiting { done, until_ns, .. } = self.stage
@@ -173,7 +183,8 @@ impl Fill {
         };
         // Whole pages are asked for: a direct read needs that, and stops at the end of the file by itself.
         let len = align_up(self.data_len, self.page_bytes) - done;
-        Next::Read { file, offset: offset + done, slot_offset: done, len }
+        let whole = done == 0 && len == self.data_len && len == range::len(&self.range);
+        Next::Read { file, offset: offset + done, slot_offset: done, len, then: whole.then_some(self.range.start) }
     }
 
     fn write_from(&self, done: u64) -> Next {
@@ -241,7 +252,7 @@ mod tests {
     #[test]
     fn the_last_partial_page_is_padded_not_read() {
         let mut fill = read_fill(2, 5000);
-        assert_eq!(fill.next(), Next::Read { file: 0, offset: 0, slot_offset: 0, len: 8192 });
+        assert_eq!(fill.next(), Next::Read { file: 0, offset: 0, slot_offset: 0, len: 8192, then: None });
         fill.done(5000, 0);
         assert_eq!(fill.next(), Next::Write { offset: 0, len: 8192, from: From::Slot { slot_offset: 0, valid: 5000 } });
         fill.done(8192, 0);

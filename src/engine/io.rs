@@ -52,6 +52,8 @@ pub struct Op {
     pub offset: u64,
     /// From or to where.
     pub memory: Memory,
+    /// Of a read: where its bytes are written next, if it gives as many as the memory holds.
+    pub then: Option<(FileRef, u64)>,
 }
 
 /// An operation that has ended.
@@ -61,6 +63,8 @@ pub struct Done {
     pub op: Op,
     /// Bytes, or a negative errno.
     pub result: i32,
+    /// It is the result of the write behind a read that gave everything.
+    pub copied: bool,
 }
 
 /// What else happened while waiting.

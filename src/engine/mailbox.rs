@@ -22,6 +22,8 @@ const MAILBOX_MAX: usize = 4096;
 pub(super) enum Message {
     /// An object of yours was opened.
     Adopt(Adopted),
+    /// The kernel knows that it is.
+    Opened(ObjectId),
     /// A reader waits for data of an object of yours. With the time at which it was read from the kernel.
     Need(NeedRequest, u64),
     /// An object of yours is gone.

@@ -48,6 +48,7 @@ use self::mailbox::Bell;
 use self::stats::{ShardStats, Snapshot};
 use crate::front::{FrontError, left_tickets, unanswered_tickets};
 
+pub use self::opens::OPENERS_MAX;
 pub use self::start::{Engine, Started, usable_cpus};
 
 /// How reads and writes are done.

@@ -18,12 +18,15 @@ use super::router::owner;
 use super::{EngineError, Shared};
 use crate::front::{OpenRequest, Outcome, Ticket};
 use crate::key::Key;
-use crate::store::{Blob, LostBlob, Store};
+use crate::range::{ByteRange, align_up};
+use crate::store::{Blob, Identity, LostBlob, Store};
 
 /// Longest blob that is served, that of a file on ext4. What is known of its pages takes 1 MiB before the first
 /// is read; and a sparse file may claim to be of any length.
 const BLOB_BYTES_MAX: u64 = 1 << 44;
-/// Blobs whose length is remembered after they were opened.
+/// Unit in which the kernel makes cache files: `CACHEFILES_DIO_BLOCK_SIZE`.
+const SINK_BLOCK_BYTES: u64 = 4096;
+/// Blobs that are remembered after they were opened.
 const REMEMBERED_MAX: usize = 65_536;
 
 /// What an opener thread works with.
@@ -33,13 +36,14 @@ pub(super) struct Opener {
     pub(super) store: Arc<dyn Store>,
     pub(super) shards: Vec<Mailbox>,
     pub(super) opens: Arc<Opens>,
-    /// Lengths of blobs that were opened before.
-    pub(super) remembered: Arc<Mutex<HashMap<Key, u64>>>,
+    /// What was opened before, by key.
+    pub(super) remembered: Arc<Mutex<HashMap<Key, Identity>>>,
 }
 
 /// How a lookup ended.
 enum Found {
-    Blob(Arc<dyn Blob>),
+    /// The blob, and where its metadata is, as far as known.
+    Blob(Arc<dyn Blob>, Option<ByteRange>),
     /// It may succeed later; why not now.
     Later(String, Errno),
     Never(Errno),
@@ -66,7 +70,7 @@ impl Opener {
                         self.store.name()
                     );
                 }
-                self.refuse(pending.open.ticket, errno);
+                self.fail(pending, errno);
             }
             if ended {
                 return;
@@ -74,8 +78,10 @@ impl Opener {
             for _ in 0..threads {
                 let opener = self.clone();
                 if let Err(error) = Builder::new().name("infill-open".into()).spawn(move || opener.run()) {
-                    self.opens.not_started(1);
-                    tracing::error!("cannot start a thread to look blobs up, mounts may fail: {error}; see TasksMax= and ulimit -u");
+                    self.opens.not_started();
+                    self.complain(|| {
+                        format!("cannot start a thread to look blobs up, mounts may fail: {error}; see TasksMax= and ulimit -u")
+                    });
                 }
             }
         }
@@ -94,48 +100,86 @@ impl Opener {
 
     fn finish(&self, pending: Pending, found: Found) {
         match found {
-            Found::Blob(blob) => self.open(pending, blob),
-            Found::Never(errno) => match known_len(pending.open.sink.as_fd()) {
-                // It was served by an earlier daemon: as in `is_gone`.
-                Some(len_bytes) if errno == Errno::ENOENT => self.open(pending, Arc::new(LostBlob { len_bytes })),
-                _ => self.refuse(pending.open.ticket, errno),
-            },
+            Found::Blob(blob, metadata) => self.open(pending, blob, metadata),
+            Found::Never(errno) => self.fail(pending, errno),
             Found::Later(why, errno) => match self.opens.again(pending) {
                 None => tracing::warn!("{why}; trying again"),
                 Some(pending) => {
-                    if self.shared.may_log_failure() {
-                        tracing::error!("{why}; its mount or its reads fail");
-                    }
-                    self.refuse(pending.open.ticket, errno);
+                    self.complain(|| format!("{why}; its mount or its reads fail"));
+                    self.fail(pending, errno);
                 }
             },
         }
     }
 
-    fn open(&self, pending: Pending, blob: Arc<dyn Blob>) {
+    fn open(&self, pending: Pending, blob: Arc<dyn Blob>, metadata: Option<ByteRange>) {
+        match self.recognise(&pending.open, &*blob) {
+            Ok(()) => self.adopt(pending, blob, metadata),
+            Err(len_bytes) => {
+                let key = &pending.open.key;
+                self.complain(|| format!("the blob {key} was replaced while its image is mounted: what is not cached of it gives I/O errors; mount the image anew"));
+                self.adopt(pending, Arc::new(LostBlob { len_bytes }), None);
+            }
+        }
+    }
+
+    /// Whether a blob is what its object was made of, if that is opened again; a new object takes what there is. If it
+    /// is not: how long the object is. Other bytes must not come beside those that are cached.
+    fn recognise(&self, open: &OpenRequest, blob: &dyn Blob) -> Result<(), u64> {
+        let identity = blob.identity();
+        let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+        match (known_len(open.sink.as_fd()), remembered.get(&open.key)) {
+            (Some(_), Some(before)) if *before != identity => return Err(before.len_bytes),
+            // Served by an earlier daemon, which knew no more than this.
+            (Some(len_bytes), None) if align_up(identity.len_bytes, SINK_BLOCK_BYTES) != align_up(len_bytes, SINK_BLOCK_BYTES) => {
+                return Err(len_bytes);
+            }
+            _ => {}
+        }
+        if remembered.len() < REMEMBERED_MAX || remembered.contains_key(&open.key) {
+            remembered.insert(open.key.clone(), identity);
+        }
+        Ok(())
+    }
+
+    fn adopt(&self, pending: Pending, blob: Arc<dyn Blob>, metadata: Option<ByteRange>) {
         let Pending { open: OpenRequest { object, key, ticket, sink }, mut charge, .. } = pending;
         charge.set(1 + blob.files().len() as u64);
         let len_bytes = blob.len_bytes();
-        self.remember(&key, len_bytes);
         let shard = &self.shards[owner(object, self.shards.len())];
         // Open until the kernel has its answer, whatever becomes of the shard: an answer that finds the descriptor
         // closed fails the open.
         let _open = Arc::clone(&sink);
         // The shard must know the object before the kernel hears that it is open: its requests follow at once.
-        let metadata = metadata::of(&*blob);
         let adopted = Adopted { object, key: Arc::new(key), blob, metadata, sink, charge };
         if let Err(message) = shard.send(Message::Adopt(adopted)) {
             self.refuse(ticket, Errno::ECANCELED);
             return drop(message);
         }
         match ticket.answer(Outcome::Opened { len_bytes }) {
-            Ok(true) => tracing::debug!(%object, len_bytes, "opened"),
+            Ok(true) => {
+                tracing::debug!(%object, len_bytes, "opened");
+                drop(shard.send(Message::Opened(object)));
+            }
             Ok(false) => drop(shard.send(Message::Close(object))),
             Err(error) => {
                 tracing::error!(%object, "the kernel refused the answer to an open: {error}");
                 drop(shard.send(Message::Close(object)));
             }
         }
+    }
+
+    /// Fails an open. If its object was open before, its image is mounted and somebody reads it: the kernel would open it
+    /// again and again if it were refused, and the reader would wait for ever. So it is opened, what the cache has of it
+    /// stays readable, and the rest fails; after each failure it is closed, so that the next reader tries anew.
+    fn fail(&self, pending: Pending, errno: Errno) {
+        let Some(known_len_bytes) = known_len(pending.open.sink.as_fd()).filter(|_| errno != Errno::ECANCELED) else {
+            return self.refuse(pending.open.ticket, errno);
+        };
+        let remembered =
+            self.remembered.lock().unwrap_or_else(PoisonError::into_inner).get(&pending.open.key).map(|before| before.len_bytes);
+        let len_bytes = remembered.unwrap_or(known_len_bytes);
+        self.adopt(pending, Arc::new(LostBlob { len_bytes }), None);
     }
 
     fn refuse(&self, ticket: Ticket, errno: Errno) {
@@ -152,13 +196,6 @@ impl Opener {
         }
     }
 
-    fn remember(&self, key: &Key, len_bytes: u64) {
-        let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        if remembered.len() < REMEMBERED_MAX || remembered.contains_key(key) {
-            remembered.insert(key.clone(), len_bytes);
-        }
-    }
-
     fn look_up(&self, key: &Key) -> Found {
         match self.store.open(key) {
             Ok(Some(blob)) if blob.len_bytes() > BLOB_BYTES_MAX => {
@@ -169,27 +206,20 @@ impl Opener {
             }
             Ok(Some(blob)) => {
                 tracing::info!("serving {key} ({} bytes)", blob.len_bytes());
-                Found::Blob(blob)
+                // Within the time of the open: this reads, and may hang.
+                let metadata = metadata::of(&*blob);
+                Found::Blob(blob, metadata)
             }
-            Ok(None) => self.is_gone(key),
+            Ok(None) => {
+                self.complain(|| format!("no store has the blob {key}: its mount or its reads fail; looked in {}", self.store.name()));
+                Found::Never(Errno::ENOENT)
+            }
             Err(error) if error.is_transient() => Found::Later(error.to_string(), error.errno()),
             Err(error) => {
                 self.complain(|| format!("{error}; its mount or its reads fail"));
                 Found::Never(error.errno())
             }
         }
-    }
-
-    /// No store has it. If it was served before, its image is probably still mounted, and the kernel opens the
-    /// object again because somebody reads it; it would do so for ever if it were refused, and the reader would
-    /// wait for ever. So it is opened, what the cache has of it stays readable, and the rest fails.
-    fn is_gone(&self, key: &Key) -> Found {
-        let len_bytes = self.remembered.lock().unwrap_or_else(PoisonError::into_inner).get(key).copied();
-        self.complain(|| match len_bytes {
-            Some(_) => format!("the blob {key} was served and is gone: what is not cached of it gives I/O errors; put it back into {} and mount its image anew", self.store.name()),
-            None => format!("no store has the blob {key}: its mount or its reads fail; looked in {}", self.store.name()),
-        });
-        len_bytes.map_or(Found::Never(Errno::ENOENT), |len_bytes| Found::Blob(Arc::new(LostBlob { len_bytes })))
     }
 
     fn complain(&self, what: impl Fn() -> String) {

@@ -15,11 +15,13 @@ use crate::key::Key;
 /// Opens without an answer at a time. Beyond it nothing is read from the kernel.
 pub(super) const OPENS_MAX: usize = 1024;
 /// Threads that look blobs up at a time: as many may hang in a dead store before healthy ones have to wait.
-pub(super) const OPENERS_MAX: usize = 64;
+pub const OPENERS_MAX: usize = 64;
 /// Pause before a lookup that failed for a passing reason is tried again; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 /// Longest such pause.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// Pause after a thread could not be started.
+const SPAWN_PAUSE: Duration = Duration::from_millis(500);
 /// How long a thread without work stays.
 const IDLE_MAX: Duration = Duration::from_secs(5);
 
@@ -63,6 +65,7 @@ struct State {
     running: Slab<Option<Pending>>,
     idle: usize,
     threads: usize,
+    no_threads_before: Option<Instant>,
     ended: bool,
 }
 
@@ -91,11 +94,15 @@ impl State {
     fn next_event(&self) -> Option<Instant> {
         let running = self.running.iter().filter_map(|(_, open)| open.as_ref());
         let deadlines = self.queued.iter().chain(running).map(|open| open.deadline);
-        deadlines.chain(self.later.iter().map(|(at, open)| open.deadline.min(*at))).min()
+        let spawn = self.no_threads_before.filter(|_| !self.queued.is_empty());
+        deadlines.chain(self.later.iter().map(|(at, open)| open.deadline.min(*at))).chain(spawn).min()
     }
 
     /// Threads that are missing so that everything queued is looked up at once.
-    fn missing_threads(&self) -> usize {
+    fn missing_threads(&mut self, now: Instant) -> usize {
+        if self.no_threads_before.take_if(|at| *at <= now).is_none() && self.no_threads_before.is_some() {
+            return 0;
+        }
         self.queued.len().saturating_sub(self.idle).min(OPENERS_MAX.saturating_sub(self.threads))
     }
 }
@@ -157,9 +164,11 @@ impl Opens {
         None
     }
 
-    /// Threads that were wanted could not be started.
-    pub(super) fn not_started(&self, threads: usize) {
-        self.lock().threads -= threads;
+    /// A thread that was wanted could not be started: nobody tries it again for a while.
+    pub(super) fn not_started(&self) {
+        let mut state = self.lock();
+        state.threads -= 1;
+        state.no_threads_before = Some(Instant::now() + SPAWN_PAUSE);
     }
 
     /// Waits until something has to be done about an open: for the one thread that watches.
@@ -169,7 +178,7 @@ impl Opens {
             let now = Instant::now();
             state.queue_due(now);
             let overdue = if state.ended { drain(&mut state) } else { state.take_overdue(now) };
-            let threads = if state.ended { 0 } else { state.missing_threads() };
+            let threads = if state.ended { 0 } else { state.missing_threads(now) };
             if state.ended || !overdue.is_empty() || threads > 0 {
                 state.threads += threads;
                 return News { overdue, threads, ended: state.ended };

@@ -23,13 +23,9 @@ const REQUESTS: u64 = u64::MAX;
 const WAKE: u64 = u64::MAX - 1;
 /// In the `user_data` of an operation: it was sent with `RWF_NOWAIT`.
 const NOWAIT: u64 = 1 << 32;
-/// Longest time for which a busy shard's ring waits for more than one completion: no reader waits longer than that
-/// because of it.
-const GATHER_MAX: Duration = Duration::from_micros(100);
-/// It waits at most so many times as long as the shard worked since the last wait: who has little to do is woken at once.
-const GATHER_SHARE: u32 = 3;
-/// It waits only after a turn with at least so many completions.
-const GATHER_MIN: usize = 4;
+/// The same: it is a read with a write linked behind it. Only one of the two is heard of: the read if it did not give
+/// everything, else the write.
+const LINKED: u64 = 1 << 33;
 /// Pause when the kernel has no memory for a request just now.
 const NO_MEMORY_PAUSE: Duration = Duration::from_millis(1);
 /// Completions taken out of the ring at a time.
@@ -64,6 +60,8 @@ pub struct Features {
     pub fixed_buffers: bool,
     /// There is a table of fixed files.
     pub fixed_files: bool,
+    /// A write can follow its read without the shard.
+    pub links: bool,
 }
 
 /// See the module's description. `!Send`: the kernel accepts only the thread that made it.
@@ -80,8 +78,6 @@ pub struct Ring {
     wake: RawFd,
     features: Features,
     cqes: Vec<cqueue::Entry>,
-    /// When the last wait ended, and with how many completions.
-    returned: (Instant, usize),
     thread_bound: PhantomData<*const ()>,
 }
 
@@ -99,7 +95,7 @@ impl Ring {
     /// # Errors
     /// The kernel refuses any ring; [`explain`] says why.
     pub fn new(settings: Settings, buffers: &Memory, watch: Watch<'_>) -> io::Result<Self> {
-        let (ring, mode) = build(settings.depth + settings.receives)?;
+        let (ring, mode) = build(2 * settings.depth + settings.receives)?;
         let submitter = ring.submitter();
         let vec = [libc::iovec { iov_base: buffers.ptr().cast(), iov_len: buffers.len() as usize }];
         // SAFETY: the memory is alive: `buffers` keeps it so here, and the shard keeps its buffers until
@@ -110,7 +106,8 @@ impl Ring {
         submitter.register_enable_rings()?;
         // Older kernels have no such call; then the cap is the kernel's own.
         let _ = submitter.register_iowq_max_workers(&mut [settings.workers, settings.workers]);
-        let features = Features { mode, restricted, fixed_buffers, fixed_files };
+        let links = ring.params().is_feature_skip_cqe_on_success();
+        let features = Features { mode, restricted, fixed_buffers, fixed_files, links };
         let free_files = if fixed_files { (0..FILE_SLOTS).rev().collect() } else { Vec::new() };
         let mut ring = Self {
             ring: RingFd(ring),
@@ -122,7 +119,6 @@ impl Ring {
             wake: watch.wake.as_raw_fd(),
             features,
             cqes: Vec::with_capacity(REAP_BATCH),
-            returned: (Instant::now(), 0),
             thread_bound: PhantomData,
         };
         ring.arm(WAKE);
@@ -148,11 +144,26 @@ impl Ring {
     /// Puts an entry into the submission queue; what does not fit waits for the next turn.
     fn submit(&mut self, entry: squeue::Entry) {
         // SAFETY: the entry's memory is owned by its record in `ops`, which is removed only at its completion
-        // (polls have none); its file stays open until `remove_file`, which the shard calls when nothing of
+        // (polls have none; of two that are linked only the last to use it completes); its file stays open until `remove_file`, which the shard calls when nothing of
         // the object is in flight.
         if unsafe { self.ring.0.submission().push(&entry) }.is_err() {
             self.backlog.push(entry);
         }
+    }
+
+    /// Puts a read and the write behind it into the queue, side by side, or the read alone.
+    fn push_linked(&mut self, mut op: Op, read: squeue::Entry, write: squeue::Entry) {
+        let queue = self.ring.0.submission();
+        let room = queue.capacity() - queue.len() >= 2;
+        drop(queue);
+        if !(self.features.links && room && self.backlog.is_empty()) {
+            op.then = None;
+            let key = self.ops.insert(op);
+            return self.submit(read.user_data(key as u64));
+        }
+        let key = self.ops.insert(op) as u64;
+        self.submit(read.flags(squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS).user_data(key | LINKED));
+        self.submit(write.user_data(key));
     }
 
     fn flush_backlog(&mut self) {
@@ -166,11 +177,15 @@ impl Ring {
     }
 
     fn entry(&self, op: &Op) -> squeue::Entry {
-        let (ptr, len, offset) = (op.memory.ptr(), op.memory.len(), op.offset);
+        self.entry_for(op, op.kind, op.file, op.offset)
+    }
+
+    fn entry_for(&self, op: &Op, kind: Kind, file: FileRef, offset: u64) -> squeue::Entry {
+        let (ptr, len) = (op.memory.ptr(), op.memory.len());
         let fixed = self.features.fixed_buffers && op.memory.is_slot();
         macro_rules! build {
             ($file:expr) => {
-                match (op.kind, fixed) {
+                match (kind, fixed) {
                     (Kind::Read, true) => opcode::ReadFixed::new($file, ptr, len, 0).offset(offset).build(),
                     // From the front end, without a position, as read(2) does.
                     (Kind::Receive, _) => opcode::Read::new($file, ptr, len)
@@ -183,18 +198,12 @@ impl Ring {
                 }
             };
         }
-        let entry = match op.file.slot {
+        let entry = match file.slot {
             Some(slot) => build!(types::Fixed(slot)),
-            None => build!(types::Fd(op.file.fd)),
+            None => build!(types::Fd(file.fd)),
         };
         // A sink takes no non-blocking write, so the first attempt would only be lost time.
-        if op.kind == Kind::Write { entry.flags(squeue::Flags::ASYNC) } else { entry }
-    }
-
-    /// For how many completions, and for how long, it pays to wait instead of for the first alone.
-    fn gather(&self) -> Option<(usize, Duration)> {
-        let (at, completions) = self.returned;
-        (completions >= GATHER_MIN && self.ops.len() > 1).then(|| (self.ops.len(), (at.elapsed() * GATHER_SHARE).min(GATHER_MAX)))
+        if kind == Kind::Write { entry.flags(squeue::Flags::ASYNC) } else { entry }
     }
 
     /// Enters the kernel once: submits, and waits for `want` completions.
@@ -244,13 +253,13 @@ impl Ring {
             if !cqueue::more(cqe.flags()) {
                 self.arm(user_data);
             }
-        } else if let Some(op) = usize::try_from(user_data & !NOWAIT).ok().and_then(|key| self.ops.try_remove(key)) {
+        } else if let Some(op) = usize::try_from(user_data & !(NOWAIT | LINKED)).ok().and_then(|key| self.ops.try_remove(key)) {
             let mut result = cqe.result();
             if user_data & NOWAIT != 0 && result == -libc::EOPNOTSUPP {
                 self.receive_nowait = false;
                 result = -libc::EINTR;
             }
-            done.push(Done { op, result });
+            done.push(Done { copied: op.then.is_some() && user_data & LINKED == 0, op, result });
         }
     }
 
@@ -282,6 +291,10 @@ impl Io for Ring {
 
     fn push(&mut self, op: Op) {
         let entry = self.entry(&op);
+        if let Some((file, offset)) = op.then {
+            let write = self.entry_for(&op, Kind::Write, file, offset);
+            return self.push_linked(op, entry, write);
+        }
         // Without `RWF_NOWAIT` the ring itself would wait for a file that can be polled, `O_NONBLOCK` or not
         // (`io_rw_init_file`). One that refuses the flag, as cachefiles' device, never waits; nothing was read of it.
         let nowait = if op.kind == Kind::Receive && self.receive_nowait { NOWAIT } else { 0 };
@@ -292,25 +305,15 @@ impl Io for Ring {
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready> {
         let mut ready = Ready::default();
         self.flush_backlog();
-        let before = done.len();
         let idle = self.backlog.is_empty() && timeout != Some(Duration::ZERO);
-        let mut entered = Ok(());
-        let gather = self.gather().filter(|_| idle);
-        if let Some((want, time)) = gather {
-            entered = self.enter(want, Some(timeout.map_or(time, |timeout| timeout.min(time))));
-            self.reap(done, &mut ready);
-        }
-        if entered.is_ok() && done.len() == before && ready == Ready::default() {
-            entered = self.enter(usize::from(idle), timeout);
-            self.reap(done, &mut ready);
-        }
+        let entered = self.enter(usize::from(idle), timeout);
+        self.reap(done, &mut ready);
         entered?;
         // The kernel runs at most 20 deferred completions beyond those waited for in one call.
         while self.ring.0.submission().taskrun() {
             self.enter(0, None)?;
             self.reap(done, &mut ready);
         }
-        self.returned = (Instant::now(), done.len() - before);
         Ok(ready)
     }
 }
@@ -363,6 +366,10 @@ fn build(depth: u32) -> io::Result<(IoUring, &'static str)> {
     Err(last)
 }
 
+/// How operations may be modified.
+const ALLOWED_FLAGS: squeue::Flags =
+    squeue::Flags::FIXED_FILE.union(squeue::Flags::ASYNC).union(squeue::Flags::IO_LINK).union(squeue::Flags::SKIP_SUCCESS);
+
 /// All that a ring may do once it is enabled.
 fn allowed() -> [Restriction; 11] {
     [
@@ -373,7 +380,7 @@ fn allowed() -> [Restriction; 11] {
         Restriction::sqe_op(opcode::PollAdd::CODE),
         Restriction::sqe_op(opcode::PollRemove::CODE),
         Restriction::sqe_op(opcode::AsyncCancel::CODE),
-        Restriction::sqe_flags_allowed((squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC).bits()),
+        Restriction::sqe_flags_allowed(ALLOWED_FLAGS.bits()),
         Restriction::register_op(REGISTER_FILES_UPDATE),
         Restriction::register_op(REGISTER_IOWQ_AFF),
         Restriction::register_op(REGISTER_IOWQ_MAX_WORKERS),
@@ -449,15 +456,64 @@ mod tests {
         let (source, sink) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         source.write_all_at(&data, 0).unwrap();
         let (from, to) = (ring.add_file(source.as_fd()), ring.add_file(sink.as_fd()));
-        ring.push(Op { key: 7, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(1, 0, 65536) });
+        ring.push(Op { key: 7, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(1, 0, 65536), then: None });
         assert_eq!(wait_for(&mut ring, 1), [(7, 65536)]);
-        ring.push(Op { key: 8, kind: Kind::Write, file: to, offset: 4096, memory: buffers.slot(1, 0, 65536) });
+        ring.push(Op { key: 8, kind: Kind::Write, file: to, offset: 4096, memory: buffers.slot(1, 0, 65536), then: None });
         assert_eq!(wait_for(&mut ring, 1), [(8, 65536)]);
         let mut got = vec![0; 65536];
         sink.read_exact_at(&mut got, 4096).unwrap();
         assert!(got == data);
         ring.remove_file(from);
         ring.remove_file(to);
+    }
+
+    #[test]
+    fn a_write_follows_its_read_by_itself_if_that_gave_everything() {
+        let (buffers, wake) = (Buffers::new(4, 65536).unwrap(), EventFd::new().unwrap());
+        let Some(mut ring) = ring(&buffers, &wake) else { return };
+        let (source, sink) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        source.write_all_at(&[7; 8192], 0).unwrap();
+        let (file, to) = (FileRef::plain(source.as_fd()), FileRef::plain(sink.as_fd()));
+        for (slot, offset) in [(0, 0), (1, 4096)] {
+            let memory = buffers.slot(slot, 0, 8192);
+            ring.push(Op { key: slot.into(), kind: Kind::Read, file, offset, memory, then: Some((to, 4096)) });
+        }
+        let mut done = Vec::new();
+        while done.len() < 2 {
+            ring.wait(Some(Duration::from_millis(100)), &mut done).unwrap();
+        }
+        let mut ended: Vec<_> = done.iter().map(|done| (done.op.key, done.result, done.copied)).collect();
+        ended.sort_unstable();
+        let copied = ring.features().links;
+        assert_eq!(ended, [(0, 8192, copied), (1, 4096, false)]);
+        assert!(ring.ops.is_empty() && ring.wait(Some(Duration::from_millis(20)), &mut done).is_ok() && done.len() == 2);
+        assert_eq!(sink.metadata().unwrap().len(), if copied { 12288 } else { 0 });
+    }
+
+    #[test]
+    fn messages_come_in_order_and_an_empty_device_is_not_waited_for() {
+        let (buffers, wake) = (Buffers::new(5, 4096).unwrap(), EventFd::new().unwrap());
+        let Some(mut ring) = ring(&buffers, &wake) else { return };
+        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        // A file that cannot say that it is empty, as cachefiles' device.
+        let plain = std::fs::File::open("/proc/version").unwrap();
+        for len in 1..=3 {
+            theirs.send(&[0; 3][..len]).unwrap();
+        }
+        let mut receive = |fd: BorrowedFd<'_>, n: u32| {
+            for key in 0..n {
+                let memory = buffers.slot(key, 0, 1024);
+                ring.push(Op { key: key.into(), kind: Kind::Receive, file: FileRef::plain(fd), offset: 0, memory, then: None });
+            }
+            let mut done = Vec::new();
+            ring.wait(Some(Duration::ZERO), &mut done).unwrap();
+            done.iter().map(|done| (done.op.key, done.result)).collect::<Vec<_>>()
+        };
+        let empty = -libc::EAGAIN;
+        assert_eq!(receive(ours.as_fd(), 5), [(0, 1), (1, 2), (2, 3), (3, empty), (4, empty)]);
+        assert_eq!(receive(plain.as_fd(), 2), [(0, -libc::EINTR), (1, -libc::EINTR)]);
+        assert!(receive(plain.as_fd(), 1)[0].1 > 0);
     }
 
     #[test]
@@ -498,7 +554,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let to = ring.add_file(file.as_fd());
         for key in 0..100 {
-            ring.push(Op { key, kind: Kind::Write, file: to, offset: key * 4096, memory: buffers.zeros(4096) });
+            ring.push(Op { key, kind: Kind::Write, file: to, offset: key * 4096, memory: buffers.zeros(4096), then: None });
         }
         let mut keys: Vec<_> = wait_for(&mut ring, 100).iter().map(|done| done.0).collect();
         keys.sort_unstable();
@@ -516,7 +572,7 @@ mod tests {
         let from = ring.add_file(file.as_fd());
         let count = 4 * capacity;
         for key in 0..count {
-            ring.push(Op { key, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(0, 0, 4096) });
+            ring.push(Op { key, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(0, 0, 4096), then: None });
         }
         // Nothing is taken out meanwhile.
         for _ in 0..count {

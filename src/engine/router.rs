@@ -132,6 +132,8 @@ impl Router {
     pub(super) fn next_turn(&self) -> Option<Duration> {
         match (self.held.is_empty(), self.batch.more) {
             (true, false) => None,
+            // The reads end by themselves, and with them the wait.
+            (true, true) if self.is_reading() => None,
             (true, true) if self.has_room() && !self.starved => Some(Duration::ZERO),
             _ => Some(FULL_PAUSE),
         }
@@ -220,6 +222,20 @@ impl Router {
         }
     }
 
+    /// Fails an open for which there are no descriptors.
+    fn refuse(&self, open: OpenRequest) {
+        Shared::count(&self.shared.opens_failed);
+        if self.shared.may_log_failure() {
+            tracing::error!(
+                "{} gets no descriptors, its mount or its reads fail: fd_budget = {} is used up by blobs that cannot be closed; raise it, or unmount images",
+                open.key,
+                self.shared.budget.limit()
+            );
+        }
+        // A kernel that takes no refusal has forgotten the open.
+        let _ = open.ticket.answer(Outcome::Failed(Errno::ENFILE));
+    }
+
     fn has_room(&self) -> bool {
         self.shared.shards.iter().map(super::stats::ShardStats::pending).sum::<u64>() < PENDING_MAX
     }
@@ -228,7 +244,8 @@ impl Router {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
-                Held::Open(open, self.shared.budget.charge_open())
+                let Some(charge) = self.evictor.admit(self.clock.now_ns()) else { return self.refuse(open) };
+                Held::Open(open, charge)
             }
             Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, self.clock.now_ns())),
             Request::Close(object) => {

@@ -4,9 +4,9 @@
 //! wait. On the receiving shard the wait also reads the kernel's requests.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SendError, Sender};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -30,6 +30,8 @@ use crate::store::{Blob, SourceFile};
 
 /// Longest sleep: a wake-up that the kernel lost costs no more than this.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// Answers that wait for each other at most; in a turn with more of them they go out in between.
+const ANSWERS_MAX: usize = 64;
 /// How often a shard that cannot go on looks for the messages it has asked for: reading them never waits.
 const READ_TRIES: u32 = 3;
 
@@ -38,12 +40,44 @@ const READ_TRIES: u32 = 3;
 struct Attached {
     key: Arc<Key>,
     blob: Arc<dyn Blob>,
-    /// `None`: it was offered, to be closed.
-    sink: Option<Arc<dyn Sink>>,
+    sink: SinkState,
     sink_file: FileRef,
     source_files: Vec<FileRef>,
     /// Dropped last.
     _charge: Charge,
+}
+
+/// What a shard has of an object's sink.
+#[derive(Debug)]
+enum SinkState {
+    Held(Arc<dyn Sink>),
+    /// It was offered, to be closed. A request of the object holds it, and so brings it back.
+    Offered(Weak<dyn Sink>),
+}
+
+impl Attached {
+    /// The sink, unless it was offered.
+    const fn sink(&self) -> Option<&Arc<dyn Sink>> {
+        match &self.sink {
+            SinkState::Held(sink) => Some(sink),
+            SinkState::Offered(_) => None,
+        }
+    }
+
+    /// Gives the sink away.
+    fn offer(&mut self) -> Option<Arc<dyn Sink>> {
+        let sink = Arc::clone(self.sink()?);
+        self.sink = SinkState::Offered(Arc::downgrade(&sink));
+        Some(sink)
+    }
+
+    /// Takes the sink back if somebody holds it. `true`: it had been offered.
+    fn take_back(&mut self) -> bool {
+        let SinkState::Offered(offered) = &self.sink else { return false };
+        let Some(sink) = offered.upgrade() else { return false };
+        self.sink = SinkState::Held(sink);
+        true
+    }
 }
 
 /// See the module's description.
@@ -64,8 +98,6 @@ pub(super) struct Shard<I> {
     offers: Sender<Offer>,
     /// Room for the objects that are picked for that.
     picked: Vec<Handle>,
-    /// Requests for objects whose sink was offered just before they came.
-    parked: Vec<(NeedRequest, u64)>,
     // Dropped in this order: the operations' owner before the files and the memory that they use.
     io: I,
     /// Objects by the machine's handle.
@@ -100,26 +132,8 @@ pub(super) struct Parts<I> {
 impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
         let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, no_room, io, buffers } = parts;
-        let (attached, answers, done, picked, parked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self {
-            index,
-            caps,
-            shared,
-            clock,
-            inbox,
-            intake,
-            machine,
-            tracer,
-            no_room,
-            answers,
-            done,
-            offers,
-            picked,
-            parked,
-            io,
-            attached,
-            buffers,
-        }
+        let (attached, answers, done, picked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { index, caps, shared, clock, inbox, intake, machine, tracer, no_room, answers, done, offers, picked, io, attached, buffers }
     }
 
     /// Serves until the engine stops, or until it cannot go on. Either way no request is left without its answer.
@@ -160,9 +174,10 @@ impl<I: Io> Shard<I> {
         while let Some(message) = self.inbox.take() {
             match message {
                 Message::Adopt(adopted) => self.adopt(adopted),
+                Message::Opened(object) => self.machine.opened(object),
                 Message::Need(need, since_ns) => self.need(need, since_ns),
-                Message::Close(object) => self.close(object),
-                Message::Evict(count) => self.offer(count),
+                Message::Close(object) => self.machine.close(object),
+                Message::Evict(count) => self.make_room(count),
                 Message::Keep(object, sink) => self.keep(object, sink),
             }
         }
@@ -180,7 +195,7 @@ impl<I: Io> Shard<I> {
         for n in 0..router.wanted(&**front, BATCH_MAX) {
             let memory = messages.slot(n, 0, MESSAGE_MAX_BYTES);
             let file = FileRef::plain(front.requests());
-            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory });
+            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory, then: None });
         }
     }
 
@@ -222,18 +237,19 @@ impl<I: Io> Shard<I> {
         if self.attached.len() <= handle.0 {
             self.attached.resize_with(handle.0 + 1, || None);
         }
-        self.attached[handle.0] = Some(Attached { key, blob, sink: Some(sink), sink_file, source_files, _charge: charge });
+        self.attached[handle.0] = Some(Attached { key, blob, sink: SinkState::Held(sink), sink_file, source_files, _charge: charge });
     }
 
     fn need(&mut self, need: NeedRequest, since_ns: u64) {
         if let Some(handle) = self.machine.handle(need.object)
-            && let Some(Some(attached)) = self.attached.get(handle.0)
+            && let Some(Some(attached)) = self.attached.get_mut(handle.0)
         {
-            let Some(sink) = &attached.sink else {
-                // It comes back, because the request holds it too.
-                return self.parked.push((need, since_ns));
-            };
-            if self.caps.holes_are_absent {
+            if attached.take_back() {
+                self.machine.stays(handle);
+            }
+            if self.caps.holes_are_absent
+                && let Some(sink) = attached.sink()
+            {
                 probe::refresh(&mut self.machine, need.object, sink.as_fd(), &need.range);
             }
         }
@@ -241,54 +257,49 @@ impl<I: Io> Shard<I> {
         self.machine.need(object, range, ticket, since_ns);
     }
 
-    fn close(&mut self, object: ObjectId) {
-        self.machine.close(object);
-        self.unpark(object);
-    }
-
     /// Offers objects that nobody waits for, to be closed because descriptors are scarce.
-    fn offer(&mut self, count: usize) {
+    fn make_room(&mut self, count: usize) {
         let mut picked = std::mem::take(&mut self.picked);
         self.machine.pick_idle(count, !self.caps.reopens, &mut picked);
-        for &handle in &picked {
-            let attached = self.attached.get_mut(handle.0).and_then(Option::as_mut);
-            if let Some((object, sink)) = self.machine.id(handle).zip(attached.and_then(|attached| attached.sink.take()))
-                && let Err(SendError(Offer::Sink(object, sink))) = self.offers.send(Offer::Sink(object, sink))
-            {
-                // Nobody reads requests any more, so nobody closes it either.
-                self.keep(object, sink);
-            }
-        }
+        picked.iter().for_each(|handle| self.offer(*handle));
         self.picked = picked;
+        // Nobody there: nobody reads requests any more, or asks.
         let _ = self.offers.send(Offer::End);
         self.shared.look_again();
     }
 
-    /// Takes back the sink of an object that was offered.
-    fn keep(&mut self, object: ObjectId, sink: Arc<dyn Sink>) {
-        let Some(handle) = self.machine.handle(object) else { return };
-        if let Some(Some(attached)) = self.attached.get_mut(handle.0) {
-            attached.sink = Some(sink);
-            self.machine.stays(handle);
-            self.unpark(object);
+    /// Offers the sink of an object that the machine has picked.
+    fn offer(&mut self, handle: Handle) {
+        let Some(object) = self.machine.id(handle) else { return };
+        if let Some(Some(attached)) = self.attached.get_mut(handle.0)
+            && let Some(sink) = attached.offer()
+            && let Err(SendError(Offer::Sink(_, sink))) = self.offers.send(Offer::Sink(object, sink))
+        {
+            self.keep(object, sink);
         }
     }
 
-    /// Goes on with the requests that waited for a sink to come back.
-    fn unpark(&mut self, object: ObjectId) {
-        for (need, since_ns) in self.parked.extract_if(.., |(need, _)| need.object == object).collect::<Vec<_>>() {
-            self.need(need, since_ns);
+    /// Takes back the sink of an object that was offered, unless a request has brought it back already.
+    fn keep(&mut self, object: ObjectId, sink: Arc<dyn Sink>) {
+        let Some(handle) = self.machine.handle(object) else { return };
+        if let Some(Some(attached)) = self.attached.get_mut(handle.0) {
+            attached.take_back();
+            self.machine.stays(handle);
         }
+        drop(sink);
     }
 
     /// The sink of an object, unless it was offered.
     fn sink(&self, object: Handle) -> Option<Arc<dyn Sink>> {
-        self.attached.get(object.0)?.as_ref()?.sink.clone()
+        self.attached.get(object.0)?.as_ref()?.sink().cloned()
     }
 
     /// Does what the machine wants done.
     fn act(&mut self) {
         while let Some(action) = self.machine.pop_action() {
+            if self.answers.len() >= ANSWERS_MAX {
+                self.answer();
+            }
             match action {
                 Action::Answer(answered) => self.answers.push(answered),
                 Action::Look { object, range } => match self.sink(object) {
@@ -298,13 +309,13 @@ impl<I: Io> Shard<I> {
                 Action::Release { object } => self.release(object),
                 Action::Read { op, object, file, offset, len, .. }
                     if self.is_in_memory(object, file, offset, len) && self.machine.use_mapped(op) => {}
-                Action::Read { op, object, file, offset, slot, slot_offset, len } => {
+                Action::Read { op, object, file, offset, slot, slot_offset, len, then } => {
                     let memory = self.buffers.slot(slot, index(slot_offset), index(len));
-                    self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory));
+                    self.start(op, object, Kind::Read, Target::Source(file), offset, Some(memory), then);
                 }
                 Action::Write { op, object, offset, len, slot, from } => {
                     let memory = self.written(object, slot, len, from);
-                    self.start(op, object, Kind::Write, Target::Sink, offset, memory);
+                    self.start(op, object, Kind::Write, Target::Sink, offset, memory, None);
                 }
             }
         }
@@ -336,13 +347,16 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>) {
-        let file = self.attached.get(object.0).and_then(Option::as_ref).and_then(|attached| match target {
-            Target::Sink => attached.sink.is_some().then_some(attached.sink_file),
+    #[expect(clippy::too_many_arguments, reason = "the parts of an operation")]
+    fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>, then: Option<u64>) {
+        let attached = self.attached.get(object.0).and_then(Option::as_ref);
+        let file = attached.and_then(|attached| match target {
+            Target::Sink => attached.sink().map(|_| attached.sink_file),
             Target::Source(file) => attached.source_files.get(file).copied(),
         });
+        let then = attached.filter(|attached| attached.sink().is_some()).zip(then).map(|(attached, offset)| (attached.sink_file, offset));
         match (file, memory) {
-            (Some(file), Some(memory)) => self.io.push(Op { key: key.0, kind, file, offset, memory }),
+            (Some(file), Some(memory)) => self.io.push(Op { key: key.0, kind, file, offset, memory, then }),
             _ => self.machine.io_done(key, -(Errno::EIO as i32), self.clock.now_ns()),
         }
     }
@@ -362,6 +376,7 @@ impl<I: Io> Shard<I> {
     /// Gives this turn's answers, back to back.
     fn answer(&mut self) {
         let mut answers = std::mem::take(&mut self.answers);
+        self.stats().batch(answers.len());
         let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
         for answered in answers.drain(..) {
             let Answered { ticket, outcome, object, range, since_ns } = answered;
@@ -381,10 +396,22 @@ impl<I: Io> Shard<I> {
             if outcome != Outcome::Done || self.tracer.is_some() {
                 self.report(object, range, latency_ns, outcome);
             }
+            if let (Outcome::Failed(_), Some(object)) = (outcome, object) {
+                self.let_go_if_lost(object);
+            }
         }
         self.answers = answers;
         if let Some(intake) = &mut self.intake {
             intake.router.answered(given);
+        }
+    }
+
+    /// Closes an object whose blob could not be found, so that the next request has it looked for again.
+    fn let_go_if_lost(&mut self, object: Handle) {
+        let attached = self.attached.get(object.0).and_then(Option::as_ref);
+        if self.caps.reopens && attached.is_some_and(|attached| attached.blob.is_lost()) && self.machine.pick(object) {
+            self.offer(object);
+            self.shared.look_again();
         }
     }
 
@@ -430,7 +457,7 @@ impl<I: Io> Shard<I> {
         let mut received = Ok(());
         let mut done = std::mem::take(&mut self.done);
         let now_ns = self.clock.now_ns();
-        for Done { op, mut result } in done.drain(..) {
+        for Done { op, mut result, copied } in done.drain(..) {
             if op.kind == Kind::Receive {
                 received = received.and(self.received(&op.memory, result));
                 continue;
@@ -444,11 +471,15 @@ impl<I: Io> Shard<I> {
                 }
                 result = -(Errno::EIO as i32);
             }
-            if op.kind == Kind::Write && NoRoom::is_meant_by(result) {
+            if (op.kind == Kind::Write || copied) && NoRoom::is_meant_by(result) {
                 let patient = self.no_room.as_ref().is_none_or(NoRoom::ring);
                 self.machine.wait_for_room(patient);
             }
-            self.machine.io_done(OpKey(op.key), result, now_ns);
+            if copied {
+                self.machine.io_copied(OpKey(op.key), result, now_ns);
+            } else {
+                self.machine.io_done(OpKey(op.key), result, now_ns);
+            }
         }
         self.done = done;
         received
@@ -474,7 +505,7 @@ impl<I: Io> Shard<I> {
             return false;
         }
         self.take_messages();
-        if self.shared.out_of_time.load(Ordering::Acquire) || (self.machine.pending() == 0 && self.parked.is_empty()) {
+        if self.shared.out_of_time.load(Ordering::Acquire) || self.machine.pending() == 0 {
             self.fail_rest();
         }
         self.machine.object_count() == 0 || self.shared.out_of_time.load(Ordering::Acquire)
@@ -483,10 +514,6 @@ impl<I: Io> Shard<I> {
     /// Closes every object and answers what waited for it; what fails only by that may be left instead.
     fn fail_rest(&mut self) {
         self.machine.close_all();
-        // Their objects are gone, so they are answered at once.
-        for (NeedRequest { object, range, ticket }, since_ns) in std::mem::take(&mut self.parked) {
-            self.machine.need(object, range, ticket, since_ns);
-        }
         self.act();
         if self.shared.leaves_rest() {
             let unfinished = |answered: &mut Answered<Ticket>| answered.outcome == Outcome::Failed(Errno::ECANCELED);

@@ -304,9 +304,12 @@ fn drop_report(report: &SyncSender<Result<Started, EngineError>>, error: EngineE
 fn describe(ring: &Ring) -> String {
     let features = ring.features();
     let mut text = features.mode.to_owned();
-    for (is_there, name) in
-        [(features.restricted, "restricted"), (features.fixed_files, "fixed files"), (features.fixed_buffers, "fixed buffers")]
-    {
+    for (is_there, name) in [
+        (features.restricted, "restricted"),
+        (features.fixed_files, "fixed files"),
+        (features.fixed_buffers, "fixed buffers"),
+        (features.links, "links"),
+    ] {
         text.push_str(if is_there { ", " } else { ", no " });
         text.push_str(name);
     }

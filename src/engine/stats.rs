@@ -9,6 +9,8 @@ use super::machine::Counters;
 /// Sub-divisions of each power of two in a [`Histogram`]: values are known to an eighth.
 const SUB_BUCKETS: u64 = 8;
 const BUCKETS: usize = 62 * SUB_BUCKETS as usize;
+/// Classes of how many answers go out together: 1, 2, up to 4, 8, 16, 32, 64.
+const BATCH_CLASSES: usize = 7;
 
 /// A log-linear histogram of durations in nanoseconds.
 #[derive(Debug)]
@@ -94,6 +96,7 @@ macro_rules! published {
             answers_refused: AtomicU64,
             turns: AtomicU64,
             latency: Histogram,
+            batches: [AtomicU64; BATCH_CLASSES],
         }
 
         impl ShardStats {
@@ -141,6 +144,8 @@ macro_rules! published {
             pub unanswered: u64,
             /// Requests that were left to the next daemon when this one ended.
             pub left: u64,
+            /// How often answers went out together: 1, 2, up to 4, 8, 16, 32, 64 of them.
+            pub answer_batches: [u64; BATCH_CLASSES],
             /// Half of the answers took at most this long, in microseconds.
             pub p50_us: u64,
             /// 99 of 100 answers took at most this long, in microseconds.
@@ -162,6 +167,9 @@ macro_rules! published {
                     sum.answers_refused += shard.answers_refused.load(Ordering::Relaxed);
                     sum.turns += shard.turns.load(Ordering::Relaxed);
                     shard.latency.add_to(&mut latency);
+                    for (sum, class) in sum.answer_batches.iter_mut().zip(&shard.batches) {
+                        *sum += class.load(Ordering::Relaxed);
+                    }
                 }
                 sum.p50_us = percentile(&latency, 0.5) / 1000;
                 sum.p99_us = percentile(&latency, 0.99) / 1000;
@@ -213,6 +221,14 @@ impl ShardStats {
     /// An answer was given, so long after the request was read.
     pub(super) fn answered(&self, latency_ns: u64) {
         self.latency.record(latency_ns);
+    }
+
+    /// So many answers went out together.
+    pub(super) fn batch(&self, answers: usize) {
+        if let Some(class) = answers.checked_sub(1) {
+            let class = (usize::BITS - class.leading_zeros()) as usize;
+            bump(&self.batches[class.min(BATCH_CLASSES - 1)], 1);
+        }
     }
 
     /// An answer that nobody waited for.

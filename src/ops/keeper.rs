@@ -23,6 +23,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::mman::{MlockAllFlags, mlockall};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Uid, close, setsid};
 
@@ -194,9 +195,12 @@ pub fn main() -> io::Result<()> {
     Hold { listener, connections: Vec::new(), device: None }.run(FIRST_MESSAGE_MS.into())
 }
 
-/// Leaves the daemon's terminal and descriptors behind. What is not possible is not needed.
+/// Leaves the daemon's terminal, signals and descriptors behind. What is not possible is not needed.
 fn detach() {
     let _ = setsid();
+    // The daemon blocks those that it reads from a descriptor, and a program that is started inherits that: systemd
+    // would wait for this one in vain whenever it stops the unit. Only a hangup means nobody but terminals.
+    let _ = SigSet::from(Signal::SIGHUP).thread_set_mask();
     let listed = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let fds: Vec<RawFd> = listed.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     // Above all descriptors of objects, which the kernel installs without O_CLOEXEC and which a daemon that starts a

@@ -4,16 +4,20 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::unistd::close;
 
+use crate::engine::OPENERS_MAX;
 use crate::engine::fds::EMERGENCY_FDS;
 
 /// Descriptor numbers for which the table is made large at start. Growing it later, with threads running,
 /// stalls the thread that gets a new descriptor for an RCU grace period (`expand_files`, fs/file.c).
 const TABLE_FDS: u64 = 65_536;
 
-/// Descriptors that the daemon needs besides those of blobs: rings, eventfds, the device, stores, logs, sockets.
-const OWN_FDS: u64 = 256;
-/// What may be open beside the budget.
-const BESIDES_FDS: u64 = OWN_FDS + EMERGENCY_FDS;
+/// Descriptors that the daemon needs besides those of blobs, however large it is: the device, stores, the cache's
+/// directories, logs, sockets.
+const OWN_FDS: u64 = 64;
+/// Those of a shard: a ring and its eventfd, or the pipes of blocking threads.
+const FDS_PER_SHARD: u64 = 4;
+/// Those that a thread which looks a blob up has open on the way to it.
+const FDS_PER_OPENER: u64 = 2;
 /// Of what the whole system has left, the default budget takes one part in so many.
 const SYSTEM_DIVISOR: u64 = 2;
 
@@ -22,6 +26,9 @@ const SYSTEM_DIVISOR: u64 = 2;
 pub struct Raised {
     /// Descriptors that this process may have.
     pub fds: u64,
+    /// Files that could still be opened in the whole system then, if it tells. A confined process cannot ask any more,
+    /// nor is it exempt from `fs.file-max` (as `CAP_SYS_ADMIN` is).
+    pub free_in_system: Option<u64>,
 }
 
 /// Why serving would go wrong.
@@ -34,7 +41,7 @@ pub enum LimitError {
     FileSize(u64),
     /// The budget is more than the process may have.
     #[error(
-        "fd_budget = {wanted}: this process may have {fds} file descriptors, so at most {most}; lower it, or raise LimitNOFILE= and fs.nr_open"
+        "fd_budget = {wanted}: this process may have {fds} file descriptors, so at most {most} with this many shards; lower it, or raise LimitNOFILE= and fs.nr_open"
     )]
     Descriptors {
         /// The setting.
@@ -46,16 +53,26 @@ pub enum LimitError {
     },
 }
 
-/// How many descriptors blobs may have: as set, or what the limits of process and system leave.
+/// How many descriptors blobs may have: as set, or what the limits of process and system leave. A setting that the
+/// system has too few files for is lowered, with a warning: how many it has changes from one start to the next, and a
+/// daemon that does not start leaves readers waiting.
 ///
 /// # Errors
 /// More was set than the process may have.
-pub fn fd_budget(setting: Option<u64>, raised: Raised) -> Result<u64, LimitError> {
-    let most = raised.fds.saturating_sub(BESIDES_FDS);
+pub fn fd_budget(setting: Option<u64>, raised: Raised, shards: usize) -> Result<u64, LimitError> {
+    let besides = besides(shards);
+    let most = raised.fds.saturating_sub(besides);
+    let free = raised.free_in_system.unwrap_or(u64::MAX).saturating_sub(besides).max(1);
     match setting {
         Some(wanted) if wanted > most => Err(LimitError::Descriptors { wanted, fds: raised.fds, most }),
+        Some(wanted) if wanted > free => {
+            tracing::warn!(
+                "fd_budget = {wanted}: the whole system can open only {free} files more, so it is {free}; lower it, or raise fs.file-max"
+            );
+            Ok(free)
+        }
         Some(wanted) => Ok(wanted),
-        None => Ok(default_budget(raised, free_in_system()).0),
+        None => Ok(default_budget(raised, shards).0),
     }
 }
 
@@ -72,11 +89,17 @@ pub enum Bound {
 
 /// How many descriptors blobs may have if nothing is set, and what bounds it.
 #[must_use]
-pub fn default_budget(raised: Raised, free_in_system: Option<u64>) -> (u64, Bound) {
-    let process = (raised.fds.saturating_sub(BESIDES_FDS), Bound::Process);
-    let system = (free_in_system.map_or(u64::MAX, |free| free / SYSTEM_DIVISOR), Bound::System);
-    let (budget, bound) = process.min(system).min((TABLE_FDS - BESIDES_FDS, Bound::Table));
+pub fn default_budget(raised: Raised, shards: usize) -> (u64, Bound) {
+    let besides = besides(shards);
+    let process = (raised.fds.saturating_sub(besides), Bound::Process);
+    let system = (raised.free_in_system.unwrap_or(u64::MAX).saturating_sub(besides) / SYSTEM_DIVISOR, Bound::System);
+    let (budget, bound) = process.min(system).min((TABLE_FDS.saturating_sub(besides), Bound::Table));
     (budget.max(1), bound)
+}
+
+/// What may be open beside the budget.
+fn besides(shards: usize) -> u64 {
+    OWN_FDS + FDS_PER_SHARD * shards as u64 + FDS_PER_OPENER * OPENERS_MAX as u64 + EMERGENCY_FDS
 }
 
 /// Files that may still be opened in the whole system: `fs.file-max` less what `fs.file-nr` says is in use.
@@ -88,7 +111,7 @@ pub fn free_in_system() -> Option<u64> {
     Some(max.saturating_sub(used))
 }
 
-/// Raises the number of descriptors as far as allowed and lifts the limits on file sizes and locked memory.
+/// Raises the number of descriptors as far as allowed, looks how many the system has, and lifts the limits on file sizes and locked memory.
 ///
 /// # Errors
 /// A limit that would make fills fail cannot be lifted.
@@ -97,7 +120,7 @@ pub fn raise() -> Result<Raised, LimitError> {
     grow_table(fds);
     lift_file_size()?;
     lift_locked_memory();
-    Ok(Raised { fds })
+    Ok(Raised { fds, free_in_system: free_in_system() })
 }
 
 fn raise_fds() -> u64 {
@@ -138,15 +161,22 @@ mod tests {
 
     #[test]
     fn the_budget_stays_below_every_limit() {
-        let default = |fds, free| default_budget(Raised { fds }, free);
-        assert_eq!(default(1 << 20, None), (TABLE_FDS - BESIDES_FDS, Bound::Table));
-        assert_eq!(default(1 << 20, Some(1000)), (500, Bound::System));
-        assert_eq!(default(1024, Some(1 << 40)), (704, Bound::Process));
-        assert_eq!(default(100, Some(1 << 40)), (1, Bound::Process));
-        let raised = Raised { fds: 1024 };
-        assert_eq!(fd_budget(Some(704), raised).unwrap(), 704);
-        let message = fd_budget(Some(705), raised).unwrap_err().to_string();
-        assert!(message.contains("at most 704"), "{message}");
+        let besides = besides(16);
+        let budget = |setting, fds, free_in_system| fd_budget(setting, Raised { fds, free_in_system }, 16);
+        assert_eq!(budget(None, 1 << 20, None).unwrap(), TABLE_FDS - besides);
+        assert_eq!(budget(None, 1 << 20, Some(1000 + besides)).unwrap(), 500);
+        assert_eq!(budget(None, 700 + besides, Some(1 << 40)).unwrap(), 700);
+        assert_eq!(budget(None, 1 << 20, Some(0)).unwrap(), 1);
+        let bound = |fds, free_in_system| default_budget(Raised { fds, free_in_system }, 16).1;
+        assert_eq!(bound(1 << 20, None), Bound::Table);
+        assert_eq!(bound(1 << 20, Some(1000)), Bound::System);
+        assert_eq!(bound(1024, Some(1 << 40)), Bound::Process);
+        assert_eq!(budget(Some(704), 704 + besides, None).unwrap(), 704);
+        let message = budget(Some(705), 704 + besides, None).unwrap_err().to_string();
+        assert!(message.contains("at most 704 "), "{message}");
+        assert_eq!(budget(Some(704), 1 << 20, Some(500 + besides)).unwrap(), 500);
+        // Each shard has its own.
+        assert!(fd_budget(None, Raised { fds: 1024, free_in_system: None }, 128).unwrap() < budget(None, 1024, None).unwrap());
         assert!(free_in_system().is_some_and(|free| free > 0));
     }
 

@@ -58,6 +58,16 @@ pub trait Blob: Send + Sync + fmt::Debug {
     /// The files that extents refer to by index.
     fn files(&self) -> &[Arc<SourceFile>];
 
+    /// Whether every read of it fails, because what it was opened for is not there any more.
+    fn is_lost(&self) -> bool {
+        false
+    }
+
+    /// Tells it from another blob that has its name later. Two that are equal have the same bytes.
+    fn identity(&self) -> Identity {
+        Identity { len_bytes: self.len_bytes(), files: self.files().iter().map(|file| file.identity).collect() }
+    }
+
     /// The file that has exactly the bytes of this blob, in their order, if there is one.
     fn whole_file(&self) -> Option<&SourceFile> {
         None
@@ -83,6 +93,35 @@ impl Blob for LostBlob {
 
     fn files(&self) -> &[Arc<SourceFile>] {
         &[]
+    }
+
+    fn is_lost(&self) -> bool {
+        true
+    }
+}
+
+/// See [`Blob::identity`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Identity {
+    /// Exact length of the blob.
+    pub len_bytes: u64,
+    files: Box<[FileIdentity]>,
+}
+
+/// A file and what was in it: a blob is never changed, and whoever puts another one in its place makes a new file. The
+/// time of the last change of its contents, because numbers of files are used again; not that of its inode, because
+/// links may come and go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FileIdentity {
+    device: u64,
+    inode: u64,
+    modified_s: i64,
+    modified_ns: i64,
+}
+
+impl From<&nix::sys::stat::FileStat> for FileIdentity {
+    fn from(stat: &nix::sys::stat::FileStat) -> Self {
+        Self { device: stat.st_dev, inode: stat.st_ino, modified_s: stat.st_mtime, modified_ns: stat.st_mtime_nsec }
     }
 }
 
@@ -141,6 +180,8 @@ pub struct SourceFile {
     pub fd: OwnedFd,
     /// Length when it was opened.
     pub len_bytes: u64,
+    /// Which file it is.
+    pub identity: FileIdentity,
     /// How it is really read, after any fallback: never [`SourceMode::Auto`].
     pub mode: SourceMode,
     /// The whole file, if it is mapped: in [`SourceMode::Mmap`], and where [`SourceMode::Auto`] was wanted and is

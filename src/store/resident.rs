@@ -24,7 +24,7 @@ use crate::range::page_bytes;
 const LOOK_MAX_BYTES: u64 = 4 << 20;
 
 /// cachestat(2): the same number on every architecture that Rust runs on; libc has it for some of them.
-const SYS_CACHESTAT: libc::c_long = 451;
+pub(crate) const SYS_CACHESTAT: libc::c_long = 451;
 
 /// `struct cachestat_range` (include/uapi/linux/mman.h).
 #[repr(C)]

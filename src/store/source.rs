@@ -49,8 +49,13 @@ impl SourceFile {
         // Without O_NONBLOCK from here on: with it, io_uring would return EAGAIN instead of waiting on
         // file systems that cannot do better (io_rw_init_file, io_uring/rw.c).
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
-        let mut source =
-            Self { fd, len_bytes: u64::try_from(stat.st_size).map_err(|_| Errno::EOVERFLOW)?, mode: SourceMode::Buffered, map: None };
+        let mut source = Self {
+            fd,
+            len_bytes: u64::try_from(stat.st_size).map_err(|_| Errno::EOVERFLOW)?,
+            identity: (&stat).into(),
+            mode: SourceMode::Buffered,
+            map: None,
+        };
         match wanted {
             SourceMode::Buffered => {}
             SourceMode::Direct => source.try_direct()?,
@@ -78,8 +83,15 @@ impl SourceFile {
         match is_resident(&self.fd, 0, 1) {
             Ok(_) => drop(self.try_map()),
             Err(errno) => SAID.call_once(|| {
+                let takes = match errno {
+                    Errno::ENOSYS => "Linux 6.5, and in a container a seccomp filter that knows the call",
+                    Errno::EPERM => {
+                        "the blobs' owner or somebody who may write them, and in a container a seccomp filter that allows the call"
+                    }
+                    _ => "another file system",
+                };
                 tracing::info!(
-                    "cannot see which blobs are in memory (cachestat: {errno}), so all are read from their disks; that takes Linux 6.5, and the blobs' owner"
+                    "cannot see which blobs are in memory (cachestat: {errno}), so all are read from their disks; that takes {takes}"
                 );
             }),
         }

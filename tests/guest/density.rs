@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,15 +31,8 @@ const SMALL_BUDGET: u64 = 8;
 const MANY: usize = 12;
 
 fn crowd(guest: &mut Guest, objects: usize, fd_budget: u64) -> Outcome {
-    let crowd = Crowd {
-        infill: INFILL.into(),
-        objects,
-        fd_budget,
-        store: STORE.into(),
-        cache: guest.cache.clone(),
-        at: IMAGES.into(),
-        seed: 1,
-    };
+    let crowd =
+        Crowd { infill: INFILL.into(), objects, fd_budget, store: STORE.into(), cache: guest.cache.clone(), at: IMAGES.into(), seed: 1 };
     let figures = crowd.run(&|far| println!("{far}"));
     let removed = [STORE, IMAGES].map(fs::remove_dir_all);
     let figures = figures?;
@@ -94,7 +87,7 @@ impl Pin {
     fn all_sinks() -> Result<Self, Box<dyn std::error::Error>> {
         let is_sink = |fd: &RawFd| {
             let path = fs::read_link(format!("/proc/self/fd/{fd}"));
-            path.is_ok_and(|path| path == PathBuf::from("anon_inode:[cachefiles]"))
+            path.is_ok_and(|path| path == Path::new("anon_inode:[cachefiles]"))
         };
         let numbers = fs::read_dir("/proc/self/fd")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         let sinks: Vec<RawFd> = numbers.filter(is_sink).collect();

@@ -31,6 +31,9 @@ pub enum Action<T> {
         slot_offset: u64,
         /// How much.
         len: u64,
+        /// Where in the object's sink all of it goes next, if the read gives all of it. The driver may have that
+        /// done at once, and then reports [`Machine::io_copied`].
+        then: Option<u64>,
     },
     /// Write to the object's sink, then report [`super::Machine::io_done`].
     Write {

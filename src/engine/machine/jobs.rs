@@ -63,8 +63,8 @@ impl<T> Machine<T> {
         let job = &mut self.jobs[key];
         let (op, object) = (OpKey::new(key, job.generation), job.object);
         match (job.fill.next(), job.slot) {
-            (Next::Read { file, offset, slot_offset, len }, Some(slot)) => {
-                self.operate(Action::Read { op, object, file, offset, slot, slot_offset, len });
+            (Next::Read { file, offset, slot_offset, len, then }, Some(slot)) => {
+                self.operate(Action::Read { op, object, file, offset, slot, slot_offset, len, then });
             }
             (Next::Write { offset, len, from }, slot) => self.operate(Action::Write { op, object, offset, len, slot, from }),
             (Next::Wait { .. }, _) => {

@@ -24,7 +24,7 @@ use super::plan::adaptive::Planner;
 use super::plan::{self, Complete, Completion, Window};
 use super::presence::PageSet;
 use crate::front::{ObjectId, Outcome};
-use crate::range::{self, ByteRange, align_up, intersect};
+use crate::range::{self, ByteRange, align_down, align_up, intersect};
 use crate::store::Blob;
 
 pub use self::action::{Action, Answered, Counters, Handle, OpKey};
@@ -76,6 +76,13 @@ struct Object {
     planner: Option<Planner>,
     /// What is to be completed.
     goal: Goal,
+}
+
+impl Object {
+    /// Nobody waits for it, and it is not picked already.
+    fn is_idle(&self) -> bool {
+        !self.closed && !self.leaving && self.jobs.is_empty()
+    }
 }
 
 #[derive(Debug)]
@@ -209,9 +216,6 @@ impl<T> Machine<T> {
         };
         let handle = Handle(self.objects.insert(object));
         self.handles.insert(id, handle);
-        if self.limits.completion.when == Complete::Always {
-            self.complete(handle, &(0..len));
-        }
         handle
     }
 
@@ -221,6 +225,16 @@ impl<T> Machine<T> {
         let part = plan::clamp(part, object.blob.len_bytes(), self.limits.page_bytes);
         if let (Some(planner), Some(part)) = (&mut object.planner, part) {
             planner.bring_whole(part);
+        }
+    }
+
+    /// The kernel has been told that an object is open: before, nothing may be written to it.
+    pub fn opened(&mut self, id: ObjectId) {
+        if self.limits.completion.when == Complete::Always
+            && let Some(handle) = self.handle(id)
+        {
+            let len = self.objects[handle.0].blob.len_bytes();
+            self.complete(handle, &(0..len));
         }
     }
 
@@ -256,7 +270,8 @@ impl<T> Machine<T> {
         let Some(object) = self.objects.get_mut(object.0) else { return };
         object.probed.insert(probed);
         for range in present {
-            object.present.insert(&range);
+            // A write of the last page may have been cut off behind the blob's end: the kernel still misses the rest.
+            object.present.insert(&(range.start..align_down(range.end, self.limits.page_bytes)));
         }
     }
 
@@ -340,8 +355,7 @@ impl<T> Machine<T> {
     /// longest ago. They are not picked again before [`Machine::stays`].
     pub fn pick_idle(&mut self, count: usize, complete_only: bool, picked: &mut Vec<Handle>) {
         picked.clear();
-        let idle = |object: &Object| !object.closed && !object.leaving && object.jobs.is_empty();
-        let fits = |object: &Object| idle(object) && (object.present.is_full() || !complete_only);
+        let fits = |object: &Object| object.is_idle() && (object.present.is_full() || !complete_only);
         picked.extend(self.objects.iter().filter(|(_, object)| fits(object)).map(|(key, _)| Handle(key)));
         if count < picked.len() {
             let objects = &self.objects;
@@ -351,10 +365,21 @@ impl<T> Machine<T> {
             });
             picked.truncate(count);
         }
-        for &handle in &*picked {
-            self.objects[handle.0].leaving = true;
-            self.drop_background(handle);
+        picked.iter().for_each(|handle| self.leaves(*handle));
+    }
+
+    /// Picks one object, as [`Machine::pick_idle`] does, if nobody waits for it.
+    pub fn pick(&mut self, object: Handle) -> bool {
+        let is_idle = self.objects.get(object.0).is_some_and(Object::is_idle);
+        if is_idle {
+            self.leaves(object);
         }
+        is_idle
+    }
+
+    fn leaves(&mut self, object: Handle) {
+        self.objects[object.0].leaving = true;
+        self.drop_background(object);
     }
 
     /// An object that was picked stays after all.
@@ -403,6 +428,15 @@ impl<T> Machine<T> {
             return self.retire(key, Err(Errno::ECANCELED));
         }
         self.step(key);
+    }
+
+    /// An [`Action::Read`] with `then` gave all its bytes, and their write has ended with `result`.
+    pub fn io_copied(&mut self, op: OpKey, result: i32, now_ns: u64) {
+        let (key, generation) = op.parts();
+        if let Some(job) = self.jobs.get_mut(key).filter(|job| job.generation == generation && job.state == State::Running) {
+            job.fill.read_whole();
+        }
+        self.io_done(op, result, now_ns);
     }
 
     /// Time has passed: fills that waited may go on.

@@ -59,7 +59,9 @@ impl Driver {
     }
 
     pub(super) fn open(&mut self, id: u32, pages: u64) -> Handle {
-        self.machine.open(ObjectId(id), Arc::new(Plain(pages * PAGE)))
+        let handle = self.machine.open(ObjectId(id), Arc::new(Plain(pages * PAGE)));
+        self.machine.opened(ObjectId(id));
+        handle
     }
 
     pub(super) fn need(&mut self, id: u32, range: ByteRange, ticket: u32) {

@@ -1,8 +1,13 @@
 //! Which blobs the kernel works with right now: fscache's lists in `/proc`.
+//!
+//! Whoever is going to be confined opens them before ([`Lists::open`]) and keeps them: no rule of Landlock would last,
+//! because procfs makes another inode whenever its dentry was shrunk (`proc_get_inode`, fs/proc/inode.c), and a rule belongs to
+//! an inode.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::path::Path;
 
 use super::cache_dir::CacheDirError;
 use super::layout::{Place, VOLUME_PREFIX, volume_key};
@@ -10,10 +15,10 @@ use crate::key::Key;
 
 /// fscache's volumes, a header of two lines and then one each (`fscache_volumes_seq_show`). Since Linux 6.8 the
 /// directory is a link to `/proc/fs/netfs`.
-pub const VOLUMES: &str = "/proc/fs/fscache/volumes";
+const VOLUMES: &str = "/proc/fs/fscache/volumes";
 
 /// fscache's cookies, in the same form (`fscache_cookies_seq_show`).
-pub const COOKIES: &str = "/proc/fs/fscache/cookies";
+const COOKIES: &str = "/proc/fs/fscache/cookies";
 
 /// The state of a cookie that has given its object back (`fscache_cookie_states`, the last one).
 const DROPPED: &str = "D";
@@ -23,22 +28,58 @@ const DROPPED: &str = "D";
 /// # Errors
 /// The lists cannot be read; where there are none, nothing is in use.
 pub(super) fn in_use(key: &Key) -> Result<bool, CacheDirError> {
-    Ok(listed(&read(VOLUMES)?, &read(COOKIES)?, key))
+    let Lists { volumes, cookies } = Lists::open()?;
+    Ok(listed(&volumes.read()?, &cookies.read()?, key))
 }
 
-/// The places of all blobs that the kernel has open.
-///
-/// # Errors
-/// As [`in_use`].
-pub fn live() -> Result<HashSet<Place>, CacheDirError> {
-    Ok(live_in(&read(VOLUMES)?, &read(COOKIES)?))
+/// Both lists, open.
+#[derive(Debug)]
+pub struct Lists {
+    volumes: List,
+    cookies: List,
 }
 
-/// The text of a list.
-fn read(path: &'static str) -> Result<Vec<u8>, CacheDirError> {
-    match fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        read => read.map_err(CacheDirError::io(path.as_ref(), "read what the kernel has open")),
+impl Lists {
+    /// Opens them, for as long as they are wanted.
+    ///
+    /// # Errors
+    /// They cannot be opened. That there are none is fine: then nothing is in use.
+    pub fn open() -> Result<Self, CacheDirError> {
+        Ok(Self { volumes: List::open(VOLUMES.as_ref())?, cookies: List::open(COOKIES.as_ref())? })
+    }
+
+    /// The places of all blobs that the kernel has open now.
+    ///
+    /// # Errors
+    /// The lists cannot be read.
+    pub fn live(&self) -> Result<HashSet<Place>, CacheDirError> {
+        Ok(live_in(&self.volumes.read()?, &self.cookies.read()?))
+    }
+}
+
+/// One list. Its path is only for messages.
+#[derive(Debug)]
+struct List {
+    /// `None`: there is no such list.
+    file: Option<File>,
+    path: &'static Path,
+}
+
+impl List {
+    fn open(path: &'static Path) -> Result<Self, CacheDirError> {
+        match File::open(path) {
+            Ok(file) => Ok(Self { file: Some(file), path }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self { file: None, path }),
+            Err(error) => Err(CacheDirError::io(path, "open the list of what the kernel has open")(error)),
+        }
+    }
+
+    /// Its text as it is now: a read from the beginning makes the kernel list anew (`seq_read_iter`, fs/seq_file.c).
+    fn read(&self) -> Result<Vec<u8>, CacheDirError> {
+        let mut text = Vec::new();
+        let Some(mut file) = self.file.as_ref() else { return Ok(text) };
+        let read = file.rewind().and_then(|()| file.read_to_end(&mut text));
+        read.map(|_| text).map_err(CacheDirError::io(self.path, "read what the kernel has open"))
     }
 }
 
@@ -116,6 +157,17 @@ COOKIE   VOLUME   REF ACT ACC S FL DEF
             assert_eq!(listed(VOLUMES_TEXT, COOKIES_TEXT, &key), expected, "{key}");
         }
         assert!(!listed(b"", b"", &Key::new(b"dom", b"a.img")));
+    }
+
+    /// With a list that every kernel has.
+    #[test]
+    fn an_open_list_is_read_as_it_is_now() {
+        let list = List::open("/proc/thread-self/comm".as_ref()).unwrap();
+        let before = list.read().unwrap();
+        assert!(!before.is_empty() && list.read().unwrap() == before);
+        std::fs::write("/proc/thread-self/comm", b"listed").unwrap();
+        assert_eq!(list.read().unwrap(), b"listed\n");
+        assert!(List::open("/proc/no/such/list".as_ref()).unwrap().read().unwrap().is_empty());
     }
 
     #[test]

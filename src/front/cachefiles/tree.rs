@@ -223,28 +223,47 @@ pub struct Census {
     pub volumes: Vec<(OsString, i64)>,
     /// Objects that have a name.
     pub objects: Vec<Object>,
+    /// Why something is missing, if anything is: the first directory that could not be read.
+    pub unread: Option<String>,
 }
 
-/// Counts what is in the cache directory `root`.
+/// Counts what is in the cache directory `root`. What disappears meanwhile is left out, and so is what cannot be read;
+/// a volume of which that is a part is not among the volumes, for it may look empty.
 ///
 /// # Errors
-/// Something could not be read. What disappears meanwhile is left out.
+/// The directory of the volumes cannot be read.
 pub fn census(root: &Dir) -> Result<Census, CacheDirError> {
     let mut census = Census::default();
     let Some(cache) = root.sub(CACHE)? else { return Ok(census) };
     for volume in cache.entries()?.into_iter().filter(|entry| entry.kind == Kind::Dir && is_volume(entry)) {
-        let (Some(stat), Some(dir)) = (cache.stat(&volume.name)?, cache.sub(&volume.name)?) else { continue };
-        for entry in dir.entries()?.into_iter().filter(|entry| entry.kind == Kind::Dir) {
-            let (Some(fanout), Some(dir)) = (fanout_of(&entry.name), dir.sub(&entry.name)?) else { continue };
-            for object in dir.entries()?.into_iter().filter(|entry| entry.kind == Kind::File) {
-                let Some(stat) = dir.stat(&object.name)? else { continue };
-                let place = Place { volume: volume.name.clone(), fanout, object: object.name };
-                census.objects.push(Object { place, bytes: bytes(&stat), last_use: last_use(&stat) });
-            }
+        match count_volume(&cache, &volume.name, &mut census.objects) {
+            Ok(made_s) => census.volumes.extend(made_s.map(|made_s| (volume.name, made_s))),
+            Err(error) => drop(census.unread.get_or_insert_with(|| error.to_string())),
         }
-        census.volumes.push((volume.name, stat.st_mtime));
     }
     Ok(census)
+}
+
+/// Adds the objects of one volume; gives when it was made, or `None` if it is gone. All that can be counted is, also if
+/// something cannot.
+fn count_volume(cache: &Dir, volume: &OsStr, objects: &mut Vec<Object>) -> Result<Option<i64>, CacheDirError> {
+    let (Some(stat), Some(dir)) = (cache.stat(volume)?, cache.sub(volume)?) else { return Ok(None) };
+    let mut complete = Ok(());
+    for entry in dir.entries()?.into_iter().filter(|entry| entry.kind == Kind::Dir) {
+        let Some(fanout) = fanout_of(&entry.name) else { continue };
+        complete = complete.and(count_fanout(&dir, &entry.name, |object| Place { volume: volume.to_owned(), fanout, object }, objects));
+    }
+    complete.map(|()| Some(stat.st_mtime))
+}
+
+/// Adds the objects of one of a volume's directories.
+fn count_fanout(volume: &Dir, fanout: &OsStr, place: impl Fn(OsString) -> Place, objects: &mut Vec<Object>) -> Result<(), CacheDirError> {
+    let Some(dir) = volume.sub(fanout)? else { return Ok(()) };
+    for object in dir.entries()?.into_iter().filter(|entry| entry.kind == Kind::File) {
+        let Some(stat) = dir.stat(&object.name)? else { continue };
+        objects.push(Object { place: place(object.name), bytes: bytes(&stat), last_use: last_use(&stat) });
+    }
+    Ok(())
 }
 
 /// Space that a file takes, in bytes.
@@ -260,7 +279,7 @@ fn last_use(stat: &FileStat) -> (i64, i64) {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
 
@@ -291,6 +310,33 @@ mod tests {
         assert!(!fanout.touch("Dimg3".as_ref(), SystemTime::now()).unwrap());
         let stat = fanout.stat("Dimg2".as_ref()).unwrap().unwrap();
         assert!(last_use(&stat) >= before);
+    }
+
+    /// As root everything can be read, so what cannot be is a link in the place of a directory.
+    #[test]
+    fn what_cannot_be_read_is_left_out_and_its_volume_does_not_look_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join(CACHE);
+        for volume in ["Ierofs,good", "Ierofs,bad"] {
+            fs::create_dir_all(cache.join(volume).join("@4a")).unwrap();
+            fs::write(cache.join(volume).join("@4a/Dimg"), b"x").unwrap();
+        }
+        let cache = Dir::open(&cache).unwrap().unwrap();
+        let bad = cache.sub("Ierofs,bad").unwrap().unwrap();
+        let mut objects = Vec::new();
+        symlink("/", bad.path().join("@4b")).unwrap();
+        let place = |object| Place { volume: "Ierofs,bad".into(), fanout: 0x4b, object };
+        assert!(count_fanout(&bad, "@4b".as_ref(), place, &mut objects).is_err());
+        assert!(objects.is_empty());
+        fs::set_permissions(bad.path().join("@4a"), fs::Permissions::from_mode(0o000)).unwrap();
+        let found = census(&Dir::open(dir.path()).unwrap().unwrap()).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            println!("not run: a directory without permission, which root can read");
+        } else {
+            assert!(found.unread.unwrap().contains("Ierofs,bad"));
+            assert_eq!((found.objects.len(), found.volumes.len()), (1, 1));
+        }
+        fs::set_permissions(bad.path().join("@4a"), fs::Permissions::from_mode(0o700)).unwrap();
     }
 
     #[test]

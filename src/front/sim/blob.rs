@@ -232,7 +232,8 @@ const fn place(used: u64, start: u64, mapped: bool, rng: &mut Rng) -> u64 {
 /// A file that is never read: the simulation only asks for its length and mode.
 fn source_file(len: u64, mode: SourceMode) -> Arc<SourceFile> {
     let null = File::open("/dev/null").expect("/dev/null is there and readable");
-    Arc::new(SourceFile { fd: null.into(), len_bytes: len, mode, map: None })
+    let identity = (&nix::sys::stat::fstat(&null).expect("it is open")).into();
+    Arc::new(SourceFile { fd: null.into(), len_bytes: len, identity, mode, map: None })
 }
 
 impl Blob for SimBlob {

@@ -117,7 +117,10 @@ impl Figures {
     /// Whether everything was readable within the budget.
     #[must_use]
     pub fn is_good(&self) -> bool {
-        self.errors == 0 && self.opens_failed == 0 && self.fds_peak <= self.fd_budget && self.reads == 2 * self.objects + (PARTS - 1) * self.objects.min(TIMED)
+        self.errors == 0
+            && self.opens_failed == 0
+            && self.fds_peak <= self.fd_budget
+            && self.reads == 2 * self.objects + (PARTS - 1) * self.objects.min(TIMED)
     }
 
     /// The figures in words.
@@ -127,10 +130,19 @@ impl Figures {
         let rows = [
             ("kernel", self.kernel.clone()),
             ("objects", format!("{} blobs and {} images", self.objects, self.images)),
-            ("descriptors", format!("{} at most for objects, budget {}; {} in all, {} before", self.fds_peak, self.fd_budget, self.max_fds, self.own_fds)),
+            (
+                "descriptors",
+                format!(
+                    "{} at most for objects, budget {}; {} in all, {} before",
+                    self.fds_peak, self.fd_budget, self.max_fds, self.own_fds
+                ),
+            ),
             ("read", format!("{} reads, {} wrong or failed", self.reads, self.errors)),
             ("opened", format!("{} times again; {} closed to make room; {} opens failed", self.reopens, self.evictions, self.opens_failed)),
-            ("memory", format!("{:.1} MiB at the start, {:.1} at the end, {:.1} at most", self.rss_start_mib, self.rss_mib, self.rss_peak_mib)),
+            (
+                "memory",
+                format!("{:.1} MiB at the start, {:.1} at the end, {:.1} at most", self.rss_start_mib, self.rss_mib, self.rss_peak_mib),
+            ),
             ("closed", us(self.reopen_p50_us, self.reopen_p99_us)),
             ("open", us(self.miss_p50_us, self.miss_p99_us)),
             ("in cache", us(self.hit_p50_us, self.hit_p99_us)),
@@ -170,7 +182,8 @@ impl Crowd {
             kernel,
             ..Figures::default()
         };
-        let watch = Watch { crowd: self, progress, figures: Mutex::new(figures), done: AtomicUsize::new(0), enough: AtomicBool::new(false) };
+        let watch =
+            Watch { crowd: self, progress, figures: Mutex::new(figures), done: AtomicUsize::new(0), enough: AtomicBool::new(false) };
         let read = std::thread::scope(|scope| {
             scope.spawn(|| watch.sample(pid));
             let read = watch.mount_and_read(&names);
@@ -365,8 +378,8 @@ impl Watch<'_> {
 impl Figures {
     /// Takes what the daemon counted from the JSON object that it ended with.
     fn take_counts(&mut self, json: &str) -> Result<()> {
-        let counts: serde_json::Value =
-            serde_json::from_str(json).map_err(|error| LabError::Failed(format!("infill serve ended without its statistics ({error}): {json}")))?;
+        let counts: serde_json::Value = serde_json::from_str(json)
+            .map_err(|error| LabError::Failed(format!("infill serve ended without its statistics ({error}): {json}")))?;
         let count = |name: &str| counts[name].as_u64().unwrap_or(0);
         self.fds_peak = count("fds_peak");
         self.evictions = count("evictions");

@@ -11,14 +11,12 @@ use landlock::{
     RulesetCreatedAttr, RulesetError, RulesetStatus,
 };
 
-use crate::front::cachefiles::cookies;
-
 /// Rights known when this was written; of these, what the kernel knows is taken away. TCP is in it from 4 on.
 const KNOWN: ABI = ABI::V5;
 
-/// Read when the engine explains why there is no ring, and to see what the kernel has open in the cache; they tell
-/// nothing about others.
-const LISTS: [&str; 4] = ["/proc/sys/kernel/io_uring_disabled", "/proc/self/status", cookies::VOLUMES, cookies::COOKIES];
+/// Read when the engine explains why there is no ring; they tell nothing about others. That is right after the start:
+/// a rule for a file of procfs does not last, because its inode does not. What is read later has to be open before.
+const LISTS: [&str; 2] = ["/proc/sys/kernel/io_uring_disabled", "/proc/self/status"];
 
 /// Leaves the calling thread the files below `readable`, for reading, and those below `writable`; and no TCP.
 /// Gives the version of Landlock.

@@ -23,7 +23,7 @@ const UNLIMITED: u64 = libc::RLIM_INFINITY;
 /// Looks at io_uring and the limits. They are those of this process: under systemd the daemon may have
 /// others.
 #[must_use]
-pub fn checks() -> Vec<Check> {
+pub fn checks(shards: usize) -> Vec<Check> {
     let status = read("/proc/self/status").unwrap_or_default();
     let may = |capability| capabilities(&status).is_some_and(|set| has_capability(set, capability));
     let limit = |resource| getrlimit(resource).unwrap_or((0, 0));
@@ -32,7 +32,11 @@ pub fn checks() -> Vec<Check> {
     vec![
         ring_check(ring::probe()),
         files_check(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises),
-        budget_check(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises, limits::free_in_system()),
+        budget_check(
+            Raised { fds: most_fds(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises), free_in_system: limits::free_in_system() },
+            raises,
+            shards,
+        ),
         host_files_check(read("/proc/sys/fs/file-nr").as_deref()),
         file_size_check(limit(Resource::RLIMIT_FSIZE), raises),
         locked_check(limit(Resource::RLIMIT_MEMLOCK).1, may(CAP_IPC_LOCK)),
@@ -57,9 +61,9 @@ fn most_fds(hard: u64, nr_open: u64, raises: bool) -> u64 {
 }
 
 /// What `--fd-budget` is if it is not set, and why.
-fn budget_check(hard: u64, nr_open: u64, raises: bool, free_in_system: Option<u64>) -> Check {
+fn budget_check(raised: Raised, raises: bool, shards: usize) -> Check {
     const ID: &str = "fd-budget";
-    let (budget, bound) = limits::default_budget(Raised { fds: most_fds(hard, nr_open, raises) }, free_in_system);
+    let (budget, bound) = limits::default_budget(raised, shards);
     let (why, remedy) = match bound {
         Bound::Table => ("more has to be asked for", ""),
         Bound::System => ("half of what fs.file-max and fs.file-nr leave", "raise the sysctl fs.file-max"),
@@ -68,7 +72,8 @@ fn budget_check(hard: u64, nr_open: u64, raises: bool, free_in_system: Option<u6
     };
     let found = format!("blobs may take {budget} descriptors by default ({why}): about {} are open at a time", budget.div_ceil(2));
     if budget < FEW_FDS {
-        let remedy = format!("{remedy}; beyond that, blobs are closed, and opened again when they are read, if the kernel can (line kernel-reopen)");
+        let remedy =
+            format!("{remedy}; beyond that, blobs are closed, and opened again when they are read, if the kernel can (line kernel-reopen)");
         return Check::warn(ID, found, remedy);
     }
     Check::ok(ID, found)
@@ -79,9 +84,7 @@ fn files_check(hard: u64, nr_open: u64, raises: bool) -> Check {
     let limit = most_fds(hard, nr_open, raises);
     let found = format!("up to {limit} descriptors (limit {hard}, fs.nr_open {nr_open})");
     if limit < WANTED_FILES {
-        let remedy = format!(
-            "LimitNOFILE={NR_OPEN} in the systemd unit; an open blob needs two descriptors"
-        );
+        let remedy = format!("LimitNOFILE={NR_OPEN} in the systemd unit; an open blob needs two descriptors");
         return Check::warn(ID, found, remedy);
     }
     Check::ok(ID, found)
@@ -155,12 +158,11 @@ mod tests {
         assert_eq!(files_check(4096, 1 << 20, false).status, Status::Warn);
         assert_eq!(files_check(4096, 1 << 20, true).status, Status::Ok);
         assert_eq!(files_check(UNLIMITED, 1024, true).status, Status::Warn);
-        let budget = |hard, raises, free| budget_check(hard, 1 << 20, raises, free);
-        assert_eq!(budget(1024, true, None).status, Status::Ok);
-        assert!(budget(1024, false, None).remedy.contains("LimitNOFILE="));
-        let scarce = budget(1 << 20, true, Some(3000));
-        assert!(scarce.found.contains("1500 descriptors") && scarce.remedy.contains("fs.file-max"), "{scarce:?}");
-        assert!(budget_check(1024, 1024, true, None).remedy.contains("fs.nr_open"));
+        let budget = |fds, free_in_system, raises| budget_check(Raised { fds, free_in_system }, raises, 4);
+        assert_eq!(budget(1 << 20, None, true).status, Status::Ok);
+        assert!(budget(1024, None, false).remedy.contains("LimitNOFILE="));
+        assert!(budget(1024, None, true).remedy.contains("fs.nr_open"));
+        assert!(budget(1 << 20, Some(3000), true).remedy.contains("fs.file-max"));
         assert_eq!(host_files_check(Some("667\t0\t2466177")).status, Status::Ok);
         assert_eq!(host_files_check(Some("80\t0\t100")).status, Status::Warn);
         assert_eq!(host_files_check(Some("80")).status, Status::Unknown);

@@ -156,6 +156,8 @@ pub struct Subject<'a> {
     pub limits: &'a CullLimits,
     /// How much the cache may take.
     pub cache_bytes: Option<u64>,
+    /// Event loops, which have descriptors of their own.
+    pub shards: usize,
 }
 
 /// Examines this host.
@@ -167,7 +169,7 @@ pub fn examine(subject: &Subject<'_>) -> Report {
     checks.extend(kernel.checks());
     checks.extend(device::checks(&kernel));
     checks.extend(cache_dir::checks(subject));
-    checks.extend(host::checks());
+    checks.extend(host::checks(subject.shards));
     checks.extend(confinement::checks());
     checks.extend(subject.stores.iter().map(check_store));
     checks.push(features::later_front_end(&running, &kernel));

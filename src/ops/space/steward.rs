@@ -4,6 +4,7 @@
 //! In on-demand mode the kernel does not say that space is short (its read(2) gives requests, not the state that
 //! cachefilesd reads), so the thread looks itself, every [`POLL`] and whenever a fill found no room.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use super::uses::Uses;
 use super::{limits, room};
 use crate::engine::room::NoRoom;
 use crate::front::cachefiles::cache_dir::CacheDirError;
+use crate::front::cachefiles::cookies::Lists;
 use crate::front::cachefiles::cull::{Culler, empty_graveyard};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
 use crate::front::cachefiles::{CullLimits, Device};
@@ -44,7 +46,7 @@ const STOP_POLL: Duration = Duration::from_millis(5);
 const BUDGET_SLACK_PERCENT: u64 = 5;
 
 /// What to keep to.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Settings {
     /// The bound cache.
     pub cache_dir: PathBuf,
@@ -54,13 +56,16 @@ pub struct Settings {
     pub budget_bytes: Option<u64>,
     /// Whether the kernel may be asked to cull.
     pub may_cull: bool,
+    /// Where the kernel tells what it has open; `None`: nowhere, so it is asked about each object that is to go.
+    pub lists: Option<Lists>,
 }
 
 impl Settings {
-    /// These settings for this kernel.
+    /// These settings for this kernel. To be made before the process is confined.
     #[must_use]
     pub fn new(cache_dir: &Path, limits: CullLimits, budget_bytes: Option<u64>) -> Self {
-        Self { cache_dir: cache_dir.to_owned(), limits, budget_bytes, may_cull: may_cull(&Running::read()) }
+        let lists = Lists::open().inspect_err(|error| tracing::warn!("{error}: the last use of blobs is not noted")).ok();
+        Self { cache_dir: cache_dir.to_owned(), limits, budget_bytes, may_cull: may_cull(&Running::read()), lists }
     }
 }
 
@@ -123,7 +128,7 @@ impl Steward {
         let (asked, shared) = (Arc::clone(&stop), Arc::clone(&statistics));
         let thread = Builder::new().name("infill-space".to_owned()).spawn(move || {
             let path = settings.cache_dir.display().to_string();
-            match Worker::new(&settings, device, no_room, shared) {
+            match Worker::new(settings, device, no_room, shared) {
                 Ok(mut worker) => worker.work(&asked),
                 Err(error) => tracing::error!("{path}: no space will be made in the cache: {error}"),
             }
@@ -174,12 +179,27 @@ struct Worker {
     counted: Option<(Instant, u64)>,
     /// When it last looked.
     looked: Instant,
-    /// What was last said about room that cannot be made.
-    said: String,
+    /// Troubles that were told and are not over yet.
+    told: HashSet<Trouble>,
+}
+
+/// What can go wrong; each is told once until it is over.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Trouble {
+    /// The cache, or its file system, cannot be looked at.
+    Look,
+    /// It is not known what is in use.
+    Uses,
+    /// What the kernel has buried stays.
+    Graves,
+    /// Parts of the cache could not be counted.
+    Count,
+    /// There is no room, and none can be made.
+    TooFull,
 }
 
 impl Worker {
-    fn new(settings: &Settings, device: Arc<Device>, no_room: NoRoom, statistics: Arc<Mutex<Statistics>>) -> Result<Self, CacheDirError> {
+    fn new(settings: Settings, device: Arc<Device>, no_room: NoRoom, statistics: Arc<Mutex<Statistics>>) -> Result<Self, CacheDirError> {
         let dir = &settings.cache_dir;
         let missing = || CacheDirError::io(dir, "look after its space")(Errno::ENOENT);
         let root = Dir::open(dir)?.ok_or_else(missing)?;
@@ -187,17 +207,17 @@ impl Worker {
         let size = room(&root).map_err(CacheDirError::io(dir, "query its file system"))?;
         Ok(Self {
             limits: limits(&settings.limits, &size),
-            culler: culler(settings, device),
+            culler: culler(&settings, device),
             root,
             cache,
             budget_bytes: settings.budget_bytes,
             no_room,
             statistics,
-            uses: Uses::default(),
+            uses: Uses::new(settings.lists),
             culling: false,
             counted: None,
             looked: Instant::now(),
-            said: String::new(),
+            told: HashSet::new(),
         })
     }
 
@@ -207,9 +227,7 @@ impl Worker {
             let starved = self.no_room.was_rung();
             let turn = self.turn(starved);
             self.looked = Instant::now();
-            if let Err(error) = turn {
-                self.say(format!("cannot look after the cache's space: {error}"));
-            }
+            self.tell(Trouble::Look, turn.err().map(|error| format!("cannot look after the cache's space: {error}")));
             if self.wait(stop) {
                 self.uses.finish(&self.cache);
                 return;
@@ -228,7 +246,7 @@ impl Worker {
 
     /// One look at the cache, after a fill found no room if it is `starved`.
     fn turn(&mut self, starved: bool) -> Result<(), CacheDirError> {
-        let closed = self.uses.update(&self.cache)?;
+        let closed = self.note_uses();
         let now = room(&self.root).map_err(CacheDirError::io(self.root.path(), "query its file system"))?;
         lock(&self.statistics).cache_free_bytes = now.bytes.free;
         self.culling = match self.limits.level(&now) {
@@ -236,15 +254,32 @@ impl Worker {
             Level::Low => self.culling || starved,
             Level::Plenty => false,
         };
-        empty_graveyard(&self.root)?;
+        self.empty_graveyard();
         if self.culling || self.must_count(closed, now.bytes.free) {
             let found = census(&self.root)?;
             self.counted = Some((Instant::now(), now.bytes.free));
+            let unread = |path| format!("cannot count all of the cache, so not all of it can go: {path}");
+            self.tell(Trouble::Count, found.unread.as_ref().map(unread));
             self.keep(&found, &now, starved)?;
         } else if self.budget_bytes.is_none() {
-            self.said.clear();
+            self.tell(Trouble::TooFull, None);
         }
         Ok(())
+    }
+
+    /// Notes what is in use, and says whether something was closed. Without it culling goes on, in a worse order: the kernel lets
+    /// nothing go that is in use.
+    fn note_uses(&mut self) -> bool {
+        let closed = self.uses.update(&self.cache);
+        let why = |error| format!("cannot see which blobs are in use, so some may go that were used not long ago: {error}");
+        self.tell(Trouble::Uses, closed.as_ref().err().map(why));
+        closed.unwrap_or(true)
+    }
+
+    /// What cannot be deleted takes room, and that is all.
+    fn empty_graveyard(&mut self) {
+        let emptied = empty_graveyard(&self.root);
+        self.tell(Trouble::Graves, emptied.err().map(|error| format!("cannot delete what the kernel has removed: {error}")));
     }
 
     /// Whether the last count says too little: objects were filled, or closed and named. Without a budget it is only for
@@ -260,7 +295,7 @@ impl Worker {
         lock(&self.statistics).count(used_bytes, found.objects.len());
         let excess = self.excess(used_bytes, now);
         if excess.is_none() {
-            self.said.clear();
+            self.tell(Trouble::TooFull, None);
             return Ok(());
         }
         let mut left = excess;
@@ -270,7 +305,7 @@ impl Worker {
             let ended = round.run(found, self.uses.live());
             (left, removed) = (round.left, round.removed);
             lock(&self.statistics).add(removed);
-            empty_graveyard(&self.root)?;
+            self.empty_graveyard();
             ended?;
         }
         if removed.anything() {
@@ -279,11 +314,8 @@ impl Worker {
         } else if starved {
             self.no_room.in_vain_for(IN_VAIN);
         }
-        if left.is_none() {
-            self.said.clear();
-        } else {
-            self.say(format!("the cache is too full, and nothing in it is unused: {}", advice(left, now)));
-        }
+        let too_full = || format!("the cache is too full, and nothing in it is unused: {}", advice(left, now));
+        self.tell(Trouble::TooFull, (!left.is_none()).then(too_full));
         Ok(())
     }
 
@@ -295,12 +327,12 @@ impl Worker {
         of_marks.or(Excess { bytes, files: 0 })
     }
 
-    /// Warns of something once, until it is over.
-    fn say(&mut self, what: String) {
-        let subject = what.split(':').next().unwrap_or_default();
-        if self.said != subject {
-            tracing::warn!("{what}");
-            self.said = subject.to_owned();
+    /// Warns of a trouble once, until it is over: `None`.
+    fn tell(&mut self, trouble: Trouble, what: Option<String>) {
+        match what {
+            None => drop(self.told.remove(&trouble)),
+            Some(what) if self.told.insert(trouble) => tracing::warn!("{what}"),
+            Some(_) => {}
         }
     }
 }

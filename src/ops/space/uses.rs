@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::SystemTime;
 
 use crate::front::cachefiles::cache_dir::CacheDirError;
-use crate::front::cachefiles::cookies;
+use crate::front::cachefiles::cookies::Lists;
 use crate::front::cachefiles::layout::{Place, fanout_name};
 use crate::front::cachefiles::tree::Dir;
 
@@ -21,6 +21,8 @@ const TRIES_MAX: u8 = 3;
 /// What is in use, and what has just been.
 #[derive(Debug)]
 pub(super) struct Uses {
+    /// Where the kernel tells what it has open; `None`: nowhere.
+    lists: Option<Lists>,
     live: HashSet<Place>,
     /// When that was looked up.
     looked: SystemTime,
@@ -30,11 +32,16 @@ pub(super) struct Uses {
 
 impl Default for Uses {
     fn default() -> Self {
-        Self { live: HashSet::new(), looked: SystemTime::now(), closed: HashMap::new() }
+        Self { lists: None, live: HashSet::new(), looked: SystemTime::now(), closed: HashMap::new() }
     }
 }
 
 impl Uses {
+    /// Nothing is known yet.
+    pub(super) fn new(lists: Option<Lists>) -> Self {
+        Self { lists, ..Self::default() }
+    }
+
     /// What the kernel had open at the last update.
     pub(super) const fn live(&self) -> &HashSet<Place> {
         &self.live
@@ -42,8 +49,13 @@ impl Uses {
 
     /// Looks what is open now, and notes the use of what no longer is. `cache` is the directory of the volumes. Says
     /// whether something was closed: then objects may have got their names.
+    ///
+    /// # Errors
+    /// The kernel's lists cannot be read; then nothing counts as open.
     pub(super) fn update(&mut self, cache: &Dir) -> Result<bool, CacheDirError> {
-        let live = cookies::live()?;
+        let live = self.lists.as_ref().map_or_else(|| Ok(HashSet::new()), Lists::live);
+        // What was open long ago may be closed: not to know is better than to be wrong.
+        let live = live.inspect_err(|_| self.live.clear())?;
         // As of the last look, when they were open for certain: others may have been used since, which only the kernel
         // and the fills have noted.
         let closed = self.live.difference(&live).cloned();

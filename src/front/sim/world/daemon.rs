@@ -83,6 +83,7 @@ impl World {
             // The kernel gave the object up meanwhile; no CLOSE will come for it.
             return self.close(shard, object);
         }
+        self.shards[shard].machine.opened(ObjectId(object));
         Ok(())
     }
 
@@ -165,7 +166,7 @@ impl World {
             return Ok(());
         }
         match action {
-            Action::Read { op, object, file, offset, slot, slot_offset, len } => {
+            Action::Read { op, object, file, offset, slot, slot_offset, len, .. } => {
                 let slot = if self.sabotage == Some(Sabotage::OneSlotForAll) { 0 } else { slot };
                 self.start(shard, Flight { op, object, len, kind: Kind::Read { file, offset, slot, slot_offset } })
             }
