@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::Serialize;
 
+use super::count::{Count, Need};
 use super::policy::{Excess, Level, Limits, Room};
 use super::round::{Removed, Round};
 use super::uses::Uses;
@@ -31,13 +32,9 @@ use crate::ops::doctor::release::{Running, may_cull};
 
 /// How often the cache's room is looked at when nobody complains.
 pub const POLL: Duration = Duration::from_secs(5);
-/// Longest time for which the statistics tell an old size of the cache.
-const CENSUS_AGE_MAX: Duration = Duration::from_secs(60);
 /// Shortest time from one look to the next, however many fills find no room: the file system may free the blocks of
 /// what was removed some time later (XFS does so in the background), and they must not be missed twice.
 const SETTLE: Duration = Duration::from_millis(200);
-/// For how long a round that could remove nothing counts: fills that find no room meanwhile fail at once.
-const IN_VAIN: Duration = Duration::from_secs(1);
 /// How long the thread may take to end; longer, and it hangs in the kernel.
 const STOP_MAX: Duration = Duration::from_secs(5);
 /// Pause between two looks at whether it has ended.
@@ -175,8 +172,8 @@ struct Worker {
     uses: Uses,
     /// The cull mark was passed, and the run mark is not reached yet.
     culling: bool,
-    /// The last count, and the free space then.
-    counted: Option<(Instant, u64)>,
+    /// The last count, and when it had ended.
+    counted: Option<(Count, Instant)>,
     /// When it last looked.
     looked: Instant,
     /// Troubles that were told and are not over yet.
@@ -255,14 +252,35 @@ impl Worker {
             Level::Plenty => false,
         };
         self.empty_graveyard();
-        if self.culling || self.must_count(closed, now.bytes.free) {
-            let found = census(&self.root)?;
-            self.counted = Some((Instant::now(), now.bytes.free));
-            let unread = |path| format!("cannot count all of the cache, so not all of it can go: {path}");
-            self.tell(Trouble::Count, found.unread.as_ref().map(unread));
-            self.keep(&found, &now, starved)?;
-        } else if self.budget_bytes.is_none() {
+        self.counted.iter_mut().for_each(|(count, _)| count.closed_since |= closed);
+        let need = match self.budget_bytes {
+            _ if self.culling => Need::Room,
+            Some(_) => Need::Budget,
+            None => Need::Statistics,
+        };
+        if self.counted.is_none_or(|(count, at)| count.is_outdated(need, at.elapsed(), now.bytes.free)) {
+            self.count_and_keep(&now, starved)?;
+        } else if need == Need::Statistics {
             self.tell(Trouble::TooFull, None);
+        }
+        Ok(())
+    }
+
+    fn count_and_keep(&mut self, now: &Room, starved: bool) -> Result<(), CacheDirError> {
+        let began = Instant::now();
+        let found = census(&self.root)?;
+        // Until it is known better: a round that fails is in vain.
+        let mut count = Count { took: began.elapsed(), free_bytes: now.bytes.free, in_vain: true, closed_since: false };
+        let at = Instant::now();
+        self.counted = Some((count, at));
+        let unread = |path| format!("cannot count all of the cache, so not all of it can go: {path}");
+        self.tell(Trouble::Count, found.unread.as_ref().map(unread));
+        count.in_vain = self.keep(&found, now)?;
+        self.counted = Some((count, at));
+        if !count.in_vain {
+            self.no_room.in_vain_for(Duration::ZERO);
+        } else if starved {
+            self.no_room.in_vain_for(count.rest());
         }
         Ok(())
     }
@@ -273,7 +291,7 @@ impl Worker {
         let closed = self.uses.update(&self.cache);
         let why = |error| format!("cannot see which blobs are in use, so some may go that were used not long ago: {error}");
         self.tell(Trouble::Uses, closed.as_ref().err().map(why));
-        closed.unwrap_or(true)
+        closed.unwrap_or(false)
     }
 
     /// What cannot be deleted takes room, and that is all.
@@ -282,21 +300,14 @@ impl Worker {
         self.tell(Trouble::Graves, emptied.err().map(|error| format!("cannot delete what the kernel has removed: {error}")));
     }
 
-    /// Whether the last count says too little: objects were filled, or closed and named. Without a budget it is only for
-    /// the statistics.
-    fn must_count(&self, closed: bool, free_bytes: u64) -> bool {
-        let changed = |free| self.budget_bytes.is_some() && (closed || free != free_bytes);
-        self.counted.is_none_or(|(at, free)| at.elapsed() > CENSUS_AGE_MAX || changed(free))
-    }
-
-    /// Removes what is too much of what was found.
-    fn keep(&mut self, found: &Census, now: &Room, starved: bool) -> Result<(), CacheDirError> {
+    /// Removes what is too much of what was found; `true`: something is too much, and nothing of it could go.
+    fn keep(&mut self, found: &Census, now: &Room) -> Result<bool, CacheDirError> {
         let used_bytes = found.objects.iter().map(|object| object.bytes).sum();
         lock(&self.statistics).count(used_bytes, found.objects.len());
         let excess = self.excess(used_bytes, now);
         if excess.is_none() {
             self.tell(Trouble::TooFull, None);
-            return Ok(());
+            return Ok(false);
         }
         let mut left = excess;
         let mut removed = Removed::default();
@@ -311,12 +322,10 @@ impl Worker {
         if removed.anything() {
             let Removed { objects, bytes, volumes, .. } = removed;
             tracing::info!(objects, bytes, volumes, free_bytes = now.bytes.free, cache_bytes = used_bytes, "made room in the cache");
-        } else if starved {
-            self.no_room.in_vain_for(IN_VAIN);
         }
         let too_full = || format!("the cache is too full, and nothing in it is unused: {}", advice(left, now));
         self.tell(Trouble::TooFull, (!left.is_none()).then(too_full));
-        Ok(())
+        Ok(!removed.anything())
     }
 
     /// What must go, by the marks or the budget.
