@@ -12,6 +12,7 @@ use super::exit;
 use super::keeper::{Keeper, KeeperError};
 use super::notify::{self, Notify};
 use super::state::{StateDir, StateError};
+use crate::front::cachefiles::CullLimits;
 
 /// The device's name in systemd's store.
 const FD_NAME: &str = "cachefiles";
@@ -104,6 +105,25 @@ impl Keep {
     #[must_use]
     pub fn noted_cache(&self) -> String {
         self.state.noted_cache().map_or_else(|| "another directory".to_owned(), |dir| dir.display().to_string())
+    }
+
+    /// Notes with which culling limits the device was bound.
+    pub fn note_limits(&self, limits: &CullLimits) {
+        self.state.note_limits(limits);
+    }
+
+    /// The culling limits of a kept device: those that were noted, or if none were, the settings.
+    #[must_use]
+    pub fn limits_of_kept(&self, settings: CullLimits) -> CullLimits {
+        let noted = self.state.noted_limits().unwrap_or(settings);
+        if (noted.blocks(), noted.files()) != (settings.blocks(), settings.files()) {
+            tracing::warn!(
+                "the device was bound with other culling limits than the settings ask for (brun bcull bstop frun fcull fstop: {} then, {} now), and they count until it is given up: unmount the images, stop infill, `infill release`",
+                noted.to_note().trim_end(),
+                settings.to_note().trim_end()
+            );
+        }
+        noted
     }
 
     /// Has the device kept as the mode says, and by nobody else.

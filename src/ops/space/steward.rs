@@ -39,6 +39,13 @@ const SETTLE: Duration = Duration::from_millis(200);
 const STOP_MAX: Duration = Duration::from_secs(5);
 /// Pause between two looks at whether it has ended.
 const STOP_POLL: Duration = Duration::from_millis(5);
+/// So many looks in a row, each after a fill found no room, must have seen plenty of it before the kernel is taken to keep
+/// to other marks, or the file system to a quota; and so much time at most may lie between two of them. A fill is tried
+/// again for more than a second.
+const REFUSED_MIN: u32 = 3;
+const REFUSED_GAP_MAX: Duration = Duration::from_secs(1);
+/// Share of the file system, in percent, that is made free then at a time.
+const REFUSED_SHARE_PERCENT: u64 = 1;
 /// Share of the byte budget, in percent, that is made free when the budget is exceeded.
 const BUDGET_SLACK_PERCENT: u64 = 5;
 
@@ -172,6 +179,8 @@ struct Worker {
     uses: Uses,
     /// The cull mark was passed, and the run mark is not reached yet.
     culling: bool,
+    /// Looks in a row that saw plenty of room where fills found none.
+    refused: u32,
     /// The last count, and when it had ended.
     counted: Option<(Count, Instant)>,
     /// When it last looked.
@@ -191,6 +200,8 @@ enum Trouble {
     Graves,
     /// Parts of the cache could not be counted.
     Count,
+    /// There is room, and the kernel does not use it.
+    Refused,
     /// There is no room, and none can be made.
     TooFull,
 }
@@ -212,6 +223,7 @@ impl Worker {
             statistics,
             uses: Uses::new(settings.lists),
             culling: false,
+            refused: 0,
             counted: None,
             looked: Instant::now(),
             told: HashSet::new(),
@@ -246,10 +258,12 @@ impl Worker {
         let closed = self.note_uses();
         let now = room(&self.root).map_err(CacheDirError::io(self.root.path(), "query its file system"))?;
         lock(&self.statistics).cache_free_bytes = now.bytes.free;
-        self.culling = match self.limits.level(&now) {
+        let level = self.limits.level(&now);
+        let is_refused = self.is_refused(starved && level == Level::Plenty, &now);
+        self.culling = match level {
             Level::Stop | Level::Cull => true,
             Level::Low => self.culling || starved,
-            Level::Plenty => false,
+            Level::Plenty => is_refused,
         };
         self.empty_graveyard();
         self.counted.iter_mut().for_each(|(count, _)| count.closed_since |= closed);
@@ -264,6 +278,24 @@ impl Worker {
             self.tell(Trouble::TooFull, None);
         }
         Ok(())
+    }
+
+    /// Whether the kernel goes on to find no room where there is plenty by all that is known here.
+    fn is_refused(&mut self, now_too: bool, room: &Room) -> bool {
+        let in_a_row = if self.looked.elapsed() <= REFUSED_GAP_MAX { self.refused } else { 0 };
+        self.refused = if now_too { in_a_row.saturating_add(1) } else { 0 };
+        let is_refused = self.refused >= REFUSED_MIN;
+        if is_refused || !now_too {
+            let why = || {
+                format!(
+                    "the cache takes no data although {} % of its space and {} % of its inodes are free, so what is unused goes: a quota, or the kernel keeps to other marks (`bstop`, `fstop`) than these settings say; raise the quota, or unmount the images, stop infill and give the device up with `infill release`",
+                    room.bytes.percent(),
+                    room.files.percent()
+                )
+            };
+            self.tell(Trouble::Refused, is_refused.then(why));
+        }
+        is_refused
     }
 
     fn count_and_keep(&mut self, now: &Room, starved: bool) -> Result<(), CacheDirError> {
@@ -330,7 +362,9 @@ impl Worker {
 
     /// What must go, by the marks or the budget.
     fn excess(&self, used_bytes: u64, now: &Room) -> Excess {
+        let refused_bytes = if self.refused >= REFUSED_MIN { now.bytes.total / 100 * REFUSED_SHARE_PERCENT } else { 0 };
         let of_marks = if self.culling { self.limits.excess(now) } else { Excess::default() };
+        let of_marks = of_marks.or(Excess { bytes: refused_bytes, files: 0 });
         let over = |budget: u64| used_bytes - (budget - budget / 100 * BUDGET_SLACK_PERCENT);
         let bytes = self.budget_bytes.filter(|budget| used_bytes > *budget).map_or(0, over);
         of_marks.or(Excess { bytes, files: 0 })
