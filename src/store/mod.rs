@@ -35,6 +35,9 @@ pub use self::source::FileBlob;
 pub use self::spec::{StoreSpec, open_store};
 use crate::key::Key;
 
+/// The file system of a blob without files.
+pub const NO_DEVICE: u64 = u64::MAX;
+
 /// Maps keys to blobs. Used by several threads; a call may block on the file system below.
 pub trait Store: Send + Sync + fmt::Debug {
     /// The setting this store was made from, such as `dir:/srv/blobs`, for messages.
@@ -57,6 +60,12 @@ pub trait Blob: Send + Sync + fmt::Debug {
 
     /// The files that extents refer to by index.
     fn files(&self) -> &[Arc<SourceFile>];
+
+    /// The file system that its bytes are read from: `st_dev` of its files, of which a blob's are on one. Blobs of one
+    /// file system share what the engine gives it.
+    fn device(&self) -> u64 {
+        self.files().first().map_or(NO_DEVICE, |file| file.device)
+    }
 
     /// The file that has exactly the bytes of this blob, in their order, if there is one.
     fn whole_file(&self) -> Option<&SourceFile> {
@@ -141,6 +150,8 @@ pub struct SourceFile {
     pub fd: OwnedFd,
     /// Length when it was opened.
     pub len_bytes: u64,
+    /// Its file system (`st_dev`).
+    pub device: u64,
     /// How it is really read, after any fallback: never [`SourceMode::Auto`].
     pub mode: SourceMode,
     /// The whole file, if it is mapped: in [`SourceMode::Mmap`], and where [`SourceMode::Auto`] was wanted and is

@@ -11,6 +11,8 @@ use crate::store::{Blob, Data, Extent, SourceFile, SourceMode};
 
 /// Page size of the simulated machine.
 pub const PAGE_BYTES: u64 = 4096;
+/// File systems that blobs lie on.
+pub const DEVICES: u64 = 3;
 /// Longest blob that is made by chance.
 const BLOB_MAX_BYTES: u64 = 3 << 20;
 /// Whether extents may start and end anywhere; otherwise they start at pages, in the
@@ -232,7 +234,7 @@ const fn place(used: u64, start: u64, mapped: bool, rng: &mut Rng) -> u64 {
 /// A file that is never read: the simulation only asks for its length and mode.
 fn source_file(len: u64, mode: SourceMode) -> Arc<SourceFile> {
     let null = File::open("/dev/null").expect("/dev/null is there and readable");
-    Arc::new(SourceFile { fd: null.into(), len_bytes: len, mode, map: None })
+    Arc::new(SourceFile { fd: null.into(), len_bytes: len, device: 0, mode, map: None })
 }
 
 impl Blob for SimBlob {
@@ -248,6 +250,11 @@ impl Blob for SimBlob {
 
     fn files(&self) -> &[Arc<SourceFile>] {
         &self.files
+    }
+
+    /// Some share one.
+    fn device(&self) -> u64 {
+        u64::from(self.id) % DEVICES
     }
 }
 
