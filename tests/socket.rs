@@ -69,6 +69,7 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         workers: 2,
         fd_budget: 1000,
         open_timeout: Duration::from_secs(1),
+        request_timeout: Duration::from_secs(30),
         no_room: None,
         tracer: None,
     }

@@ -244,6 +244,7 @@ fn start_engine(
         workers: config.workers,
         fd_budget,
         open_timeout: config.open_timeout,
+        request_timeout: config.request_timeout,
         tracer,
         no_room,
     };

@@ -41,7 +41,7 @@ const DEFAULT_AHEAD_PERCENT: u8 = 8;
 const DEFAULT_SLOT_BYTES: u64 = 1 << 20;
 /// Buffer slots a shard.
 const DEFAULT_SLOTS: u32 = 16;
-/// Threads of a shard that may block in a read or write at a time.
+/// Threads of a shard that may block at a time.
 const DEFAULT_WORKERS: u32 = 8;
 /// Longest window.
 const WINDOW_BYTES_MAX: u64 = 64 << 20;
@@ -59,9 +59,13 @@ const FD_BUDGET_MAX: u64 = 1 << 31;
 const DEFAULT_OPEN_TIMEOUT_MS: u64 = 10_000;
 /// Least such time: a healthy disk may need that long.
 const OPEN_TIMEOUT_MS_MIN: u64 = 100;
+/// How long a reader may wait: longer than a disk that is asleep needs, or one that tries a bad sector again and again.
+const DEFAULT_REQUEST_TIMEOUT_MS: u64 = 30_000;
+/// Least such time.
+const REQUEST_TIMEOUT_MS_MIN: u64 = 100;
 /// How long a stop waits for what has begun.
 const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 10_000;
-/// Longest either.
+/// Longest of them all.
 const TIMEOUT_MS_MAX: u64 = 600_000;
 
 /// Checked settings.
@@ -103,6 +107,8 @@ pub struct Config {
     pub fd_budget: Option<u64>,
     /// How long an open may take.
     pub open_timeout: Duration,
+    /// How long a reader may wait.
+    pub request_timeout: Duration,
     /// How long a stop waits.
     pub drain_timeout: Duration,
     /// Who keeps the device over a restart.
@@ -165,6 +171,7 @@ impl Options {
             workers: self.workers.unwrap_or(DEFAULT_WORKERS),
             fd_budget: self.fd_budget,
             open_timeout: Duration::from_millis(self.open_timeout_ms.unwrap_or(DEFAULT_OPEN_TIMEOUT_MS)),
+            request_timeout: Duration::from_millis(self.request_timeout_ms.unwrap_or(DEFAULT_REQUEST_TIMEOUT_MS)),
             drain_timeout: Duration::from_millis(self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
             keep: self.keep.unwrap_or_default(),
             state_dir: self.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
@@ -199,7 +206,11 @@ impl Config {
         if let Some(fds) = self.fd_budget {
             bounds("fd_budget", fds, FD_BUDGET_MIN, FD_BUDGET_MAX)?;
         }
-        let timeouts = [("open_timeout_ms", self.open_timeout, OPEN_TIMEOUT_MS_MIN), ("drain_timeout_ms", self.drain_timeout, 0)];
+        let timeouts = [
+            ("open_timeout_ms", self.open_timeout, OPEN_TIMEOUT_MS_MIN),
+            ("request_timeout_ms", self.request_timeout, REQUEST_TIMEOUT_MS_MIN),
+            ("drain_timeout_ms", self.drain_timeout, 0),
+        ];
         for (setting, timeout, min) in timeouts {
             bounds(setting, u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX), min, TIMEOUT_MS_MAX)?;
         }

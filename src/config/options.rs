@@ -92,7 +92,7 @@ pub struct Options {
     /// Buffer slots of each shard; memory is shards x slots x slot size [default: 16]
     #[arg(long, env = "INFILL_SLOTS")]
     pub(super) slots: Option<u32>,
-    /// Threads of each shard that may block in a read or write at a time [default: 8]
+    /// Threads of each shard that may block at a time: in writes, or with --engine blocking in reads as well [default: 8]
     #[arg(long, env = "INFILL_WORKERS")]
     pub(super) workers: Option<u32>,
     /// File descriptors that open blobs may take; idle ones are closed beyond it [default: from the system's limits]
@@ -101,6 +101,9 @@ pub struct Options {
     /// How long the lookup of a blob may take, with all its tries, before its mount fails [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_OPEN_TIMEOUT_MS")]
     pub(super) open_timeout_ms: Option<u64>,
+    /// How long a reader may wait for its bytes before it gets an I/O error [default: 30000]
+    #[arg(long, value_name = "MS", env = "INFILL_REQUEST_TIMEOUT_MS")]
+    pub(super) request_timeout_ms: Option<u64>,
     /// How long a stop waits for reads that have begun [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_DRAIN_TIMEOUT_MS")]
     pub(super) drain_timeout_ms: Option<u64>,
@@ -203,6 +206,7 @@ impl Options {
             workers,
             fd_budget,
             open_timeout_ms,
+            request_timeout_ms,
             drain_timeout_ms,
             keep,
             state_dir,

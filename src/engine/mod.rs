@@ -12,8 +12,9 @@
 //! | `fds` | the descriptor budget |
 //! | `buffers` | memory that operations use |
 //! | `room` | the bell for writes that found no room |
-//! | `stats`, `trace` | what is counted and what is shown |
+//! | `stats`, `trace`, `advice` | what is counted, what is shown, what is said |
 
+mod advice;
 pub mod blocking;
 pub mod buffers;
 mod clock;
@@ -38,11 +39,12 @@ pub mod trace;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 
+use self::clock::Clock;
 use self::fds::Budget;
 use self::mailbox::Bell;
 use self::stats::{ShardStats, Snapshot};
@@ -77,14 +79,16 @@ pub struct Settings {
     pub completion: plan::Completion,
     /// Size of a buffer slot and longest single fill.
     pub slot_bytes: u64,
-    /// Buffer slots of a shard, and operations that it has in flight.
+    /// Buffer slots of a shard, and operations that it may have in flight.
     pub slots: u32,
-    /// Threads of a shard that may block in a read or write at a time.
+    /// Threads of a shard that may block at a time: in writes if it has a ring, else in all of its operations.
     pub workers: u32,
     /// Descriptors that objects may have: their sinks and sources.
     pub fd_budget: u64,
     /// How long the lookup of a blob may take, with all its tries.
     pub open_timeout: Duration,
+    /// How long a reader may wait for its bytes before it gets an error.
+    pub request_timeout: Duration,
     /// To be told of writes that found no room.
     pub no_room: Option<room::NoRoom>,
     /// Records every answer.
@@ -135,14 +139,14 @@ struct Shared {
     malformed: AtomicU64,
     /// Descriptors of objects.
     budget: Arc<Budget>,
-    started: Instant,
+    clock: Clock,
     failures_logged: AtomicU64,
     /// Readable once a shard has ended.
     ended: EventFd,
 }
 
 impl Shared {
-    fn new(bells: Vec<Arc<Bell>>, budget: Arc<Budget>) -> std::io::Result<Self> {
+    fn new(clock: Clock, bells: Vec<Arc<Bell>>, budget: Arc<Budget>) -> std::io::Result<Self> {
         Ok(Self {
             shards: bells.iter().map(|_| ShardStats::default()).collect(),
             bells,
@@ -157,7 +161,7 @@ impl Shared {
             evictions: AtomicU64::new(0),
             budget,
             malformed: AtomicU64::new(0),
-            started: Instant::now(),
+            clock,
             failures_logged: AtomicU64::new(0),
             ended: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         })
@@ -183,7 +187,7 @@ impl Shared {
 
     /// Whether one more failure may be logged: a broken disk must not fill another one with messages.
     fn may_log_failure(&self) -> bool {
-        let allowed = (self.started.elapsed().as_secs() + 1) * FAILURES_LOGGED_PER_SECOND;
+        let allowed = (self.clock.now_ns() / 1_000_000_000 + 1) * FAILURES_LOGGED_PER_SECOND;
         let logged = self.failures_logged.load(Ordering::Relaxed);
         // What was not used up in quiet times is not saved for later.
         let floor = allowed - FAILURES_LOGGED_PER_SECOND;
@@ -194,7 +198,7 @@ impl Shared {
     }
 
     fn snapshot(&self) -> Snapshot {
-        let mut snapshot = Snapshot::sum(self.shards.iter());
+        let mut snapshot = Snapshot::sum(self.shards.iter(), self.clock.now_ns());
         snapshot.opens = self.opens.load(Ordering::Relaxed);
         snapshot.opens_failed = self.opens_failed.load(Ordering::Relaxed);
         snapshot.closes = self.closes.load(Ordering::Relaxed);

@@ -118,6 +118,7 @@ mod tests {
             completion: crate::engine::plan::Completion::default(),
             slots: 1,
             fills_per_need: 1,
+            timeout_ns: u64::MAX,
             probe: true,
         };
         let (mut machine, id) = (Machine::<()>::new(limits), ObjectId(1));

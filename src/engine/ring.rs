@@ -45,7 +45,7 @@ pub struct Settings {
     pub depth: u32,
     /// Messages read at a time at most, besides those.
     pub receives: u32,
-    /// Kernel worker threads of each kind (bounded, unbounded) at most.
+    /// Kernel worker threads that write, at most.
     pub workers: u32,
 }
 
@@ -104,8 +104,11 @@ impl Ring {
         let fixed_files = submitter.register_files_sparse(FILE_SLOTS).is_ok();
         let restricted = submitter.register_restrictions(&mut allowed()).is_ok();
         submitter.register_enable_rings()?;
+        // Operations on regular files have workers of their own, apart from those on what is none, such as the sinks
+        // (`io_prep_async_work`, io_uring/io_uring.c). A read that blocks occupies one of the former, so there are as many as
+        // operations: a source that hangs can take none away from another one.
         // Older kernels have no such call; then the cap is the kernel's own.
-        let _ = submitter.register_iowq_max_workers(&mut [settings.workers, settings.workers]);
+        let _ = submitter.register_iowq_max_workers(&mut [settings.depth, settings.workers]);
         let links = ring.params().is_feature_skip_cqe_on_success();
         let features = Features { mode, restricted, fixed_buffers, fixed_files, links };
         let free_files = if fixed_files { (0..FILE_SLOTS).rev().collect() } else { Vec::new() };

@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::stat::fstat;
 
+use super::advice::{Device, advice, patience};
 use super::buffers::{Buffers, Memory};
 use super::clock::Clock;
 use super::fds::{Charge, Offer};
@@ -21,7 +22,7 @@ use super::machine::{Action, Answered, Handle, Machine, OpKey};
 use super::mailbox::{Adopted, Inbox, Message};
 use super::room::NoRoom;
 use super::router::{BATCH_MAX, Router};
-use super::stats::ShardStats;
+use super::stats::{Gauges, ShardStats};
 use super::trace::{Record, Tracer};
 use super::{EngineError, Shared, probe};
 use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Outcome, Sink, Ticket};
@@ -167,7 +168,9 @@ impl<I: Io> Shard<I> {
     }
 
     fn publish(&self) {
-        self.stats().publish(self.machine.counters(), self.machine.pending(), self.machine.object_count());
+        let machine = &self.machine;
+        let (pending, oldest_ns, stuck, objects) = (machine.pending(), machine.oldest(), machine.stuck(), machine.object_count());
+        self.stats().publish(machine.counters(), &Gauges { pending, oldest_ns, stuck, objects });
     }
 
     fn take_messages(&mut self) {
@@ -418,12 +421,19 @@ impl<I: Io> Shard<I> {
     /// Tells of an answer: a failure in the log, any in the trace.
     fn report(&self, object: Option<Handle>, range: crate::range::ByteRange, latency_ns: u64, outcome: Outcome) {
         let attached = object.and_then(|object| self.attached.get(object.0)?.as_ref());
+        let delay = object.filter(|_| outcome == Outcome::Failed(Errno::ETIMEDOUT)).map(|object| self.machine.delay(object, &range));
         let record = Record { key: attached.map(|attached| Arc::clone(&attached.key)), range, latency_ns, outcome };
         if let Outcome::Failed(errno) = outcome
             && errno != Errno::ECANCELED
             && self.shared.may_log_failure()
         {
-            tracing::error!("a reader gets an I/O error: {record}: {}", advice(errno));
+            match delay.zip(attached) {
+                Some((delay, attached)) => {
+                    let (why, device) = (patience(delay), Device(attached.blob.device()));
+                    tracing::error!("a reader gets an I/O error: {record}: {why}; its source lies on {device}");
+                }
+                None => tracing::error!("a reader gets an I/O error: {record}: {}", advice(errno)),
+            }
         }
         if let Some(tracer) = &self.tracer {
             tracer.send(record);
@@ -540,17 +550,4 @@ fn is_whole(file: &SourceFile) -> bool {
 #[allow(clippy::cast_possible_truncation, reason = "a slot is far shorter than 4 GiB")]
 const fn index(value: u64) -> usize {
     value as usize
-}
-
-fn advice(errno: Errno) -> &'static str {
-    match errno {
-        Errno::EIO => "its source cannot be read or was truncated; put the whole blob back and read again",
-        Errno::ENOSPC | Errno::ENOBUFS => {
-            "the cache file system has no room, and nothing in the cache is unused (see bstop and df); unmount images or free some, and read again"
-        }
-        Errno::ENXIO => "the image asks beyond the end of its blob; the blob in the store is not the image's",
-        Errno::ENOENT => "the kernel asked for an object that is not open",
-        Errno::EFAULT => "its mapped source was truncated; put the whole blob back and read again",
-        _ => "see the error number",
-    }
 }

@@ -78,7 +78,7 @@ impl Engine {
         }
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
-        let shared = Arc::new(Shared::new(bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
+        let shared = Arc::new(Shared::new(clock, bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
         let opens = Arc::new(Opens::new(settings.open_timeout));
         let opener = Opener {
             shared: Arc::clone(&shared),
@@ -221,7 +221,7 @@ impl Plan {
         match self.ring(&buffers) {
             Ok(Some(ring)) => {
                 let detail = describe(&ring);
-                self.serve(report, Started { kind: "uring", detail, shards: 0 }, ring, buffers)
+                self.serve(report, Started { kind: "uring", detail, shards: 0 }, ring, buffers, None)
             }
             Ok(None) => self.serve_blocking(report, "as set".into(), buffers),
             Err(why) if self.settings.kind == EngineKind::Uring => drop_report(report, EngineError::NoRing(why)),
@@ -248,18 +248,22 @@ impl Plan {
         detail: String,
         buffers: Buffers,
     ) -> Result<(), EngineError> {
-        match Blocking::new(self.settings.workers, self.watch()) {
-            Ok(io) => self.serve(report, Started { kind: "blocking", detail, shards: 0 }, io, buffers),
+        let threads = self.settings.workers;
+        match Blocking::new(threads, self.watch()) {
+            Ok(io) => self.serve(report, Started { kind: "blocking", detail, shards: 0 }, io, buffers, Some(threads)),
             Err(error) => drop_report(report, EngineError::Resources(error)),
         }
     }
 
+    /// Becomes the shard. Where every operation needs one of some `threads`, none is begun without one: what has to wait
+    /// waits in the machine, which is fair.
     fn serve<I: Io>(
         self,
         report: &SyncSender<Result<Started, EngineError>>,
         started: Started,
         io: I,
         buffers: Buffers,
+        threads: Option<u32>,
     ) -> Result<(), EngineError> {
         let intake = match self.router.map(|router| (router, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
             None => None,
@@ -272,8 +276,9 @@ impl Plan {
             fill_max_bytes: self.settings.slot_bytes,
             window: self.settings.window,
             completion: self.settings.completion,
-            slots: self.settings.slots,
+            slots: threads.map_or(self.settings.slots, |threads| threads.min(self.settings.slots)),
             fills_per_need: FILLS_PER_NEED,
+            timeout_ns: u64::try_from(self.settings.request_timeout.as_nanos()).unwrap_or(u64::MAX),
             probe: caps.holes_are_absent,
         };
         // Whoever started us may have given up already; the flags then end this shard.

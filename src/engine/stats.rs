@@ -82,6 +82,19 @@ fn percentile(buckets: &[u64], share: f64) -> u64 {
     0
 }
 
+/// How things stand in a shard.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Gauges {
+    /// Requests that wait for their answer.
+    pub(super) pending: usize,
+    /// When the oldest of them came.
+    pub(super) oldest_ns: Option<u64>,
+    /// Operations in flight for longer than any request may wait.
+    pub(super) stuck: usize,
+    /// Objects that are open.
+    pub(super) objects: usize,
+}
+
 macro_rules! published {
     ($($(#[$attribute:meta])? $name:ident),+ $(,)?) => {
         /// One shard's counters, readable from anywhere. Aligned so that no two shards write to one cache line
@@ -91,6 +104,9 @@ macro_rules! published {
         pub struct ShardStats {
             $($name: AtomicU64,)+
             pending: AtomicU64,
+            /// When the oldest request came that waits, on the engine's clock; 0: none.
+            oldest_ns: AtomicU64,
+            stuck: AtomicU64,
             objects: AtomicU64,
             answers_late: AtomicU64,
             answers_refused: AtomicU64,
@@ -101,10 +117,12 @@ macro_rules! published {
 
         impl ShardStats {
             /// Makes the machine's counters and gauges visible.
-            pub(super) fn publish(&self, counters: &Counters, pending: usize, objects: usize) {
+            pub(super) fn publish(&self, counters: &Counters, now: &Gauges) {
                 $(self.$name.store(counters.$name, Ordering::Relaxed);)+
-                self.pending.store(pending as u64, Ordering::Relaxed);
-                self.objects.store(objects as u64, Ordering::Relaxed);
+                self.pending.store(now.pending as u64, Ordering::Relaxed);
+                self.oldest_ns.store(now.oldest_ns.map_or(0, |since_ns| since_ns.max(1)), Ordering::Relaxed);
+                self.stuck.store(now.stuck as u64, Ordering::Relaxed);
+                self.objects.store(now.objects as u64, Ordering::Relaxed);
                 bump(&self.turns, 1);
             }
         }
@@ -116,6 +134,10 @@ macro_rules! published {
             $($(#[$attribute])? pub $name: u64,)+
             /// Requests that wait for their answer.
             pub pending: u64,
+            /// How long the oldest of them has waited, in milliseconds.
+            pub oldest_ms: u64,
+            /// Operations in flight for longer than any request may wait: a disk or a server hangs.
+            pub stuck: u64,
             /// Objects that are open.
             pub objects: u64,
             /// Answers that nobody waited for any more.
@@ -155,13 +177,15 @@ macro_rules! published {
         }
 
         impl Snapshot {
-            /// Adds up shards.
-            pub(super) fn sum<'a>(shards: impl Iterator<Item = &'a ShardStats>) -> Self {
+            /// Adds up shards, at some time.
+            pub(super) fn sum<'a>(shards: impl Iterator<Item = &'a ShardStats>, now_ns: u64) -> Self {
                 let mut sum = Self::default();
                 let mut latency = [0; BUCKETS];
                 for shard in shards {
                     $(sum.$name += shard.$name.load(Ordering::Relaxed);)+
                     sum.pending += shard.pending();
+                    sum.oldest_ms = sum.oldest_ms.max(shard.oldest_ms(now_ns));
+                    sum.stuck += shard.stuck.load(Ordering::Relaxed);
                     sum.objects += shard.objects.load(Ordering::Relaxed);
                     sum.answers_late += shard.answers_late.load(Ordering::Relaxed);
                     sum.answers_refused += shard.answers_refused.load(Ordering::Relaxed);
@@ -185,6 +209,8 @@ published!(
     needs,
     #[serde(rename = "failed")]
     needs_failed,
+    #[serde(rename = "timed_out")]
+    needs_timed_out,
     unknown_object,
     beyond_end,
     already_there,
@@ -211,6 +237,14 @@ impl ShardStats {
     /// Objects that are open.
     pub(super) fn objects(&self) -> u64 {
         self.objects.load(Ordering::Relaxed)
+    }
+
+    /// How long the oldest request has waited.
+    fn oldest_ms(&self, now_ns: u64) -> u64 {
+        match self.oldest_ns.load(Ordering::Relaxed) {
+            0 => 0,
+            since_ns => now_ns.saturating_sub(since_ns) / 1_000_000,
+        }
     }
 
     /// Requests that wait for their answer.

@@ -35,6 +35,9 @@ pub use self::source::FileBlob;
 pub use self::spec::{StoreSpec, open_store};
 use crate::key::Key;
 
+/// The file system of a blob without files.
+pub const NO_DEVICE: u64 = u64::MAX;
+
 /// Maps keys to blobs. Used by several threads; a call may block on the file system below.
 pub trait Store: Send + Sync + fmt::Debug {
     /// The setting this store was made from, such as `dir:/srv/blobs`, for messages.
@@ -66,6 +69,12 @@ pub trait Blob: Send + Sync + fmt::Debug {
     /// Tells it from another blob that has its name later. Two that are equal have the same bytes.
     fn identity(&self) -> Identity {
         Identity { len_bytes: self.len_bytes(), files: self.files().iter().map(|file| file.identity).collect() }
+    }
+
+    /// The file system that its bytes are read from: `st_dev` of its files, of which a blob's are on one. Blobs of one
+    /// file system share what the engine gives it.
+    fn device(&self) -> u64 {
+        self.files().first().map_or(NO_DEVICE, |file| file.identity.device)
     }
 
     /// The file that has exactly the bytes of this blob, in their order, if there is one.
@@ -113,7 +122,8 @@ pub struct Identity {
 /// links may come and go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileIdentity {
-    device: u64,
+    /// Its file system (`st_dev`).
+    pub device: u64,
     inode: u64,
     modified_s: i64,
     modified_ns: i64,

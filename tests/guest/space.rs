@@ -384,6 +384,7 @@ pub(crate) fn settings() -> Settings {
         workers: 2,
         fd_budget: 1000,
         open_timeout: Duration::from_secs(5),
+        request_timeout: Duration::from_secs(30),
         no_room: None,
         tracer: None,
     }

@@ -89,9 +89,11 @@ pub struct Counters {
     pub needs: u64,
     /// Of them, answered with failure.
     pub needs_failed: u64,
+    /// Of them, because their time was over.
+    pub needs_timed_out: u64,
     /// Of them, for an object that was not open.
     pub unknown_object: u64,
-    /// Of them, wholly beyond the end of the blob.
+    /// Of those that failed, wholly beyond the end of the blob.
     pub beyond_end: u64,
     /// Of them, answered at once because the bytes were already there.
     pub already_there: u64,

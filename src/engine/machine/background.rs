@@ -1,8 +1,7 @@
 //! The background: objects of which readers seem to want all are completed, piece by piece, when no fill that
 //! somebody asked for or that a window wants is left to start.
 
-use std::collections::VecDeque;
-
+use super::groups::Class;
 use super::{Action, Handle, Machine, Object};
 use crate::engine::plan::Complete;
 use crate::engine::presence::PageSet;
@@ -12,8 +11,8 @@ use crate::range::{ByteRange, align_down, align_up, intersect};
 /// holds; but every fill costs much before its first byte, and the longer the background takes, the more readers
 /// ask for what it has not brought yet.
 const PIECE_BYTES: u64 = 1 << 20;
-/// Background fills in flight: one reads while another one writes.
-const IN_FLIGHT_MAX: u32 = 2;
+/// Background fills of a group in flight: one reads while another one writes.
+pub(super) const IN_FLIGHT_MAX: u32 = 2;
 /// How much of an object is looked through for a piece at a time.
 const STEP_BYTES: u64 = 16 << 20;
 /// Unit of what is to be completed.
@@ -22,9 +21,6 @@ const GOAL_BYTES: u64 = 1 << 20;
 /// What a shard does in the background.
 #[derive(Debug, Default)]
 pub(super) struct Background {
-    /// Objects with something left to bring; they take turns.
-    queue: VecDeque<Handle>,
-    pub(super) in_flight: u32,
     /// When the rate limit allows the next piece.
     due_ns: u64,
 }
@@ -69,23 +65,24 @@ impl<T> Machine<T> {
         let object = &mut self.objects[handle.0];
         if !object.goal.queued && !object.leaving && object.goal.parts.page_count() > 0 {
             object.goal.queued = true;
-            self.background.queue.push_back(handle);
+            self.enqueue_background(handle);
         }
     }
 
-    /// Starts background fills, as far as slots, the rate limit and [`IN_FLIGHT_MAX`] allow.
+    /// Starts background fills, as far as slots, fairness, the rate limit and [`IN_FLIGHT_MAX`] allow.
     pub(super) fn start_background(&mut self) {
-        while self.background.in_flight < IN_FLIGHT_MAX && self.in_flight < self.limits.slots && self.background.due_ns <= self.now_ns {
-            let Some(handle) = self.background.queue.pop_front() else { return };
+        while self.background.due_ns <= self.now_ns
+            && let Some(handle) = self.next_object(Class::Background)
+        {
             match self.next_step(handle) {
                 Step::Nothing => self.objects[handle.0].goal.queued = false,
                 Step::Look(range) => {
-                    self.background.queue.push_back(handle);
+                    self.enqueue_background(handle);
                     // The driver does it at once, and then asks for more.
                     return self.actions.push_back(Action::Look { object: handle, range });
                 }
                 Step::Fill(piece) => {
-                    self.background.queue.push_back(handle);
+                    self.enqueue_background(handle);
                     self.fill_in_background(handle, piece);
                 }
             }
@@ -95,7 +92,6 @@ impl<T> Machine<T> {
     fn fill_in_background(&mut self, handle: Handle, piece: ByteRange) {
         let (key, end) = self.make_job(handle, piece.clone());
         self.objects[handle.0].goal.at = end;
-        self.background.in_flight += 1;
         self.counters.background += 1;
         self.jobs[key].background = true;
         if let Some(rate) = self.limits.completion.bytes_per_s {
@@ -107,8 +103,9 @@ impl<T> Machine<T> {
 
     /// When the rate limit allows the next piece, if there is one and nothing else holds it up.
     pub(super) fn background_due(&self) -> Option<u64> {
-        let Background { queue, in_flight, due_ns } = &self.background;
-        (*due_ns > self.now_ns && *in_flight < IN_FLIGHT_MAX && !queue.is_empty()).then_some(*due_ns)
+        let due_ns = self.background.due_ns;
+        let is_wanted = || self.groups.iter().any(|(_, group)| group.wants(Class::Background));
+        (due_ns > self.now_ns && is_wanted()).then_some(due_ns)
     }
 
     /// A background fill of an object failed: so may the others, and nobody waits for them.
@@ -119,7 +116,7 @@ impl<T> Machine<T> {
     /// Forgets an object that is closed or about to leave.
     pub(super) fn drop_background(&mut self, handle: Handle) {
         if std::mem::take(&mut self.objects[handle.0].goal.queued) {
-            self.background.queue.retain(|queued| *queued != handle);
+            self.drop_turns(handle, Class::Background);
         }
     }
 

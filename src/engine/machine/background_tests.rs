@@ -29,7 +29,7 @@ fn the_rest_is_brought_in_order_few_pieces_at_a_time() {
 
 #[test]
 fn what_is_asked_overtakes_and_what_is_on_its_way_is_joined() {
-    let mut driver = Driver::new(Limits { slots: 2, ..always(0) });
+    let mut driver = Driver::new(Limits { slots: 3, ..always(0) });
     driver.open(1, 100);
     driver.act();
     driver.need(1, PAGE..2 * PAGE, 1);

@@ -2,6 +2,7 @@
 
 use nix::errno::Errno;
 
+use super::groups::Class;
 use super::{Action, Handle, Job, Machine, NONE, Object, OpKey, State};
 use crate::engine::fill::{Fill, Next};
 use crate::range::{self, ByteRange, align_up};
@@ -20,24 +21,31 @@ impl<T> Machine<T> {
         let end = range.end;
         self.generation = self.generation.wrapping_add(1);
         let fill = Fill::new(range.clone(), len, extent.data, self.limits.page_bytes);
-        let job =
-            Job { object: handle, fill, generation: self.generation, slot: None, state: State::Queued, links: NONE, background: false };
+        let job = Job {
+            object: handle,
+            fill,
+            generation: self.generation,
+            slot: None,
+            state: State::Queued,
+            links: NONE,
+            background: false,
+            begun_ns: self.now_ns,
+        };
         let key = self.jobs.insert(job);
         let at = object.jobs.partition_point(|&(start, _)| start < range.start);
         object.jobs.insert(at, (range.start, key));
         (key, end)
     }
 
-    /// Starts queued jobs, those that somebody waits for first, as far as slots allow.
+    /// Starts queued jobs, those that somebody waits for first, as far as slots and fairness allow.
     pub(super) fn start_jobs(&mut self) {
-        while self.in_flight < self.limits.slots {
-            let Some((key, generation)) = self.demand.pop_front().or_else(|| self.ahead.pop_front()) else {
-                return self.start_background();
-            };
-            if self.jobs.get(key).is_some_and(|job| job.generation == generation && job.state == State::Queued) {
+        let classes = [Class::Demand, Class::Ahead];
+        while let Some((handle, class)) = classes.into_iter().find_map(|class| Some((self.next_object(class)?, class))) {
+            if let Some(key) = self.dequeue(handle, class) {
                 self.begin(key);
             }
         }
+        self.start_background();
     }
 
     /// Gives a queued job a slot and its first operation.
@@ -47,6 +55,7 @@ impl<T> Machine<T> {
             job.slot = self.free_slots.pop();
         }
         self.in_flight += 1;
+        self.groups[self.objects[job.object.0].group].took_slot(job.background);
         self.run(key);
     }
 
@@ -64,9 +73,9 @@ impl<T> Machine<T> {
         let (op, object) = (OpKey::new(key, job.generation), job.object);
         match (job.fill.next(), job.slot) {
             (Next::Read { file, offset, slot_offset, len, then }, Some(slot)) => {
-                self.operate(Action::Read { op, object, file, offset, slot, slot_offset, len, then });
+                self.operate(key, Action::Read { op, object, file, offset, slot, slot_offset, len, then });
             }
-            (Next::Write { offset, len, from }, slot) => self.operate(Action::Write { op, object, offset, len, slot, from }),
+            (Next::Write { offset, len, from }, slot) => self.operate(key, Action::Write { op, object, offset, len, slot, from }),
             (Next::Wait { .. }, _) => {
                 job.state = State::Waiting;
                 self.waiting.push((key, job.generation));
@@ -75,11 +84,6 @@ impl<T> Machine<T> {
             (Next::Finished(result), _) => self.retire(key, result),
             (Next::Read { .. }, None) => self.retire(key, Err(Errno::ENOBUFS)),
         }
-    }
-
-    fn operate(&mut self, action: Action<T>) {
-        self.counters.operations += 1;
-        self.actions.push_back(action);
     }
 
     /// A running job is over.
@@ -133,8 +137,8 @@ impl<T> Machine<T> {
         let job = self.jobs.remove(key);
         if job.state != State::Queued {
             self.in_flight -= 1;
+            self.groups[self.objects[job.object.0].group].freed_slot(job.background);
         }
-        self.background.in_flight -= u32::from(job.background);
         self.free_slots.extend(job.slot);
     }
 

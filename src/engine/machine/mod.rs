@@ -9,6 +9,8 @@
 
 mod action;
 mod background;
+mod deadlines;
+mod groups;
 mod jobs;
 mod needs;
 
@@ -19,7 +21,8 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use self::background::{Background, Goal};
-use super::fill::{Fill, Next};
+use self::groups::{Class, Group, Queues};
+use super::fill::Fill;
 use super::plan::adaptive::Planner;
 use super::plan::{self, Complete, Completion, Window};
 use super::presence::PageSet;
@@ -28,6 +31,7 @@ use crate::range::{self, ByteRange, align_down, align_up, intersect};
 use crate::store::Blob;
 
 pub use self::action::{Action, Answered, Counters, Handle, OpKey};
+pub use self::deadlines::Delay;
 
 /// How many fills of its own a need may see fail before it is answered with failure. The first may have
 /// brought more than the reader asked for; the second asks for exactly that.
@@ -50,6 +54,8 @@ pub struct Limits {
     pub slots: u32,
     /// Fills that one need may wait for at a time.
     pub fills_per_need: u32,
+    /// How long a need may wait for its answer, on the machine's clock.
+    pub timeout_ns: u64,
     /// A hole in a sink means "not there": the driver must look for what is there before filling.
     pub probe: bool,
 }
@@ -57,6 +63,8 @@ pub struct Limits {
 #[derive(Debug)]
 struct Object {
     blob: Arc<dyn Blob>,
+    group: usize,
+    queues: Queues,
     present: PageSet,
     /// What was ever asked for.
     asked: PageSet,
@@ -93,7 +101,10 @@ struct Need<T> {
     range: ByteRange,
     /// What is brought for it: at least the range.
     region: ByteRange,
-    ticket: T,
+    /// `None`: it has its answer, and is about to go.
+    ticket: Option<T>,
+    /// No other one has the same.
+    serial: u64,
     since_ns: u64,
     /// Links to jobs.
     outstanding: u32,
@@ -119,6 +130,8 @@ struct Job {
     state: State,
     links: usize,
     background: bool,
+    /// When its last operation was given to the driver.
+    begun_ns: u64,
 }
 
 #[derive(Debug)]
@@ -139,13 +152,20 @@ pub struct Machine<T> {
     free_slots: Vec<u32>,
     in_flight: u32,
     generation: u32,
-    /// Jobs to start, with their generation: what somebody waits for, and what nobody waits for yet.
-    demand: VecDeque<(usize, u32)>,
-    ahead: VecDeque<(usize, u32)>,
+    groups: Slab<Group>,
+    /// The group that started something last.
+    last_turn: usize,
     background: Background,
     waiting: Vec<(usize, u32)>,
     /// Needs whose last fill ended.
     revisit: VecDeque<usize>,
+    /// Needs in the order in which they came, with their serial; the first one waits.
+    arrivals: VecDeque<(usize, u64)>,
+    /// Room for those whose time is over.
+    expired: Vec<usize>,
+    stuck: usize,
+    /// When operations that are stuck are counted next.
+    look_ns: u64,
     actions: VecDeque<Action<T>>,
     counters: Counters,
     /// The time, as far as the driver has told.
@@ -168,11 +188,15 @@ impl<T> Machine<T> {
             free_slots: (0..limits.slots).rev().collect(),
             in_flight: 0,
             generation: 0,
-            demand: VecDeque::new(),
-            ahead: VecDeque::new(),
+            groups: Slab::new(),
+            last_turn: 0,
             background: Background::default(),
             waiting: Vec::new(),
             revisit: VecDeque::new(),
+            arrivals: VecDeque::new(),
+            expired: Vec::new(),
+            stuck: 0,
+            look_ns: 0,
             actions: VecDeque::new(),
             counters: Counters::default(),
             now_ns: 0,
@@ -200,8 +224,11 @@ impl<T> Machine<T> {
             Window::Adaptive { budget_percent } => Some(Planner::new(len, budget_percent)),
         };
         let (present, asked, goal) = (PageSet::new(len, page), PageSet::new(len, page), Goal::new(len));
+        let group = self.join_group(blob.device());
         let object = Object {
             blob,
+            group,
+            queues: Queues::default(),
             present,
             asked,
             probed,
@@ -317,7 +344,8 @@ impl<T> Machine<T> {
             asked,
             range,
             region,
-            ticket,
+            ticket: Some(ticket),
+            serial: self.counters.needs,
             since_ns: now_ns,
             outstanding: 0,
             failed: None,
@@ -325,6 +353,7 @@ impl<T> Machine<T> {
             exact: false,
         };
         let key = self.needs.insert(need);
+        self.watch(key);
         self.schedule(key);
         if self.needs[key].outstanding == 0 {
             self.counters.already_there += 1;
@@ -340,6 +369,8 @@ impl<T> Machine<T> {
         object.closed = true;
         let jobs = std::mem::take(&mut object.jobs);
         self.drop_background(handle);
+        self.drop_turns(handle, Class::Demand);
+        self.drop_turns(handle, Class::Ahead);
         for (_, key) in jobs {
             self.unlink(key, Err(Errno::ECANCELED));
             if self.jobs[key].state != State::Running {
@@ -439,40 +470,6 @@ impl<T> Machine<T> {
         self.io_done(op, result, now_ns);
     }
 
-    /// Time has passed: fills that waited may go on.
-    pub fn tick(&mut self, now_ns: u64) {
-        self.now_ns = self.now_ns.max(now_ns);
-        let mut i = 0;
-        while i < self.waiting.len() {
-            let (key, generation) = self.waiting[i];
-            match self.jobs.get_mut(key).filter(|job| job.generation == generation) {
-                None => drop(self.waiting.swap_remove(i)),
-                Some(job) => {
-                    job.fill.wake(now_ns);
-                    if matches!(job.fill.next(), Next::Wait { .. }) {
-                        i += 1;
-                    } else {
-                        self.waiting.swap_remove(i);
-                        self.run(key);
-                    }
-                }
-            }
-        }
-    }
-
-    /// When [`Machine::tick`] is due.
-    #[must_use]
-    pub fn next_deadline(&self) -> Option<u64> {
-        let due = |&(key, generation): &(usize, u32)| match self.jobs.get(key) {
-            Some(job) if job.generation == generation => match job.fill.next() {
-                Next::Wait { until_ns } => Some(until_ns),
-                _ => None,
-            },
-            _ => None,
-        };
-        self.waiting.iter().filter_map(due).chain(self.background_due()).min()
-    }
-
     /// The next thing to do, if any.
     pub fn pop_action(&mut self) -> Option<Action<T>> {
         if self.actions.is_empty() {
@@ -481,7 +478,8 @@ impl<T> Machine<T> {
         let action = self.actions.pop_front();
         if let Some(Action::Release { object }) = action {
             // Only now may its handle name another object.
-            self.objects.remove(object.0);
+            let group = self.objects.remove(object.0).group;
+            self.leave_group(group);
         }
         action
     }
@@ -525,6 +523,8 @@ impl<T> Machine<T> {
 
 #[cfg(test)]
 mod background_tests;
+#[cfg(test)]
+mod fair_tests;
 #[cfg(test)]
 #[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
 mod tests;

@@ -2,13 +2,14 @@
 
 use nix::errno::Errno;
 
-use super::{Action, Answered, FAILURES_MAX, Handle, Limits, Link, Machine, NONE, Object, State};
+use super::groups::Class;
+use super::{Action, Answered, FAILURES_MAX, Handle, Limits, Link, Machine, NONE, Need, Object, State};
 use crate::engine::plan::adaptive::{Advice, Known};
 use crate::engine::plan::{self, Window};
 use crate::front::Outcome;
 use crate::range::{ByteRange, align_down, align_up, intersect};
 
-/// Fills that nobody waits for yet and that have not been started. Beyond it no more are made.
+/// Fills of an object that nobody waits for yet and that have not been started. Beyond it no more are made.
 pub(super) const AHEAD_MAX: usize = 256;
 
 /// Most bytes between two holes that are written again, so that one fill closes both: they take less time than
@@ -38,7 +39,11 @@ impl<T> Machine<T> {
     /// Gives a need its answer.
     pub(super) fn conclude(&mut self, key: usize, outcome: Outcome) {
         let need = self.needs.remove(key);
-        self.answer(Answered { ticket: need.ticket, outcome, object: Some(need.object), range: need.asked, since_ns: need.since_ns });
+        self.forget_answered();
+        let Need { ticket, object, asked: range, since_ns, .. } = need;
+        if let Some(ticket) = ticket {
+            self.answer(Answered { ticket, outcome, object: Some(object), range, since_ns });
+        }
     }
 
     /// The answer of a need whose fills ended. `None`: more fills were made for it.
@@ -90,7 +95,7 @@ impl<T> Machine<T> {
                 self.link(job, key);
             } else {
                 // It was cut at an extent's end before the demand begins.
-                self.ahead.push_back((job, self.jobs[job].generation));
+                self.enqueue(job, Class::Ahead);
             }
         }
         if self.needs[key].outstanding > 0 {
@@ -134,14 +139,14 @@ impl<T> Machine<T> {
     /// Makes fills for the rest of a region, as far as the queue for them allows.
     fn fill_ahead(&mut self, handle: Handle, region: &ByteRange) {
         let mut at = region.start;
-        while self.ahead.len() < AHEAD_MAX
+        while self.objects[handle.0].queues[Class::Ahead as usize].len() < AHEAD_MAX
             && let Some((piece, job)) = self.next_piece(handle, &(at..region.end), self.limits.fill_max_bytes)
         {
             at = piece.end;
             if job.is_none() {
                 let (job, end) = self.make_job(handle, piece);
                 at = end;
-                self.ahead.push_back((job, self.jobs[job].generation));
+                self.enqueue(job, Class::Ahead);
             }
         }
     }
@@ -180,7 +185,7 @@ impl<T> Machine<T> {
         let next = self.jobs[job].links;
         if next == NONE && self.jobs[job].state == State::Queued {
             // Somebody waits for it now: it overtakes what nobody waits for.
-            self.demand.push_back((job, self.jobs[job].generation));
+            self.enqueue(job, Class::Demand);
         }
         self.jobs[job].links = self.links.insert(Link { need, next });
         self.needs[need].outstanding += 1;

@@ -14,12 +14,13 @@ pub(super) const LIMITS: Limits = Limits {
     completion: Completion { when: Complete::Off, bytes_per_s: None },
     slots: 4,
     fills_per_need: 4,
+    timeout_ns: 30_000_000_000,
     probe: false,
 };
 
-/// A blob that is one file.
+/// A blob that is one file: its length and its file system.
 #[derive(Debug)]
-struct Plain(u64);
+struct Plain(u64, u64);
 
 impl Blob for Plain {
     fn len_bytes(&self) -> u64 {
@@ -33,12 +34,17 @@ impl Blob for Plain {
     fn files(&self) -> &[Arc<SourceFile>] {
         &[]
     }
+
+    fn device(&self) -> u64 {
+        self.1
+    }
 }
 
 /// An operation that the machine wants: a read of the source or a write of the sink.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Wanted {
     op: OpKey,
+    object: Handle,
     is_write: bool,
     pub(super) range: ByteRange,
 }
@@ -46,6 +52,7 @@ pub(super) struct Wanted {
 /// Does what the machine wants, when a test says so.
 pub(super) struct Driver {
     pub(super) machine: Machine<u32>,
+    now_ns: u64,
     pub(super) wanted: VecDeque<Wanted>,
     pub(super) answers: Vec<(u32, Outcome)>,
     pub(super) released: Vec<Handle>,
@@ -55,17 +62,38 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn new(limits: Limits) -> Self {
-        Self { machine: Machine::new(limits), wanted: VecDeque::new(), answers: Vec::new(), released: Vec::new(), held: Vec::new() }
+        Self {
+            machine: Machine::new(limits),
+            now_ns: 0,
+            wanted: VecDeque::new(),
+            answers: Vec::new(),
+            released: Vec::new(),
+            held: Vec::new(),
+        }
     }
 
     pub(super) fn open(&mut self, id: u32, pages: u64) -> Handle {
-        let handle = self.machine.open(ObjectId(id), Arc::new(Plain(pages * PAGE)));
+        self.open_on(id, pages, 0)
+    }
+
+    pub(super) fn open_on(&mut self, id: u32, pages: u64, device: u64) -> Handle {
+        let handle = self.machine.open(ObjectId(id), Arc::new(Plain(pages * PAGE, device)));
         self.machine.opened(ObjectId(id));
         handle
     }
 
+    pub(super) fn device_of(&self, wanted: &Wanted) -> u64 {
+        self.machine.objects[wanted.object.0].blob.device()
+    }
+
+    pub(super) fn tick(&mut self, now_ns: u64) {
+        self.machine.tick(now_ns);
+        self.now_ns = now_ns;
+        self.act();
+    }
+
     pub(super) fn need(&mut self, id: u32, range: ByteRange, ticket: u32) {
-        self.machine.need(ObjectId(id), range, ticket, 0);
+        self.machine.need(ObjectId(id), range, ticket, self.now_ns);
         self.act();
     }
 
@@ -77,8 +105,12 @@ impl Driver {
     pub(super) fn act(&mut self) {
         while let Some(action) = self.machine.pop_action() {
             match action {
-                Action::Read { op, offset, len, .. } => self.wanted.push_back(Wanted { op, is_write: false, range: offset..offset + len }),
-                Action::Write { op, offset, len, .. } => self.wanted.push_back(Wanted { op, is_write: true, range: offset..offset + len }),
+                Action::Read { op, object, offset, len, .. } => {
+                    self.wanted.push_back(Wanted { op, object, is_write: false, range: offset..offset + len });
+                }
+                Action::Write { op, object, offset, len, .. } => {
+                    self.wanted.push_back(Wanted { op, object, is_write: true, range: offset..offset + len });
+                }
                 Action::Look { object, range } => {
                     let held = self.held.iter().filter_map(|held| intersect(held, &range));
                     self.machine.learn_of(object, &range, held);
@@ -194,7 +226,7 @@ fn a_huge_demand_has_few_fills_at_a_time_and_is_done_in_the_end() {
 #[test]
 fn a_demand_inside_a_page_brings_the_page() {
     let mut driver = Driver::new(Limits { window: Window::Fixed(PAGE), ..LIMITS });
-    driver.machine.open(ObjectId(1), Arc::new(Plain(PAGE + 1)));
+    driver.machine.open(ObjectId(1), Arc::new(Plain(PAGE + 1, 0)));
     driver.need(1, PAGE + 512..PAGE + 1024, 1);
     assert_eq!(driver.end(Some(1)).range, PAGE..2 * PAGE);
     assert_eq!(driver.end(None).range, PAGE..2 * PAGE);

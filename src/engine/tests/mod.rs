@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Condvar, Mutex};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
 mod budget;
+mod hang;
 
 use super::plan::{Completion, Window};
 use super::*;
@@ -203,6 +205,7 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         workers: 2,
         fd_budget: 10_000,
         open_timeout: PATIENCE,
+        request_timeout: PATIENCE,
         no_room: None,
         tracer: None,
     }

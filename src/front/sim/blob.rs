@@ -11,6 +11,8 @@ use crate::store::{Blob, Data, Extent, SourceFile, SourceMode};
 
 /// Page size of the simulated machine.
 pub const PAGE_BYTES: u64 = 4096;
+/// File systems that blobs lie on.
+pub const DEVICES: u64 = 3;
 /// Longest blob that is made by chance.
 const BLOB_MAX_BYTES: u64 = 3 << 20;
 /// Whether extents may start and end anywhere; otherwise they start at pages, in the
@@ -249,6 +251,11 @@ impl Blob for SimBlob {
 
     fn files(&self) -> &[Arc<SourceFile>] {
         &self.files
+    }
+
+    /// Some share one.
+    fn device(&self) -> u64 {
+        u64::from(self.id) % DEVICES
     }
 }
 

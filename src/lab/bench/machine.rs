@@ -53,7 +53,8 @@ pub struct Bare {
 
 impl Default for Bare {
     fn default() -> Self {
-        let slots = u32::try_from(DEPTH).unwrap_or(u32::MAX);
+        // More than are used: one file system gets three quarters of them.
+        let slots = u32::try_from(2 * DEPTH).unwrap_or(u32::MAX);
         let mut machine = Machine::new(Limits {
             page_bytes: PAGE_BYTES,
             fill_max_bytes: 1 << 20,
@@ -61,6 +62,7 @@ impl Default for Bare {
             completion: Completion::default(),
             slots,
             fills_per_need: FILLS_PER_NEED,
+            timeout_ns: u64::MAX,
             probe: false,
         });
         machine.open(OBJECT, Arc::new(Flat));

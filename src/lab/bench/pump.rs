@@ -180,6 +180,7 @@ fn settings() -> Settings {
         workers: 8,
         fd_budget: 1000,
         open_timeout: Duration::from_secs(10),
+        request_timeout: Duration::from_secs(30),
         no_room: None,
         tracer: None,
     }

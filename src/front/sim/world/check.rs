@@ -16,6 +16,10 @@ pub enum Rule {
     RightBytes,
     /// A request fails only for a reason.
     FailureHasReason,
+    /// No request waits for longer than it may, and none fails earlier because of that.
+    Deadline,
+    /// What hangs is not noticed by who reads from elsewhere.
+    Isolation,
     /// Only whole, aligned pages inside the object go to a sink; direct reads are aligned.
     Aligned,
     /// A slot has one operation at a time, and memory of an operation is its own until it ended.

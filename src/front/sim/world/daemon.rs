@@ -227,7 +227,7 @@ impl World {
     }
 
     fn answer(&mut self, shard: usize, answered: Answered<SimTicket>) -> Checked {
-        let Answered { ticket, mut outcome, .. } = answered;
+        let Answered { ticket, mut outcome, since_ns, .. } = answered;
         if ticket == VOID || self.slips(Sabotage::DropAnswer) {
             return Ok(());
         }
@@ -238,7 +238,11 @@ impl World {
         if self.leaving && outcome == Outcome::Failed(Errno::ECANCELED) {
             return Ok(());
         }
-        self.judge(shard, &waiting, outcome)?;
+        if outcome == Outcome::Failed(Errno::ETIMEDOUT) {
+            self.judge_timeout(shard, &waiting, since_ns)?;
+        } else {
+            self.judge(shard, &waiting, outcome)?;
+        }
         if (outcome != Outcome::Done || self.ledger.was_lied_to(waiting.object))
             && let Some(Ask::Read { reader, .. }) = self.kernel.queue().get(waiting.msg_id).map(|pending| pending.ask)
         {
@@ -252,6 +256,18 @@ impl World {
             self.ledger.answered(&ticket)?;
         }
         Ok(())
+    }
+
+    /// Whether it was time for a request to fail.
+    fn judge_timeout(&self, shard: usize, waiting: &Waiting, since_ns: u64) -> Checked {
+        let age_ns = self.now_ns - since_ns;
+        ensure(age_ns >= self.limits.timeout_ns, Rule::Deadline, || format!("{waiting:?} fails after {age_ns} ns"))?;
+        // One slot is all there is, and may be the one of what hangs.
+        let is_fair = self.limits.slots > 1 && self.calm_since_ns.is_some_and(|calm_ns| since_ns >= calm_ns);
+        let device = self.shards[shard].open_sink(waiting.object).map(|sink| sink.blob.device());
+        ensure(!is_fair || device.is_none() || device == self.hung, Rule::Isolation, || {
+            format!("{waiting:?} on file system {device:?} fails because {:?} hangs", self.hung)
+        })
     }
 
     /// Whether an answer is the right one.

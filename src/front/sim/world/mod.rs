@@ -50,6 +50,10 @@ pub(crate) struct World {
     armed: bool,
     /// No write finds room.
     full: bool,
+    /// The file system that hangs.
+    hung: Option<u64>,
+    /// The other faults have ended: since when whoever reads from elsewhere must not notice what hangs.
+    calm_since_ns: Option<u64>,
     /// A shard that stops leaves what it cannot finish.
     leaving: bool,
     /// Daemons that ended.
@@ -74,6 +78,8 @@ pub struct Seen {
     pub needs: u64,
     /// Of them, failed.
     pub needs_failed: u64,
+    /// Of those, because their time was over.
+    pub needs_timed_out: u64,
     /// Readers that got all they wanted.
     pub readers_served: u64,
     /// Readers that got an error.
@@ -87,6 +93,7 @@ impl Seen {
         self.restarts += other.restarts;
         self.needs += other.needs;
         self.needs_failed += other.needs_failed;
+        self.needs_timed_out += other.needs_timed_out;
         self.readers_served += other.readers_served;
         self.readers_failed += other.readers_failed;
     }
@@ -156,6 +163,8 @@ impl World {
             ledger: Ledger::default(),
             armed: true,
             full: false,
+            hung: None,
+            calm_since_ns: None,
             leaving: false,
             restarts: 0,
             sabotage,

@@ -52,6 +52,10 @@ pub(super) struct Faults {
     pub(super) restore: u64,
     /// An operation of a fill that is over is reported done once more.
     pub(super) stale: u64,
+    /// A file system hangs: nothing that reads from it ends, for a while or until the other faults have ended.
+    pub(super) hang: u64,
+    /// One that hangs comes back.
+    pub(super) come_back: u64,
     /// A READ that the kernel never sent, for an object that nobody opened.
     pub(super) forged: u64,
 }
@@ -86,6 +90,8 @@ impl Faults {
         draw(&mut faults.restore, 5);
         draw(&mut faults.stale, 100);
         draw(&mut faults.forged, 10);
+        draw(&mut faults.hang, 30);
+        draw(&mut faults.come_back, 10);
         faults
     }
 }
@@ -167,6 +173,7 @@ fn limits(rng: &mut Rng) -> Limits {
         completion: completion(rng),
         slots: rng.pick(&[1, 2, 3, 8]),
         fills_per_need: rng.pick(&[1, 2, 4, 16]),
+        timeout_ns: rng.pick(&[2, 30]) * 1_000_000_000,
         probe: rng.chance(800),
     }
 }

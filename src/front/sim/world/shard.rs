@@ -12,7 +12,7 @@ use crate::front::sim::kernel::Message;
 use crate::range::{ByteRange, intersect};
 use crate::store::{Blob, SourceMode};
 
-/// Most fills that a machine makes which nobody waits for (`AHEAD_MAX` of the engine, plus one need's cuts).
+/// Most fills of an object that a machine makes which nobody waits for (`AHEAD_MAX` of the engine, plus one need's cuts).
 const FILLS_AHEAD_MAX: usize = 256 + 64;
 
 /// Where an object's data goes.
@@ -140,7 +140,9 @@ impl Shard {
     /// The machine took it for another operation.
     pub(super) fn report_again(&mut self, now_ns: u64) -> Checked {
         let Some(op) = self.ended.take() else { return Ok(()) };
-        if self.flights.iter().any(|flight| flight.op == op) || self.machine.next_deadline().is_some() {
+        // A fill that waits for room is not over, and has no operation.
+        let waits = self.machine.in_flight() as usize > self.flights.len();
+        if waits || self.flights.iter().any(|flight| flight.op == op) {
             return Ok(());
         }
         let stale = self.machine.counters().stale;
@@ -218,6 +220,30 @@ impl Shard {
         }
     }
 
+    /// Whether an operation reads from a file system, by a read or by a write of mapped pages.
+    #[must_use]
+    pub(super) fn reads_from(&self, flight: &Flight, device: u64) -> bool {
+        let reads = matches!(flight.kind, Kind::Read { .. } | Kind::Write { from: From::Mapped { .. }, .. });
+        reads && self.sinks.get(&flight.object.0).is_some_and(|sink| sink.blob.device() == device)
+    }
+
+    /// Operations that can end while `hung` hangs, by their places.
+    #[must_use]
+    pub(super) fn mobile(&self, hung: Option<u64>) -> Vec<usize> {
+        let can_end = |flight: &Flight| hung.is_none_or(|device| !self.reads_from(flight, device));
+        (0..self.flights.len()).filter(|&index| can_end(&self.flights[index])).collect()
+    }
+
+    /// Checks that no request is older than it may become.
+    ///
+    /// # Errors
+    /// One is.
+    pub(super) fn check_ages(&self, now_ns: u64) -> Checked {
+        let oldest_ns = self.machine.oldest().unwrap_or(now_ns);
+        let age_ns = now_ns.saturating_sub(oldest_ns);
+        ensure(age_ns < self.limits.timeout_ns, Rule::Deadline, || format!("a request has waited for {age_ns} ns"))
+    }
+
     /// Checks what must hold between any two steps.
     ///
     /// # Errors
@@ -226,7 +252,7 @@ impl Shard {
         let slots = self.limits.slots;
         let (in_flight, fills, pending) = (self.machine.in_flight(), self.machine.fill_count(), self.machine.pending());
         ensure(in_flight <= slots, Rule::Limits, || format!("{in_flight} operations in flight with {slots} slots"))?;
-        let most = FILLS_AHEAD_MAX + slots as usize + pending * self.limits.fills_per_need as usize;
+        let most = FILLS_AHEAD_MAX * self.machine.object_count().max(1) + slots as usize + pending * self.limits.fills_per_need as usize;
         ensure(fills <= most, Rule::Limits, || format!("{fills} fills for {pending} requests"))
     }
 

@@ -4,6 +4,7 @@ use super::check::{Checked, Rule, ensure};
 use super::setup::{Faults, some_reader};
 use super::shard::Shard;
 use super::{Seen, World};
+use crate::front::sim::blob::DEVICES;
 use crate::front::sim::kernel::{Message, ReadFault};
 use crate::front::sim::objects::Phase;
 use crate::front::sim::readers::Doing;
@@ -15,6 +16,8 @@ const READERS_MAX: usize = 16;
 const REST_STEPS_MAX: u64 = 20_000;
 /// Longest time that passes in one step.
 const PAUSE_MAX_NS: u64 = 30_000_000;
+/// How often, in a thousand, much time passes when something hangs.
+const LONG_PAUSE_PERMILLE: u64 = 300;
 /// How often, in a thousand steps, a disk that is full gets room again.
 const ROOM_AGAIN_PERMILLE: u64 = 30;
 /// How often, in a thousand steps, a shard reads the device though nobody woke it.
@@ -47,9 +50,13 @@ impl World {
         }
         self.faults = Faults::default();
         self.full = false;
-        self.note(|| "the faults end".to_owned());
+        self.note(|| "the faults end, but for what hangs".to_owned());
+        self.calm_since_ns = Some(self.now_ns);
         self.rest()?;
         self.check_readers()?;
+        self.note(|| "what hangs comes back".to_owned());
+        self.hung = None;
+        self.rest()?;
         let seen = self.seen();
         for cookie in 0..self.kernel.cookies().len() {
             if matches!(self.kernel.cookies()[cookie].phase, Phase::Live | Phase::Failed) {
@@ -86,14 +93,17 @@ impl World {
                 self.take_message(shard, from)?;
             }
             65..92 => {
-                if !self.shards[shard].flights.is_empty() {
-                    let index = self.rng.index(self.shards[shard].flights.len());
-                    self.end_operation(shard, index, false)?;
+                let mobile = self.shards[shard].mobile(self.hung);
+                if !mobile.is_empty() {
+                    let index = self.rng.index(mobile.len());
+                    self.end_operation(shard, mobile[index], false)?;
                 }
             }
             92..97 => {
-                let pause = self.rng.below(PAUSE_MAX_NS);
-                self.pass_time(self.now_ns + pause);
+                let longest =
+                    if self.hung.is_some() && self.rng.chance(LONG_PAUSE_PERMILLE) { self.limits.timeout_ns } else { PAUSE_MAX_NS };
+                let pause = self.rng.below(longest);
+                self.pass_time(self.now_ns + pause)?;
             }
             _ => self.add_reader(),
         }
@@ -136,11 +146,13 @@ impl World {
         }
     }
 
-    fn pass_time(&mut self, now_ns: u64) {
+    fn pass_time(&mut self, now_ns: u64) -> Checked {
         self.now_ns = now_ns;
         for shard in &mut self.shards {
             shard.machine.tick(now_ns);
+            shard.check_ages(now_ns)?;
         }
+        Ok(())
     }
 
     /// The faults that no operation brings about.
@@ -164,6 +176,14 @@ impl World {
         }
         if self.full && self.rng.chance(ROOM_AGAIN_PERMILLE) {
             self.full = false;
+        }
+        if self.rng.chance(faults.hang) && self.hung.is_none() {
+            let device = self.rng.below(DEVICES);
+            self.note(|| format!("file system {device} hangs"));
+            self.hung = Some(device);
+        }
+        if self.rng.chance(faults.come_back) {
+            self.hung = None;
         }
         if self.rng.chance(faults.restore) {
             self.note(|| "restore".to_owned());
@@ -306,7 +326,7 @@ impl World {
             let deadline = self.shards.iter().filter_map(|shard| shard.machine.next_deadline()).min();
             match deadline {
                 _ if busy => {}
-                Some(deadline) => self.pass_time(deadline.max(self.now_ns)),
+                Some(deadline) => self.pass_time(deadline.max(self.now_ns))?,
                 None => return Ok(()),
             }
             self.step += 1;
@@ -322,10 +342,10 @@ impl World {
             }
         }
         busy |= self.drain(shard)?;
-        while !self.shards[shard].flights.is_empty() {
+        while let Some(&index) = self.shards[shard].mobile(self.hung).first() {
             self.step += 1;
             busy = true;
-            self.end_operation(shard, 0, true)?;
+            self.end_operation(shard, index, true)?;
             self.drain(shard)?;
         }
         Ok(busy)
@@ -358,6 +378,7 @@ impl World {
             restarts: self.restarts,
             needs: counters().map(|counters| counters.needs).sum(),
             needs_failed: counters().map(|counters| counters.needs_failed).sum(),
+            needs_timed_out: counters().map(|counters| counters.needs_timed_out).sum(),
             readers_served: readers.iter().filter(|reader| reader.doing == Doing::Finished).count() as u64,
             readers_failed: readers.iter().filter(|reader| matches!(reader.doing, Doing::Failed(_))).count() as u64,
         }

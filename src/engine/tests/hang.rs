@@ -1,0 +1,91 @@
+//! A source that hangs: its readers get errors in time, the others do not notice.
+//!
+//! Only with a ring: threads that block would need a regular file whose reads hang, which only a kernel of one's own has
+//! (tests/guest/hang.rs).
+
+use super::*;
+use crate::store::{Data, Extent};
+
+const TIMEOUT: Duration = Duration::from_secs(3);
+const LATE: Outcome = Outcome::Failed(Errno::ETIMEDOUT);
+
+/// A blob whose bytes come from the empty end of a pipe, and every other one from a file.
+#[derive(Debug)]
+struct PipeAndFile {
+    pipe: Mutex<Option<OwnedFd>>,
+    file: Arc<OneBlob>,
+}
+
+#[derive(Debug)]
+struct PipeBlob([Arc<SourceFile>; 1]);
+
+impl Store for PipeAndFile {
+    fn name(&self) -> &'static str {
+        "pipe"
+    }
+
+    fn open(&self, key: &Key) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        if key.name() != b"hangs" {
+            return self.file.open(key);
+        }
+        let fd = self.pipe.lock().unwrap().take().expect("opened once");
+        let identity = (&nix::sys::stat::fstat(&fd).unwrap()).into();
+        let file = SourceFile { fd, len_bytes: 1 << 20, identity, mode: SourceMode::Buffered, map: None };
+        Ok(Some(Arc::new(PipeBlob([Arc::new(file)]))))
+    }
+}
+
+impl Blob for PipeBlob {
+    fn len_bytes(&self) -> u64 {
+        self.0[0].len_bytes
+    }
+
+    fn extent(&self, offset: u64) -> Extent {
+        Extent { len_bytes: self.len_bytes() - offset, data: Data::Read { file: 0, offset } }
+    }
+
+    fn files(&self) -> &[Arc<SourceFile>] {
+        &self.0
+    }
+}
+
+#[test]
+fn fault_hanging_source_fails_its_readers_in_time_and_no_other() {
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    let store = Arc::new(PipeAndFile { pipe: Mutex::new(Some(reader)), file: OneBlob::new() });
+    let kernel = Kernel::new();
+    let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, Arc::clone(&store) as Arc<dyn Store>);
+    let settings = Settings { request_timeout: TIMEOUT, window: Window::Fixed(4096), ..settings(EngineKind::Uring, 1) };
+    let engine = match Engine::start(&front, &blobs, &settings) {
+        Err(EngineError::NoRing(why)) => return eprintln!("not run: {why}"),
+        engine => engine.unwrap(),
+    };
+    let ((_, stuck), (file, fd)) = (sink(), sink());
+    kernel.then([kernel.open_named(b"hangs", 1, 9, &stuck), kernel.open(2, 8, &fd), Step::Await(1), Step::Await(2)]);
+    kernel.then((0..20).map(|n| kernel.need(100 + n, 9, n * 4096..n * 4096 + 4096)));
+    // Until long after the first ones have failed.
+    for n in 0..24 {
+        let started = Instant::now();
+        kernel.then([kernel.need(200 + n, 8, n * 4096..n * 4096 + 4096)]);
+        assert_eq!(kernel.answers.of(200 + n), Outcome::Done);
+        assert!(started.elapsed() < TIMEOUT, "{:?}", started.elapsed());
+        std::thread::sleep(TIMEOUT / 20);
+    }
+    assert!((0..20).all(|n| kernel.answers.of(100 + n) == LATE));
+    wait_until(|| engine.snapshot().stuck == 3);
+    let snapshot = engine.snapshot();
+    assert_eq!((snapshot.needs_timed_out, snapshot.pending, snapshot.oldest_ms), (20, 0, 0));
+    let mut got = vec![0; 24 * 4096];
+    file.read_exact_at(&mut got, 0).unwrap();
+    assert!(got == store.file.data[..24 * 4096], "wrong bytes");
+
+    kernel.then([kernel.need(300, 9, 0..4096)]);
+    wait_until(|| engine.snapshot().oldest_ms > 100);
+    // It comes back, and its file is empty.
+    drop(writer);
+    assert_eq!(kernel.answers.of(300), Outcome::Failed(Errno::EIO));
+    wait_until(|| engine.snapshot().stuck == 0);
+    kernel.then([close(9)]);
+    wait_until(|| engine.snapshot().objects == 1 && Arc::strong_count(&stuck) == 1);
+    assert_eq!(engine.stop(PATIENCE, || false).unwrap().needs_timed_out, 20);
+}
