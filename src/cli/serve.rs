@@ -284,7 +284,7 @@ fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine, keep: Option
     let _ = writeln!(std::io::stdout(), "infill: ready ({}, {} x {})", front.name(), started.shards, started.kind);
 }
 
-/// Waits for signals, for the engine or the keeper to die.
+/// Waits for signals, for the engine or a keeper to die.
 fn serve(
     config: &Config,
     engine: Engine,
@@ -333,18 +333,18 @@ fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
 /// Starts another keeper.
 fn renew(keep: &mut Keep, front: &dyn FrontEnd) {
     match keep.renew(front.requests()) {
-        Ok(()) => tracing::warn!("the keeper had died; another one keeps the device now"),
-        Err(error) => tracing::error!("the keeper has died, and nobody keeps the device over a restart now: {error}"),
+        Ok(keepers) => tracing::warn!("a keeper has died; the device is kept by {keepers} now"),
+        Err(error) => tracing::error!("the last keeper has died, and no other keeps the device over a restart now: {error}"),
     }
 }
 
-/// Waits until there is something to do; `true`: the keeper has died.
+/// Waits until there is something to do; `true`: a keeper has died.
 fn wait_for(signals: &Signals, engine: &Engine, keep: Option<&Keep>) -> bool {
     let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(engine.ended(), PollFlags::POLLIN)];
-    fds.extend(keep.and_then(Keep::watch).map(|keeper| PollFd::new(keeper, PollFlags::POLLIN)));
+    fds.extend(keep.into_iter().flat_map(Keep::watch).map(|keeper| PollFd::new(keeper, PollFlags::POLLIN)));
     // An interrupted wait is looked at like any other.
     let _ = poll(&mut fds, PollTimeout::NONE);
-    fds.get(2).and_then(PollFd::any).unwrap_or(false)
+    fds.iter().skip(2).any(|fd| fd.any().unwrap_or(false))
 }
 
 /// Waits until all traced requests are printed. Not for ever: a shard that hangs keeps its tracer, and whoever

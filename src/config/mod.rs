@@ -113,7 +113,7 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Who keeps the device over a restart.
     pub keep: KeepMode,
-    /// Where the lock and the keeper's socket are.
+    /// Where the lock and the keepers' sockets are.
     pub state_dir: PathBuf,
     /// User to become.
     pub user: Option<Account>,

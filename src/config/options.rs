@@ -110,7 +110,7 @@ pub struct Options {
     /// Who keeps the device while no daemon serves, so that images stay mounted over a restart [default: auto]
     #[arg(long, value_enum, env = "INFILL_KEEP")]
     pub(super) keep: Option<KeepMode>,
-    /// Directory for what must outlive the daemon: its lock and the keeper's socket [default: /run/infill]
+    /// Directory for what must outlive the daemon: its lock and the keepers' sockets [default: /run/infill]
     #[arg(long, value_name = "DIR", env = "INFILL_STATE_DIR")]
     pub(super) state_dir: Option<PathBuf>,
     /// User to become once the device is bound: NAME or UID, perhaps with :GID; other groups are left [default: stay]

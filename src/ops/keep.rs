@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::exit;
 use super::keeper::{Keeper, KeeperError};
 use super::notify::{self, Notify};
-use super::state::{StateDir, StateError};
+use super::state::{KEEPERS, StateDir, StateError};
 use crate::front::cachefiles::CullLimits;
 
 /// The device's name in systemd's store.
@@ -86,8 +86,9 @@ pub struct Keep {
     state: StateDir,
     notify: Option<Notify>,
     stored: Stored,
-    keeper: Option<Keeper>,
-    keeper_since: Instant,
+    /// Those that live, each at its place among the sockets.
+    keepers: [Option<Keeper>; KEEPERS],
+    keepers_since: Instant,
 }
 
 impl Keep {
@@ -97,22 +98,32 @@ impl Keep {
     /// There is another, or something of the state directory cannot be used.
     pub fn claim(state_dir: &Path) -> Result<Self, KeepError> {
         let state = StateDir::claim(state_dir)?;
-        let keeper = Keeper::find(&state.keeper_socket())?;
-        Ok(Self { state, notify: Notify::from_env(), stored: Stored::No, keeper, keeper_since: Instant::now() })
+        let mut keepers = [const { None }; KEEPERS];
+        for (keeper, socket) in keepers.iter_mut().zip(state.keeper_sockets()) {
+            *keeper = Keeper::find(&socket)?;
+        }
+        Ok(Self { state, notify: Notify::from_env(), stored: Stored::No, keepers, keepers_since: Instant::now() })
     }
 
     /// The device that was kept, if one was.
     ///
     /// # Errors
-    /// There is a keeper that does not answer.
+    /// There are only keepers that do not answer.
     pub fn find(&mut self) -> Result<Option<OwnedFd>, KeepError> {
         let stored = notify::passed().into_iter().find(|(name, _)| name == FD_NAME);
         if let Some((_, device)) = stored {
             self.stored = Stored::Surely;
             return Ok(Some(device));
         }
-        let Some(keeper) = &self.keeper else { return Ok(None) };
-        Ok(keeper.take()?)
+        let mut found = Ok(None);
+        for keeper in self.keepers.iter().flatten() {
+            match keeper.take() {
+                Ok(Some(device)) => return Ok(Some(device)),
+                Ok(None) => {}
+                Err(error) => found = Err(error.into()),
+            }
+        }
+        found
     }
 
     /// The directory that a kept device was bound to, as far as it is known.
@@ -133,8 +144,8 @@ impl Keep {
         if (noted.blocks(), noted.files()) != (settings.blocks(), settings.files()) {
             tracing::warn!(
                 "the device was bound with other culling limits than the settings ask for (brun bcull bstop frun fcull fstop: {} then, {} now), and they count until it is given up: unmount the images, stop infill, `infill release`",
-                noted.to_note().trim_end(),
-                settings.to_note().trim_end()
+                noted.note().trim_end(),
+                settings.note().trim_end()
             );
         }
         noted
@@ -150,18 +161,18 @@ impl Keep {
         match mode {
             KeepMode::Off => {
                 self.leave_systemd();
-                self.leave_keeper()
+                self.leave_keepers()
             }
             KeepMode::Auto if self.notify.is_some() => {
                 self.hold_by_systemd(device)?;
-                if self.stored == Stored::Surely { self.leave_keeper() } else { Ok(()) }
+                if self.stored == Stored::Surely { self.leave_keepers() } else { Ok(()) }
             }
             KeepMode::Systemd => {
                 self.hold_by_systemd(device)?;
-                self.leave_keeper()
+                self.leave_keepers()
             }
             KeepMode::Auto | KeepMode::Keeper => {
-                self.hold_by_keeper(device)?;
+                self.hold_by_keepers(device)?;
                 self.leave_systemd();
                 Ok(())
             }
@@ -182,21 +193,32 @@ impl Keep {
         Ok(())
     }
 
-    fn hold_by_keeper(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
+    /// More than one, because a confined daemon cannot start another in the place of one that dies.
+    fn hold_by_keepers(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
         if self.notify.is_none() && std::env::var_os(IN_UNIT).is_some() {
             tracing::warn!(
-                "a unit of systemd keeps the device by a keeper, which systemd ends with the daemon unless the unit says KillMode=process; better are Type=notify, NotifyAccess=main and FileDescriptorStoreMax=1"
+                "a unit of systemd keeps the device by keepers, which systemd ends with the daemon unless the unit says KillMode=process; better are Type=notify, NotifyAccess=main and FileDescriptorStoreMax=1"
             );
         }
         let answers = |keeper: &Keeper| {
             let kept = keeper.keep(device);
             kept.inspect_err(|error| tracing::warn!("{error}; starting another one")).is_ok()
         };
-        if !self.keeper.as_ref().is_some_and(answers) {
-            self.keeper = Some(Keeper::start(&self.state.keeper_socket(), device)?);
-            self.keeper_since = Instant::now();
+        let mut failed = None;
+        for (keeper, socket) in self.keepers.iter_mut().zip(self.state.keeper_sockets()) {
+            if !keeper.as_ref().is_some_and(answers) {
+                *keeper = Keeper::start(&socket, device).map_err(|error| failed = Some(error)).ok();
+                self.keepers_since = Instant::now();
+            }
         }
-        Ok(())
+        match (failed, self.keepers.iter().flatten().count()) {
+            (Some(error), 0) => Err(error.into()),
+            (Some(error), held) => {
+                tracing::warn!("only {held} of {KEEPERS} keepers has the device: {error}");
+                Ok(())
+            }
+            (None, _) => Ok(()),
+        }
     }
 
     fn leave_systemd(&mut self) {
@@ -207,37 +229,39 @@ impl Keep {
         }
     }
 
-    fn leave_keeper(&mut self) -> Result<(), KeepError> {
-        self.keeper.take().map_or(Ok(()), Keeper::release).map_err(KeepError::Keeper)
+    /// All of them, also if one does not answer.
+    fn leave_keepers(&mut self) -> Result<(), KeepError> {
+        let left = self.keepers.iter_mut().filter_map(Option::take).map(Keeper::release);
+        left.fold(Ok(()), Result::and).map_err(KeepError::Keeper)
     }
 
     /// Who keeps the device; `None`: nobody.
     #[must_use]
-    pub const fn by(&self) -> Option<&'static str> {
-        match (self.stored, &self.keeper) {
+    pub fn by(&self) -> Option<&'static str> {
+        match (self.stored, self.keepers.iter().any(Option::is_some)) {
             (Stored::Surely, _) => Some("systemd"),
-            (_, Some(_)) => Some("the keeper"),
-            (Stored::Perhaps, None) => Some("systemd, if it has a store for this unit,"),
-            (Stored::No, None) => None,
+            (_, true) => Some("a keeper"),
+            (Stored::Perhaps, false) => Some("systemd, if it has a store for this unit,"),
+            (Stored::No, false) => None,
         }
     }
 
-    /// Becomes readable when the keeper has died.
-    #[must_use]
-    pub fn watch(&self) -> Option<BorrowedFd<'_>> {
-        self.keeper.as_ref().map(AsFd::as_fd)
+    /// One becomes readable when its keeper has died.
+    pub fn watch(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.keepers.iter().flatten().map(AsFd::as_fd)
     }
 
-    /// Starts another keeper in the place of one that has died.
+    /// Starts others in the place of keepers that have died; gives the number of those that live.
     ///
     /// # Errors
-    /// It could not be started: nobody keeps the device now.
-    pub fn renew(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
-        if let Some(dead) = self.keeper.take() {
-            dead.bury();
+    /// None lives, and none could be started: no keeper has the device now.
+    pub fn renew(&mut self, device: BorrowedFd<'_>) -> Result<usize, KeepError> {
+        for keeper in &mut self.keepers {
+            keeper.take_if(|keeper| keeper.has_died()).into_iter().for_each(Keeper::bury);
         }
-        std::thread::sleep(KEEPER_LIFE_MIN.saturating_sub(self.keeper_since.elapsed()));
-        self.hold_by_keeper(device)
+        std::thread::sleep(KEEPER_LIFE_MIN.saturating_sub(self.keepers_since.elapsed()));
+        self.hold_by_keepers(device)?;
+        Ok(self.keepers.iter().flatten().count())
     }
 
     /// Tells the service manager, if there is one, that requests are being answered.
@@ -256,6 +280,6 @@ impl Keep {
     /// The keeper does not answer.
     pub fn give_up(mut self) -> Result<(), KeepError> {
         self.leave_systemd();
-        self.leave_keeper()
+        self.leave_keepers()
     }
 }

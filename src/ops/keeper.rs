@@ -141,6 +141,13 @@ impl Keeper {
         Ok(())
     }
 
+    /// Whether it has died, or as good as that.
+    #[must_use]
+    pub fn has_died(&self) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Takes leave of a keeper that has died.
     pub fn bury(mut self) {
         if let Some(child) = &mut self.child {
@@ -314,6 +321,7 @@ mod tests {
         let first = Keeper::find(&socket).unwrap().unwrap();
         assert!(first.take().unwrap().is_none());
         first.keep(theirs.as_fd()).unwrap();
+        assert!(!first.has_died());
         drop((first, theirs));
         for _ in 0..2 * CONNECTIONS_MAX {
             let next = Keeper::find(&socket).unwrap().unwrap();
@@ -324,8 +332,10 @@ mod tests {
             last.ask(b'?', None).unwrap_err().to_string(),
             format!("the keeper at {}: it refuses: Protocol error (os error 71)", socket.display())
         );
+        let other = Keeper::find(&socket).unwrap().unwrap();
         last.release().unwrap();
         thread.join().unwrap().unwrap();
+        assert!(other.has_died());
         // Nobody holds the pipe's end any more.
         let mut text = Vec::new();
         File::from(ours).read_to_end(&mut text).unwrap();

@@ -1,4 +1,4 @@
-//! The state directory: who serves, and where the keeper is. One daemon at a time works with it.
+//! The state directory: who serves, and where the keepers are. One daemon at a time works with it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -18,8 +18,10 @@ use crate::front::cachefiles::CullLimits;
 pub const DEFAULT_STATE_DIR: &str = "/run/infill";
 /// Locked by the daemon as long as it lives; holds its process id.
 const LOCK_FILE: &str = "lock";
-/// The keeper's socket.
-const KEEPER_SOCKET: &str = "keeper.sock";
+/// Keepers that hold the device, so that it survives the death of one.
+pub const KEEPERS: usize = 2;
+/// Their sockets.
+const KEEPER_SOCKETS: [&str; KEEPERS] = ["keeper.sock", "keeper-2.sock"];
 /// Which directory the kept device is bound to, for messages.
 const CACHE_NOTE: &str = "cache-dir";
 /// With which culling limits it was bound.
@@ -112,10 +114,10 @@ impl StateDir {
         Ok(Self { dir: dir.to_owned(), _lock: lock })
     }
 
-    /// Where the keeper listens.
+    /// Where the keepers listen.
     #[must_use]
-    pub fn keeper_socket(&self) -> PathBuf {
-        self.dir.join(KEEPER_SOCKET)
+    pub fn keeper_sockets(&self) -> [PathBuf; KEEPERS] {
+        KEEPER_SOCKETS.map(|name| self.dir.join(name))
     }
 
     /// Notes which directory the device is bound to: the kernel does not tell.
@@ -128,7 +130,7 @@ impl StateDir {
 
     /// Notes with which limits the device was bound: the kernel does not tell either.
     pub fn note_limits(&self, limits: &CullLimits) {
-        if let Err(error) = self.note(LIMITS_NOTE, limits.to_note().as_bytes()) {
+        if let Err(error) = self.note(LIMITS_NOTE, limits.note().as_bytes()) {
             tracing::warn!(
                 "cannot write {}: {error}: do not change the culling limits while the device is kept",
                 self.dir.join(LIMITS_NOTE).display()

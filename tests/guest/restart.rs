@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use infill::lab::bench::restart::Storm;
 use infill::lab::tree::{Content, Entry, Manifest};
 use infill::ops::passing;
+use infill::ops::state::KEEPERS;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -27,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("restart_kill_while_an_open_is_unanswered", |g| open_is_unanswered(g, Signal::SIGKILL)),
     ("restart_sigterm_while_an_open_is_unanswered", |g| open_is_unanswered(g, Signal::SIGTERM)),
     ("restart_a_dead_keeper_is_replaced", dead_keeper_is_replaced),
+    ("restart_the_death_of_one_keeper_is_survived", one_keeper_is_enough),
     ("restart_keeper_and_daemon_killed_gives_errors", keeper_and_daemon_killed),
     ("restart_kill_without_keeping_hangs_nobody", kill_without_keeping),
     ("restart_second_daemon_is_refused_by_the_state_directory", second_daemon_is_refused),
@@ -157,23 +159,43 @@ fn keepers() -> Vec<i32> {
         .collect()
 }
 
-fn the_keeper() -> Result<i32> {
-    match keepers()[..] {
-        [pid] => Ok(pid),
-        ref other => Err(format!("not one keeper but {other:?}").into()),
-    }
+fn both_keepers() -> Result<[i32; KEEPERS]> {
+    keepers().try_into().map_err(|others| format!("not {KEEPERS} keepers but {others:?}").into())
 }
 
-/// The keeper dies alone; then the daemon does.
+/// A confined daemon cannot replace a keeper that dies; when it dies too, the other one has the device.
+fn one_keeper_is_enough(guest: &mut Guest) -> Outcome {
+    let _released = Released(guest);
+    guest.stock(&["one.img", "one.blob"])?;
+    guest.serve_with(&keeping(guest))?;
+    let at = guest.mount(&with_blob("one.img", "one.blob"))?;
+    let [first, _] = both_keepers()?;
+    kill(Pid::from_raw(first), Signal::SIGKILL)?;
+    wait_for("the daemon to notice", || guest.log().contains("a keeper has died"))?;
+    guest.kill()?;
+    let readers = Readers::start(&at, &data("one.json"), 4, How::Read)?;
+    guest.serve_with(&keeping(guest))?;
+    if let Some(line) = readers.finish(READ_LIMIT)?.first() {
+        return Err(line.clone().into());
+    }
+    // The next daemon has started the missing one.
+    both_keepers()?;
+    guest.umount(&at)
+}
+
+/// A keeper dies alone; then the daemon does.
 fn dead_keeper_is_replaced(guest: &mut Guest) -> Outcome {
     let _released = Released(guest);
     guest.stock(&["one.img", "one.blob"])?;
     // A confined daemon cannot start processes.
     guest.serve_with(&guest.serve_arguments(&["--keep=keeper", "--confine=off"]))?;
     let at = guest.mount(&with_blob("one.img", "one.blob"))?;
-    let first = the_keeper()?;
+    let [first, second] = both_keepers()?;
     kill(Pid::from_raw(first), Signal::SIGKILL)?;
-    wait_for("another keeper", || the_keeper().is_ok_and(|pid| pid != first) && guest.log().contains("the keeper had died"))?;
+    let is_replaced = || both_keepers().is_ok_and(|pids| !pids.contains(&first)) && guest.log().contains("a keeper has died");
+    wait_for("another keeper", is_replaced)?;
+    // What remains is the new one.
+    kill(Pid::from_raw(second), Signal::SIGKILL)?;
     guest.kill()?;
     guest.serve_with(&keeping(guest))?;
     expect_equal(&at, &data("one.json"), 4, How::Read)?;
@@ -190,7 +212,9 @@ fn keeper_and_daemon_killed(guest: &mut Guest) -> Outcome {
     // So that it does not see the keeper die.
     kill(Pid::from_raw(guest.daemon_pid()?.cast_signed()), Signal::SIGSTOP)?;
     let readers = Readers::start(&at, &data("one.json"), 4, How::Read)?;
-    kill(Pid::from_raw(the_keeper()?), Signal::SIGKILL)?;
+    for pid in both_keepers()? {
+        kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    }
     guest.kill()?;
     only_io_errors(readers)?;
     guest.umount(&at)?;

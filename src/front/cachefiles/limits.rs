@@ -66,7 +66,7 @@ impl CullLimits {
 
     /// These limits as a line of text, for whoever takes over a device that was bound with them.
     #[must_use]
-    pub fn to_note(&self) -> String {
+    pub fn note(&self) -> String {
         let numbers = [self.blocks(), self.files()].map(|Percents { run, cull, stop }| format!("{run} {cull} {stop}"));
         format!("{}\n", numbers.join(" "))
     }
