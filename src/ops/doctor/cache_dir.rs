@@ -205,7 +205,7 @@ mod tests {
     use crate::ops::space::policy::Resource;
 
     fn subject<'a>(cache_dir: &'a Path, limits: &'a CullLimits) -> Subject<'a> {
-        Subject { cache_dir, stores: &[], limits, cache_bytes: None }
+        Subject { cache_dir, stores: &[], limits, cache_bytes: None, shards: 1 }
     }
 
     #[test]
