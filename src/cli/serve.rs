@@ -18,7 +18,7 @@ use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
-use crate::front::cachefiles::{BindOptions, Device};
+use crate::front::cachefiles::{BindOptions, CullLimits, Device};
 use crate::front::sim::socket::SocketFront;
 use crate::ops::confine::{self, Kept, Mode, User};
 use crate::ops::keep::{Keep, KeepError, KeepMode};
@@ -79,10 +79,10 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let claimed = claim(&config)?;
     let user = become_user(&config)?;
     let store = open_stores(&config)?;
-    let Opened { front, device, mut keep } = open_front(&config, claimed, sim_socket)?;
+    let Opened { front, device, limits, mut keep } = open_front(&config, claimed, sim_socket)?;
     seed(&config, &*store);
     // What it looks up on this host cannot be read later.
-    let space = space::Settings::new(&config.cache_dir, config.cull, config.cache_bytes);
+    let space = space::Settings::new(&config.cache_dir, limits, config.cache_bytes);
     let store = confine_to(&config, user.as_ref(), store)?;
     let (tracer, printer) = start_tracer(trace_requests)?;
     let (steward, no_room) = start_steward(space, device)?.unzip();
@@ -116,6 +116,8 @@ struct Opened {
     front: Arc<dyn FrontEnd>,
     /// The device, if that is what it is.
     device: Option<Arc<Device>>,
+    /// The culling limits that it is bound with.
+    limits: CullLimits,
     /// The hold on it that outlives this process.
     keep: Option<Keep>,
 }
@@ -126,7 +128,7 @@ fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -
         (None, Some(0)) => {
             let front = SocketFront::from_stdin(&config.cache_dir)
                 .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-            Ok(Opened { front: Arc::new(front), device: None, keep: None })
+            Ok(Opened { front: Arc::new(front), device: None, limits: config.cull, keep: None })
         }
         (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
         (Some(mut keep), _) => {
@@ -134,28 +136,29 @@ fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -
             options.tag.clone_from(&config.tag);
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
-            let device = open_device(config, &options, &mut keep)?;
-            Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device), keep: Some(keep) })
+            let (device, limits) = open_device(config, &options, &mut keep)?;
+            Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device), limits, keep: Some(keep) })
         }
     }
 }
 
-/// Takes over the device that an earlier daemon had, or binds it.
-fn open_device(config: &Config, options: &BindOptions, keep: &mut Keep) -> Result<Arc<Device>, Failure> {
+/// Takes over the device that an earlier daemon had, or binds it. Gives also the culling limits that it has.
+fn open_device(config: &Config, options: &BindOptions, keep: &mut Keep) -> Result<(Arc<Device>, CullLimits), Failure> {
     let failed = |error: KeepError| Failure::new(error.exit_code(), error);
-    let device = match keep.find().map_err(failed)? {
+    let opened = match keep.find().map_err(failed)? {
         Some(kept) => Device::take_over(kept, options, &keep.noted_cache())
-            .inspect(|_| tracing::info!("took over the device of an earlier daemon: mounted images go on, unanswered requests come again")),
-        None => Device::bind(options),
+            .inspect(|_| tracing::info!("took over the device of an earlier daemon: mounted images go on, unanswered requests come again"))
+            .map(|device| (device, keep.limits_of_kept(options.limits))),
+        None => Device::bind(options).inspect(|_| keep.note_limits(&options.limits)).map(|device| (device, options.limits)),
     };
-    let device = device.map_err(|error| Failure::new(error.exit_code(), error))?;
+    let (device, limits) = opened.map_err(|error| Failure::new(error.exit_code(), error))?;
     // A kernel that does not repeat requests would leave readers and mounts hanging, for whom errors are better.
     let mode = if device.caps().reopens { config.keep } else { KeepMode::Off };
     match keep.hold(mode, device.requests(), &config.cache_dir) {
         Err(error) if mode == KeepMode::Auto => tracing::warn!("nobody keeps the device over a restart: {error}"),
         result => result.map_err(failed)?,
     }
-    Ok(device)
+    Ok((device, limits))
 }
 
 /// Shares the blobs that are configured with the cache: after binding, when the cache is checked and ours, and before

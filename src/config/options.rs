@@ -76,7 +76,7 @@ pub struct Options {
     #[arg(long, value_name = "auto|SIZE", env = "INFILL_WINDOW")]
     pub(super) window: Option<WindowText>,
     /// How much of a blob, in percent, --window auto may bring on guesses that nothing has confirmed; at least
-    /// 4 MiB, 0: no guesses [default: 10]
+    /// 4 MiB, 0: no guesses [default: 8]
     #[arg(long, value_name = "PERCENT", env = "INFILL_AHEAD_PERCENT")]
     pub(super) ahead_percent: Option<u8>,
     /// Bring the rest of a blob in the background: auto (the parts of which readers seem to want all), off, or

@@ -12,11 +12,15 @@ use super::exit;
 use super::keeper::{Keeper, KeeperError};
 use super::notify::{self, Notify};
 use super::state::{StateDir, StateError};
+use crate::front::cachefiles::CullLimits;
 
 /// The device's name in systemd's store.
 const FD_NAME: &str = "cachefiles";
 /// A keeper that dies sooner is not replaced at once.
 const KEEPER_LIFE_MIN: Duration = Duration::from_secs(1);
+
+/// What systemd sets for every process of a unit (systemd.exec(5)).
+const IN_UNIT: &str = "INVOCATION_ID";
 
 /// Who keeps the device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
@@ -64,13 +68,24 @@ impl KeepError {
     }
 }
 
+/// What systemd's store has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stored {
+    /// Not the device.
+    No,
+    /// It was given the device, and did not say that it has a store for this unit: before systemd 254 it never does, since
+    /// then that means it has none.
+    Perhaps,
+    /// The device: it said so, or passed it to this process.
+    Surely,
+}
+
 /// The hold on the device, beside the daemon's own.
 #[derive(Debug)]
 pub struct Keep {
     state: StateDir,
     notify: Option<Notify>,
-    /// systemd has passed the device to this process, so it has it.
-    is_stored: bool,
+    stored: Stored,
     keeper: Option<Keeper>,
     keeper_since: Instant,
 }
@@ -83,7 +98,7 @@ impl Keep {
     pub fn claim(state_dir: &Path) -> Result<Self, KeepError> {
         let state = StateDir::claim(state_dir)?;
         let keeper = Keeper::find(&state.keeper_socket())?;
-        Ok(Self { state, notify: Notify::from_env(), is_stored: false, keeper, keeper_since: Instant::now() })
+        Ok(Self { state, notify: Notify::from_env(), stored: Stored::No, keeper, keeper_since: Instant::now() })
     }
 
     /// The device that was kept, if one was.
@@ -93,7 +108,7 @@ impl Keep {
     pub fn find(&mut self) -> Result<Option<OwnedFd>, KeepError> {
         let stored = notify::passed().into_iter().find(|(name, _)| name == FD_NAME);
         if let Some((_, device)) = stored {
-            self.is_stored = true;
+            self.stored = Stored::Surely;
             return Ok(Some(device));
         }
         let Some(keeper) = &self.keeper else { return Ok(None) };
@@ -106,7 +121,27 @@ impl Keep {
         self.state.noted_cache().map_or_else(|| "another directory".to_owned(), |dir| dir.display().to_string())
     }
 
-    /// Has the device kept as the mode says, and by nobody else.
+    /// Notes with which culling limits the device was bound.
+    pub fn note_limits(&self, limits: &CullLimits) {
+        self.state.note_limits(limits);
+    }
+
+    /// The culling limits of a kept device: those that were noted, or if none were, the settings.
+    #[must_use]
+    pub fn limits_of_kept(&self, settings: CullLimits) -> CullLimits {
+        let noted = self.state.noted_limits().unwrap_or(settings);
+        if (noted.blocks(), noted.files()) != (settings.blocks(), settings.files()) {
+            tracing::warn!(
+                "the device was bound with other culling limits than the settings ask for (brun bcull bstop frun fcull fstop: {} then, {} now), and they count until it is given up: unmount the images, stop infill, `infill release`",
+                noted.to_note().trim_end(),
+                settings.to_note().trim_end()
+            );
+        }
+        noted
+    }
+
+    /// Has the device kept as the mode says, and by nobody else; only that a keeper which has it already is not let go for
+    /// a store that may not exist, unless the mode says so.
     ///
     /// # Errors
     /// It is not kept. `Auto` takes whatever works.
@@ -117,28 +152,42 @@ impl Keep {
                 self.leave_systemd();
                 self.leave_keeper()
             }
-            KeepMode::Systemd => self.hold_by_systemd(device),
-            KeepMode::Keeper => self.hold_by_keeper(device),
-            KeepMode::Auto if self.notify.is_some() => self.hold_by_systemd(device),
-            KeepMode::Auto => self.hold_by_keeper(device),
+            KeepMode::Auto if self.notify.is_some() => {
+                self.hold_by_systemd(device)?;
+                if self.stored == Stored::Surely { self.leave_keeper() } else { Ok(()) }
+            }
+            KeepMode::Systemd => {
+                self.hold_by_systemd(device)?;
+                self.leave_keeper()
+            }
+            KeepMode::Auto | KeepMode::Keeper => {
+                self.hold_by_keeper(device)?;
+                self.leave_systemd();
+                Ok(())
+            }
         }
     }
 
     fn hold_by_systemd(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
         let notify = self.notify.as_ref().ok_or(KeepError::NoSystemd)?;
-        if !self.is_stored {
+        if self.stored == Stored::No {
             notify.store(FD_NAME, device).map_err(|errno| KeepError::Systemd(errno.into()))?;
-            self.is_stored = true;
-            if !notify::says_it_stores() {
-                tracing::warn!(
-                    "systemd (before 254, or without FileDescriptorStoreMax=1 in the unit) does not say whether it keeps the device: without that, a restart breaks mounted images"
-                );
-            }
+            self.stored = if notify::says_it_stores() { Stored::Surely } else { Stored::Perhaps };
         }
-        self.leave_keeper()
+        if self.stored == Stored::Perhaps {
+            tracing::warn!(
+                "systemd (before 254, or without FileDescriptorStoreMax=1 in the unit) does not say whether it keeps the device: without that, a restart breaks mounted images"
+            );
+        }
+        Ok(())
     }
 
     fn hold_by_keeper(&mut self, device: BorrowedFd<'_>) -> Result<(), KeepError> {
+        if self.notify.is_none() && std::env::var_os(IN_UNIT).is_some() {
+            tracing::warn!(
+                "a unit of systemd keeps the device by a keeper, which systemd ends with the daemon unless the unit says KillMode=process; better are Type=notify, NotifyAccess=main and FileDescriptorStoreMax=1"
+            );
+        }
         let answers = |keeper: &Keeper| {
             let kept = keeper.keep(device);
             kept.inspect_err(|error| tracing::warn!("{error}; starting another one")).is_ok()
@@ -147,12 +196,11 @@ impl Keep {
             self.keeper = Some(Keeper::start(&self.state.keeper_socket(), device)?);
             self.keeper_since = Instant::now();
         }
-        self.leave_systemd();
         Ok(())
     }
 
     fn leave_systemd(&mut self) {
-        if std::mem::take(&mut self.is_stored)
+        if std::mem::replace(&mut self.stored, Stored::No) != Stored::No
             && let Some(Err(errno)) = self.notify.as_ref().map(|notify| notify.forget(FD_NAME))
         {
             tracing::warn!("systemd still keeps the device ({errno}); it lets go when the unit is stopped");
@@ -166,10 +214,11 @@ impl Keep {
     /// Who keeps the device; `None`: nobody.
     #[must_use]
     pub const fn by(&self) -> Option<&'static str> {
-        match (self.is_stored, &self.keeper) {
-            (true, _) => Some("systemd"),
-            (false, Some(_)) => Some("the keeper"),
-            (false, None) => None,
+        match (self.stored, &self.keeper) {
+            (Stored::Surely, _) => Some("systemd"),
+            (_, Some(_)) => Some("the keeper"),
+            (Stored::Perhaps, None) => Some("systemd, if it has a store for this unit,"),
+            (Stored::No, None) => None,
         }
     }
 

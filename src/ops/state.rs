@@ -12,6 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
 use super::exit;
+use crate::front::cachefiles::CullLimits;
 
 /// Where it is unless somebody says otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/run/infill";
@@ -21,6 +22,8 @@ const LOCK_FILE: &str = "lock";
 const KEEPER_SOCKET: &str = "keeper.sock";
 /// Which directory the kept device is bound to, for messages.
 const CACHE_NOTE: &str = "cache-dir";
+/// With which culling limits it was bound.
+const LIMITS_NOTE: &str = "cull-limits";
 /// Mode of the directory and of its files.
 const DIR_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
@@ -117,11 +120,32 @@ impl StateDir {
 
     /// Notes which directory the device is bound to: the kernel does not tell.
     pub fn note_cache(&self, cache_dir: &Path) {
-        let path = self.dir.join(CACHE_NOTE);
-        let written = fs::canonicalize(cache_dir).and_then(|dir| fs::write(&path, dir.as_os_str().as_bytes()));
-        if let Err(error) = written {
-            tracing::warn!("cannot write {}: {error}: only messages would say more with it", path.display());
+        let noted = fs::canonicalize(cache_dir).and_then(|dir| self.note(CACHE_NOTE, dir.as_os_str().as_bytes()));
+        if let Err(error) = noted {
+            tracing::warn!("cannot write {}: {error}: only messages would say more with it", self.dir.join(CACHE_NOTE).display());
         }
+    }
+
+    /// Notes with which limits the device was bound: the kernel does not tell either.
+    pub fn note_limits(&self, limits: &CullLimits) {
+        if let Err(error) = self.note(LIMITS_NOTE, limits.to_note().as_bytes()) {
+            tracing::warn!(
+                "cannot write {}: {error}: do not change the culling limits while the device is kept",
+                self.dir.join(LIMITS_NOTE).display()
+            );
+        }
+    }
+
+    /// The limits that were noted last.
+    #[must_use]
+    pub fn noted_limits(&self) -> Option<CullLimits> {
+        CullLimits::from_note(&fs::read_to_string(self.dir.join(LIMITS_NOTE)).ok()?)
+    }
+
+    /// Replaces a note. One that cannot be written is none: an old one would be wrong.
+    fn note(&self, name: &str, text: &[u8]) -> io::Result<()> {
+        let path = self.dir.join(name);
+        fs::write(&path, text).inspect_err(|_| drop(fs::remove_file(&path)))
     }
 
     /// What was noted last.
@@ -169,6 +193,13 @@ mod tests {
         assert!(error.to_string().contains(&format!("pid {}", std::process::id())), "{error}");
         assert_eq!(error.exit_code(), 69);
         state.note_cache(parent.path());
+        assert_eq!(state.noted_limits(), None);
+        let limits = CullLimits { bstop_percent: Some(3), frun_percent: Some(40), ..CullLimits::default() };
+        state.note_limits(&limits);
+        let noted = state.noted_limits().unwrap();
+        assert_eq!((noted.blocks(), noted.files()), (limits.blocks(), limits.files()));
+        fs::write(dir.join(LIMITS_NOTE), "1 2").unwrap();
+        assert_eq!(state.noted_limits(), None);
         drop(state);
         assert_eq!(StateDir::claim(&dir).unwrap().noted_cache(), Some(fs::canonicalize(parent.path()).unwrap()));
         fs::set_permissions(&dir, Permissions::from_mode(0o770)).unwrap();

@@ -7,7 +7,7 @@
 //! * Any other miss is a **jump**. A fill costs much before its first byte, so it is worth to bring a whole block
 //!   of `BLOCK_BYTES` where more of it may be wanted: if the readers return to a part of at most `CLOSE_BYTES`,
 //!   or as a **bet**. Bets that nothing has confirmed are bounded by a budget, the operator's setting, so an
-//!   image of which little is used stays mostly empty. With the budget spent a jump brings `CLUSTER_BYTES`.
+//!   image of which little is used stays mostly empty. With the budget spent a jump brings only what is close to it.
 //! * Where readers have asked for `WANTED_PERCENT` of a neighbourhood, on both sides of a jump, they seem to want
 //!   all of it, and the planner says so: the machine completes it in the background. What was brought unasked does
 //!   not count in that, because nobody can ask for it any more. Both sides, because a reader that goes through an
@@ -21,10 +21,15 @@ use crate::range::{self, ByteRange, align_down, align_up, intersect};
 
 /// What a jump brings if readers are likely to return, and as a bet.
 const BLOCK_BYTES: u64 = 1 << 20;
-/// What a jump brings when the budget is spent.
-const CLUSTER_BYTES: u64 = 32 << 10;
+/// What a jump brings when the budget is spent: so much before and behind what is asked, in whole units. Files that are
+/// read together lie in the order of their names, so more of what follows is worth having than of what precedes.
+const CLUSTER_BEFORE_BYTES: u64 = 8 << 10;
+/// See [`CLUSTER_BEFORE_BYTES`].
+const CLUSTER_BEHIND_BYTES: u64 = 24 << 10;
+/// See [`CLUSTER_BEFORE_BYTES`].
+const CLUSTER_UNIT_BYTES: u64 = 16 << 10;
 /// How far to both sides a jump's neighbourhood reaches.
-const NEIGHBOURHOOD_BYTES: u64 = 16 << 20;
+const NEIGHBOURHOOD_BYTES: u64 = 32 << 20;
 /// A smaller neighbourhood, to either side, says nothing.
 const SIDE_MIN_BYTES: u64 = 2 << 20;
 /// Share of a neighbourhood, in percent, that must have been asked for to make all of it wanted, and half of it on
@@ -32,7 +37,7 @@ const SIDE_MIN_BYTES: u64 = 2 << 20;
 const WANTED_PERCENT: u64 = 13;
 /// One jump in so many judges its neighbourhood: counting takes time, and what is judged more often is more often
 /// judged wrongly by chance.
-const JUDGED_EVERY: u64 = 4;
+const JUDGED_EVERY: u64 = 2;
 /// Blocks are free while readers return to a part of so much: it is one file, or a small image.
 const CLOSE_BYTES: u64 = 20 << 20;
 /// Least budget for bets, whatever the object's length.
@@ -134,7 +139,7 @@ impl Planner {
             bet_bytes = absent;
             block
         } else {
-            aligned(demand, CLUSTER_BYTES)
+            cluster(demand)
         };
         self.streams.begin(&region, bet_bytes);
         Advice { region, complete: wanted }
@@ -166,6 +171,12 @@ impl Planner {
         self.budget_bytes = self.budget_bytes.checked_sub(absent)?;
         Some(absent)
     }
+}
+
+/// What is close to a demand.
+fn cluster(demand: &ByteRange) -> ByteRange {
+    let around = demand.start.saturating_sub(CLUSTER_BEFORE_BYTES)..demand.end.saturating_add(CLUSTER_BEHIND_BYTES);
+    aligned(&around, CLUSTER_UNIT_BYTES)
 }
 
 /// Every aligned unit that a demand touches.

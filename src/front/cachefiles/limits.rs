@@ -64,6 +64,29 @@ impl CullLimits {
         or_default(self.frun_percent, self.fcull_percent, self.fstop_percent)
     }
 
+    /// These limits as a line of text, for whoever takes over a device that was bound with them.
+    #[must_use]
+    pub fn to_note(&self) -> String {
+        let numbers = [self.blocks(), self.files()].map(|Percents { run, cull, stop }| format!("{run} {cull} {stop}"));
+        format!("{}\n", numbers.join(" "))
+    }
+
+    /// The limits of such a line; `None` if it is none.
+    #[must_use]
+    pub fn from_note(line: &str) -> Option<Self> {
+        let numbers: Result<Vec<u8>, _> = line.split_whitespace().map(str::parse).collect();
+        let [brun, bcull, bstop, frun, fcull, fstop] = numbers.ok()?[..] else { return None };
+        let limits = Self {
+            brun_percent: Some(brun),
+            bcull_percent: Some(bcull),
+            bstop_percent: Some(bstop),
+            frun_percent: Some(frun),
+            fcull_percent: Some(fcull),
+            fstop_percent: Some(fstop),
+        };
+        limits.commands().is_ok().then_some(limits)
+    }
+
     /// The commands that set these limits, in an order in which the kernel accepts each.
     ///
     /// # Errors

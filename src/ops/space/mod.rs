@@ -3,11 +3,13 @@
 //! | file | its subject |
 //! |---|---|
 //! | `policy` | marks, and which objects go (pure) |
+//! | `count` | when the cache is counted (pure) |
 //! | `uses` | when objects were last used |
 //! | `round` | one round of culling |
 //! | `steward` | the thread `infill-space`, which sees to it |
 //! | `mod` | the room that a file system has, judged as the kernel does |
 
+mod count;
 pub mod policy;
 mod round;
 pub mod steward;

@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::Serialize;
 
+use super::count::{Count, Need};
 use super::policy::{Excess, Level, Limits, Room};
 use super::round::{Removed, Round};
 use super::uses::Uses;
@@ -31,17 +32,20 @@ use crate::ops::doctor::release::{Running, may_cull};
 
 /// How often the cache's room is looked at when nobody complains.
 pub const POLL: Duration = Duration::from_secs(5);
-/// Longest time for which the statistics tell an old size of the cache.
-const CENSUS_AGE_MAX: Duration = Duration::from_secs(60);
 /// Shortest time from one look to the next, however many fills find no room: the file system may free the blocks of
 /// what was removed some time later (XFS does so in the background), and they must not be missed twice.
 const SETTLE: Duration = Duration::from_millis(200);
-/// For how long a round that could remove nothing counts: fills that find no room meanwhile fail at once.
-const IN_VAIN: Duration = Duration::from_secs(1);
 /// How long the thread may take to end; longer, and it hangs in the kernel.
 const STOP_MAX: Duration = Duration::from_secs(5);
 /// Pause between two looks at whether it has ended.
 const STOP_POLL: Duration = Duration::from_millis(5);
+/// So many looks in a row, each after a fill found no room, must have seen plenty of it before the kernel is taken to keep
+/// to other marks, or the file system to a quota; and so much time at most may lie between two of them. A fill is tried
+/// again for more than a second.
+const REFUSED_MIN: u32 = 3;
+const REFUSED_GAP_MAX: Duration = Duration::from_secs(1);
+/// Share of the file system, in percent, that is made free then at a time.
+const REFUSED_SHARE_PERCENT: u64 = 1;
 /// Share of the byte budget, in percent, that is made free when the budget is exceeded.
 const BUDGET_SLACK_PERCENT: u64 = 5;
 
@@ -175,8 +179,10 @@ struct Worker {
     uses: Uses,
     /// The cull mark was passed, and the run mark is not reached yet.
     culling: bool,
-    /// The last count, and the free space then.
-    counted: Option<(Instant, u64)>,
+    /// Looks in a row that saw plenty of room where fills found none.
+    refused: u32,
+    /// The last count, and when it had ended.
+    counted: Option<(Count, Instant)>,
     /// When it last looked.
     looked: Instant,
     /// Troubles that were told and are not over yet.
@@ -194,6 +200,8 @@ enum Trouble {
     Graves,
     /// Parts of the cache could not be counted.
     Count,
+    /// There is room, and the kernel does not use it.
+    Refused,
     /// There is no room, and none can be made.
     TooFull,
 }
@@ -215,6 +223,7 @@ impl Worker {
             statistics,
             uses: Uses::new(settings.lists),
             culling: false,
+            refused: 0,
             counted: None,
             looked: Instant::now(),
             told: HashSet::new(),
@@ -249,20 +258,61 @@ impl Worker {
         let closed = self.note_uses();
         let now = room(&self.root).map_err(CacheDirError::io(self.root.path(), "query its file system"))?;
         lock(&self.statistics).cache_free_bytes = now.bytes.free;
-        self.culling = match self.limits.level(&now) {
+        let level = self.limits.level(&now);
+        let is_refused = self.is_refused(starved && level == Level::Plenty, &now);
+        self.culling = match level {
             Level::Stop | Level::Cull => true,
             Level::Low => self.culling || starved,
-            Level::Plenty => false,
+            Level::Plenty => is_refused,
         };
         self.empty_graveyard();
-        if self.culling || self.must_count(closed, now.bytes.free) {
-            let found = census(&self.root)?;
-            self.counted = Some((Instant::now(), now.bytes.free));
-            let unread = |path| format!("cannot count all of the cache, so not all of it can go: {path}");
-            self.tell(Trouble::Count, found.unread.as_ref().map(unread));
-            self.keep(&found, &now, starved)?;
-        } else if self.budget_bytes.is_none() {
+        self.counted.iter_mut().for_each(|(count, _)| count.closed_since |= closed);
+        let need = match self.budget_bytes {
+            _ if self.culling => Need::Room,
+            Some(_) => Need::Budget,
+            None => Need::Statistics,
+        };
+        if self.counted.is_none_or(|(count, at)| count.is_outdated(need, at.elapsed(), now.bytes.free)) {
+            self.count_and_keep(&now, starved)?;
+        } else if need == Need::Statistics {
             self.tell(Trouble::TooFull, None);
+        }
+        Ok(())
+    }
+
+    /// Whether the kernel goes on to find no room where there is plenty by all that is known here.
+    fn is_refused(&mut self, now_too: bool, room: &Room) -> bool {
+        let in_a_row = if self.looked.elapsed() <= REFUSED_GAP_MAX { self.refused } else { 0 };
+        self.refused = if now_too { in_a_row.saturating_add(1) } else { 0 };
+        let is_refused = self.refused >= REFUSED_MIN;
+        if is_refused || !now_too {
+            let why = || {
+                format!(
+                    "the cache takes no data although {} % of its space and {} % of its inodes are free, so what is unused goes: a quota, or the kernel keeps to other marks (`bstop`, `fstop`) than these settings say; raise the quota, or unmount the images, stop infill and give the device up with `infill release`",
+                    room.bytes.percent(),
+                    room.files.percent()
+                )
+            };
+            self.tell(Trouble::Refused, is_refused.then(why));
+        }
+        is_refused
+    }
+
+    fn count_and_keep(&mut self, now: &Room, starved: bool) -> Result<(), CacheDirError> {
+        let began = Instant::now();
+        let found = census(&self.root)?;
+        // Until it is known better: a round that fails is in vain.
+        let mut count = Count { took: began.elapsed(), free_bytes: now.bytes.free, in_vain: true, closed_since: false };
+        let at = Instant::now();
+        self.counted = Some((count, at));
+        let unread = |path| format!("cannot count all of the cache, so not all of it can go: {path}");
+        self.tell(Trouble::Count, found.unread.as_ref().map(unread));
+        count.in_vain = self.keep(&found, now)?;
+        self.counted = Some((count, at));
+        if !count.in_vain {
+            self.no_room.in_vain_for(Duration::ZERO);
+        } else if starved {
+            self.no_room.in_vain_for(count.rest());
         }
         Ok(())
     }
@@ -273,7 +323,7 @@ impl Worker {
         let closed = self.uses.update(&self.cache);
         let why = |error| format!("cannot see which blobs are in use, so some may go that were used not long ago: {error}");
         self.tell(Trouble::Uses, closed.as_ref().err().map(why));
-        closed.unwrap_or(true)
+        closed.unwrap_or(false)
     }
 
     /// What cannot be deleted takes room, and that is all.
@@ -282,21 +332,14 @@ impl Worker {
         self.tell(Trouble::Graves, emptied.err().map(|error| format!("cannot delete what the kernel has removed: {error}")));
     }
 
-    /// Whether the last count says too little: objects were filled, or closed and named. Without a budget it is only for
-    /// the statistics.
-    fn must_count(&self, closed: bool, free_bytes: u64) -> bool {
-        let changed = |free| self.budget_bytes.is_some() && (closed || free != free_bytes);
-        self.counted.is_none_or(|(at, free)| at.elapsed() > CENSUS_AGE_MAX || changed(free))
-    }
-
-    /// Removes what is too much of what was found.
-    fn keep(&mut self, found: &Census, now: &Room, starved: bool) -> Result<(), CacheDirError> {
+    /// Removes what is too much of what was found; `true`: something is too much, and nothing of it could go.
+    fn keep(&mut self, found: &Census, now: &Room) -> Result<bool, CacheDirError> {
         let used_bytes = found.objects.iter().map(|object| object.bytes).sum();
         lock(&self.statistics).count(used_bytes, found.objects.len());
         let excess = self.excess(used_bytes, now);
         if excess.is_none() {
             self.tell(Trouble::TooFull, None);
-            return Ok(());
+            return Ok(false);
         }
         let mut left = excess;
         let mut removed = Removed::default();
@@ -311,17 +354,17 @@ impl Worker {
         if removed.anything() {
             let Removed { objects, bytes, volumes, .. } = removed;
             tracing::info!(objects, bytes, volumes, free_bytes = now.bytes.free, cache_bytes = used_bytes, "made room in the cache");
-        } else if starved {
-            self.no_room.in_vain_for(IN_VAIN);
         }
         let too_full = || format!("the cache is too full, and nothing in it is unused: {}", advice(left, now));
         self.tell(Trouble::TooFull, (!left.is_none()).then(too_full));
-        Ok(())
+        Ok(!removed.anything())
     }
 
     /// What must go, by the marks or the budget.
     fn excess(&self, used_bytes: u64, now: &Room) -> Excess {
+        let refused_bytes = if self.refused >= REFUSED_MIN { now.bytes.total / 100 * REFUSED_SHARE_PERCENT } else { 0 };
         let of_marks = if self.culling { self.limits.excess(now) } else { Excess::default() };
+        let of_marks = of_marks.or(Excess { bytes: refused_bytes, files: 0 });
         let over = |budget: u64| used_bytes - (budget - budget / 100 * BUDGET_SLACK_PERCENT);
         let bytes = self.budget_bytes.filter(|budget| used_bytes > *budget).map_or(0, over);
         of_marks.or(Excess { bytes, files: 0 })
