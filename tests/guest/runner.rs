@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use crate::density::TEN_THOUSAND;
 use crate::guest::Guest;
 use crate::tests;
 
@@ -25,6 +26,8 @@ pub(crate) const FAILED: &str = "test failed: ";
 
 /// How long one test may take, emulated on a busy machine.
 const TEST_LIMIT: Duration = Duration::from_secs(240);
+/// The same for the longest one.
+const LONGEST_LIMIT: Duration = Duration::from_secs(900);
 /// How long the kernel may hold the device node after a test; it frees a killed daemon's rings late.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 /// Where a test leaves the reason of its failure.
@@ -55,12 +58,13 @@ fn run_in_process(name: &str) -> Result<(), String> {
     let mut command = Command::new("/proc/self/exe");
     command.args([ONE, name]).process_group(0);
     let mut child = command.spawn().map_err(|e| format!("cannot start: {e}"))?;
-    let status = match wait_limited(&mut child, TEST_LIMIT) {
+    let limit = if name == TEN_THOUSAND { LONGEST_LIMIT } else { TEST_LIMIT };
+    let status = match wait_limited(&mut child, limit) {
         Some(status) => status,
         None => {
             let stacks = blocked_stacks();
             let _ = killpg(Pid::from_raw(child.id().cast_signed()), Signal::SIGKILL);
-            return Err(format!("not done after {} s; waiting in the kernel:\n{stacks}", TEST_LIMIT.as_secs()));
+            return Err(format!("not done after {} s; waiting in the kernel:\n{stacks}", limit.as_secs()));
         }
     };
     if status.success() {
