@@ -15,7 +15,6 @@ mod disturbances;
 mod failures;
 mod fixtures;
 mod guest;
-mod hang;
 mod host;
 mod lifecycle;
 mod matrix;
@@ -46,7 +45,6 @@ fn tests() -> impl Iterator<Item = Test> {
         matrix::TESTS,
         failures::TESTS,
         disturbances::TESTS,
-        hang::TESTS,
         confine::TESTS,
         lifecycle::TESTS,
         seed::TESTS,

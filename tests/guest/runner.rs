@@ -30,6 +30,8 @@ const TEST_LIMIT: Duration = Duration::from_secs(240);
 const LONGEST_LIMIT: Duration = Duration::from_secs(900);
 /// How long the kernel may hold the device node after a test; it frees a killed daemon's rings late.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
+/// Where the caches of tests are.
+const CACHE_DIR: &str = "/cache";
 /// Where a test leaves the reason of its failure.
 const REASON_FILE: &str = "/tmp/reason";
 
@@ -49,8 +51,17 @@ pub(crate) fn run_all(names: &[String]) -> ExitCode {
             println!("after {name}: {left}; this guest ends here");
             return ExitCode::FAILURE;
         }
+        make_room();
     }
     ExitCode::SUCCESS
+}
+
+/// Removes what a test has cached, so that the next finds the disk as it was.
+fn make_room() {
+    for entry in fs::read_dir(CACHE_DIR).into_iter().flatten().flatten() {
+        // Not everything there is a test's, and what cannot be removed is only in the way.
+        let _ = fs::remove_dir_all(entry.path());
+    }
 }
 
 fn run_in_process(name: &str) -> Result<(), String> {
