@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::Outcome;
+use crate::guest::drop_caches;
 
 /// How long the disk may stay in use after its test.
 const FREE_LIMIT: Duration = Duration::from_secs(10);
@@ -63,10 +64,14 @@ impl BadDisk {
         self.spoil_range(at / SECTOR_BYTES, 8)
     }
 
-    /// Makes all but the file system's own tables fail.
-    pub(crate) fn spoil_data(&mut self) -> Outcome {
+    /// Makes all but the file system's own tables fail. `false`: the kernel's disk does not do that for so many sectors.
+    pub(crate) fn spoil_data(&mut self) -> Result<bool, Box<dyn std::error::Error>> {
         nix::unistd::sync();
-        self.spoil_range(TABLES_BYTES / SECTOR_BYTES, (DISK_BYTES - TABLES_BYTES) / SECTOR_BYTES)
+        self.spoil_range(TABLES_BYTES / SECTOR_BYTES, (DISK_BYTES - TABLES_BYTES) / SECTOR_BYTES)?;
+        drop_caches()?;
+        let device = File::open(DEVICE)?;
+        let fails = |at| device.read_exact_at(&mut [0; 4096], at).is_err();
+        Ok([TABLES_BYTES, DISK_BYTES / 4, DISK_BYTES / 2, DISK_BYTES - 4096].into_iter().all(fails))
     }
 
     fn spoil_range(&mut self, first: u64, sectors: u64) -> Outcome {
