@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `router` | the way of a request from the front end to its shard |
 //! | `opens`, `opener`, `metadata` | opens: which blob is it, how long, where is its metadata |
-//! | `shard` | the event loop |
+//! | `shard`, `attached` | the event loop, and what it knows of an object |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
 //! | `probe` | what a sink already holds |
@@ -15,6 +15,7 @@
 //! | `stats`, `trace`, `advice` | what is counted, what is shown, what is said |
 
 mod advice;
+mod attached;
 pub mod blocking;
 pub mod buffers;
 mod clock;

@@ -4,18 +4,18 @@
 //! wait. On the receiving shard the wait also reads the kernel's requests.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SendError, Sender};
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::stat::fstat;
 
 use super::advice::{Device, advice, patience};
+use super::attached::{Attached, Target, is_whole};
 use super::buffers::{Buffers, Memory};
 use super::clock::Clock;
-use super::fds::{Charge, Offer};
+use super::fds::Offer;
 use super::fill::From;
 use super::io::{Done, FileRef, Io, Kind, Op};
 use super::machine::{Action, Answered, Handle, Machine, OpKey};
@@ -26,8 +26,6 @@ use super::stats::{Gauges, ShardStats};
 use super::trace::{Record, Tracer};
 use super::{EngineError, Shared, probe};
 use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Outcome, Sink, Ticket};
-use crate::key::Key;
-use crate::store::{Blob, SourceFile};
 
 /// Longest sleep: a wake-up that the kernel lost costs no more than this.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
@@ -35,51 +33,6 @@ const SLEEP_MAX: Duration = Duration::from_secs(1);
 const ANSWERS_MAX: usize = 64;
 /// How often a shard that cannot go on looks for the messages it has asked for: reading them never waits.
 const READ_TRIES: u32 = 3;
-
-/// What a shard knows of an object besides what the machine knows.
-#[derive(Debug)]
-struct Attached {
-    key: Arc<Key>,
-    blob: Arc<dyn Blob>,
-    sink: SinkState,
-    sink_file: FileRef,
-    source_files: Vec<FileRef>,
-    /// Dropped last.
-    _charge: Charge,
-}
-
-/// What a shard has of an object's sink.
-#[derive(Debug)]
-enum SinkState {
-    Held(Arc<dyn Sink>),
-    /// It was offered, to be closed. A request of the object holds it, and so brings it back.
-    Offered(Weak<dyn Sink>),
-}
-
-impl Attached {
-    /// The sink, unless it was offered.
-    const fn sink(&self) -> Option<&Arc<dyn Sink>> {
-        match &self.sink {
-            SinkState::Held(sink) => Some(sink),
-            SinkState::Offered(_) => None,
-        }
-    }
-
-    /// Gives the sink away.
-    fn offer(&mut self) -> Option<Arc<dyn Sink>> {
-        let sink = Arc::clone(self.sink()?);
-        self.sink = SinkState::Offered(Arc::downgrade(&sink));
-        Some(sink)
-    }
-
-    /// Takes the sink back if somebody holds it. `true`: it had been offered.
-    fn take_back(&mut self) -> bool {
-        let SinkState::Offered(offered) = &self.sink else { return false };
-        let Some(sink) = offered.upgrade() else { return false };
-        self.sink = SinkState::Held(sink);
-        true
-    }
-}
 
 /// See the module's description.
 pub(super) struct Shard<I> {
@@ -228,19 +181,14 @@ impl<I: Io> Shard<I> {
     }
 
     fn adopt(&mut self, adopted: Adopted) {
-        let Adopted { object, key, blob, metadata, sink, charge } = adopted;
-        let handle = self.machine.open(object, Arc::clone(&blob));
-        if let Some(metadata) = metadata {
-            self.machine.bring_whole(handle, &metadata);
+        let handle = self.machine.open(adopted.object, Arc::clone(&adopted.blob));
+        if let Some(metadata) = &adopted.metadata {
+            self.machine.bring_whole(handle, metadata);
         }
-        // Not in the ring's table: a place there may keep a descriptor open long after it was cleared (up to a
-        // second in Linux 6.1, and behind any operation that hangs), and an object whose sink is open is not gone.
-        let sink_file = FileRef::plain(sink.as_fd());
-        let source_files = blob.files().iter().map(|file| self.io.add_file(file.fd.as_fd())).collect();
         if self.attached.len() <= handle.0 {
             self.attached.resize_with(handle.0 + 1, || None);
         }
-        self.attached[handle.0] = Some(Attached { key, blob, sink: SinkState::Held(sink), sink_file, source_files, _charge: charge });
+        self.attached[handle.0] = Some(Attached::new(adopted, &mut self.io));
     }
 
     fn need(&mut self, need: NeedRequest, since_ns: u64) {
@@ -274,8 +222,7 @@ impl<I: Io> Shard<I> {
     /// Offers the sink of an object that the machine has picked.
     fn offer(&mut self, handle: Handle) {
         let Some(object) = self.machine.id(handle) else { return };
-        if let Some(Some(attached)) = self.attached.get_mut(handle.0)
-            && let Some(sink) = attached.offer()
+        if let Some(sink) = self.attached_mut(handle).and_then(Attached::offer)
             && let Err(SendError(Offer::Sink(_, sink))) = self.offers.send(Offer::Sink(object, sink))
         {
             self.keep(object, sink);
@@ -285,16 +232,19 @@ impl<I: Io> Shard<I> {
     /// Takes back the sink of an object that was offered, unless a request has brought it back already.
     fn keep(&mut self, object: ObjectId, sink: Arc<dyn Sink>) {
         let Some(handle) = self.machine.handle(object) else { return };
-        if let Some(Some(attached)) = self.attached.get_mut(handle.0) {
-            attached.take_back();
+        if self.attached_mut(handle).is_some_and(Attached::take_back) {
             self.machine.stays(handle);
         }
+        // It is held by now.
         drop(sink);
     }
 
-    /// The sink of an object, unless it was offered.
-    fn sink(&self, object: Handle) -> Option<Arc<dyn Sink>> {
-        self.attached.get(object.0)?.as_ref()?.sink().cloned()
+    fn attached(&self, object: Handle) -> Option<&Attached> {
+        self.attached.get(object.0)?.as_ref()
+    }
+
+    fn attached_mut(&mut self, object: Handle) -> Option<&mut Attached> {
+        self.attached.get_mut(object.0)?.as_mut()
     }
 
     /// Does what the machine wants done.
@@ -305,7 +255,7 @@ impl<I: Io> Shard<I> {
             }
             match action {
                 Action::Answer(answered) => self.answers.push(answered),
-                Action::Look { object, range } => match self.sink(object) {
+                Action::Look { object, range } => match self.attached(object).and_then(Attached::sink).cloned() {
                     Some(sink) => probe::look(&mut self.machine, object, sink.as_fd(), &range),
                     None => self.machine.learn_of(object, &range, []),
                 },
@@ -326,8 +276,7 @@ impl<I: Io> Shard<I> {
 
     /// Whether what is to be read can be written as it lies in memory.
     fn is_in_memory(&self, object: Handle, file: usize, offset: u64, len: u64) -> bool {
-        let attached = self.attached.get(object.0).and_then(Option::as_ref);
-        let file = attached.and_then(|attached| attached.blob.files().get(file));
+        let file = self.attached(object).and_then(|attached| attached.blob.files().get(file));
         offset.is_multiple_of(self.caps.align_bytes) && file.is_some_and(|file| file.is_in_memory(offset, len))
     }
 
@@ -343,8 +292,7 @@ impl<I: Io> Shard<I> {
             (From::Slot { .. }, None) => None,
             (From::Zero, _) => Some(self.buffers.zeros(index(len))),
             (From::Mapped { file, offset }, _) => {
-                let attached = self.attached.get(object.0)?.as_ref()?;
-                let file = &attached.blob.files()[file];
+                let file = &self.attached(object)?.blob.files()[file];
                 is_whole(file).then(|| Memory::mapped(file, offset, len)).flatten()
             }
         }
@@ -352,12 +300,9 @@ impl<I: Io> Shard<I> {
 
     #[expect(clippy::too_many_arguments, reason = "the parts of an operation")]
     fn start(&mut self, key: OpKey, object: Handle, kind: Kind, target: Target, offset: u64, memory: Option<Memory>, then: Option<u64>) {
-        let attached = self.attached.get(object.0).and_then(Option::as_ref);
-        let file = attached.and_then(|attached| match target {
-            Target::Sink => attached.sink().map(|_| attached.sink_file),
-            Target::Source(file) => attached.source_files.get(file).copied(),
-        });
-        let then = attached.filter(|attached| attached.sink().is_some()).zip(then).map(|(attached, offset)| (attached.sink_file, offset));
+        let attached = self.attached(object);
+        let file = attached.and_then(|attached| attached.file(target));
+        let then = attached.and_then(|attached| attached.file(Target::Sink)).zip(then);
         match (file, memory) {
             (Some(file), Some(memory)) => self.io.push(Op { key: key.0, kind, file, offset, memory, then }),
             _ => self.machine.io_done(key, -(Errno::EIO as i32), self.clock.now_ns()),
@@ -411,8 +356,7 @@ impl<I: Io> Shard<I> {
 
     /// Closes an object whose blob could not be found, so that the next request has it looked for again.
     fn let_go_if_lost(&mut self, object: Handle) {
-        let attached = self.attached.get(object.0).and_then(Option::as_ref);
-        if self.caps.reopens && attached.is_some_and(|attached| attached.blob.is_lost()) && self.machine.pick(object) {
+        if self.caps.reopens && self.attached(object).is_some_and(|attached| attached.blob.is_lost()) && self.machine.pick(object) {
             self.offer(object);
             self.shared.look_again();
         }
@@ -420,7 +364,7 @@ impl<I: Io> Shard<I> {
 
     /// Tells of an answer: a failure in the log, any in the trace.
     fn report(&self, object: Option<Handle>, range: crate::range::ByteRange, latency_ns: u64, outcome: Outcome) {
-        let attached = object.and_then(|object| self.attached.get(object.0)?.as_ref());
+        let attached = object.and_then(|object| self.attached(object));
         let delay = object.filter(|_| outcome == Outcome::Failed(Errno::ETIMEDOUT)).map(|object| self.machine.delay(object, &range));
         let record = Record { key: attached.map(|attached| Arc::clone(&attached.key)), range, latency_ns, outcome };
         if let Outcome::Failed(errno) = outcome
@@ -531,19 +475,6 @@ impl<I: Io> Shard<I> {
         }
         self.answer();
     }
-}
-
-/// What an operation works on.
-#[derive(Clone, Copy)]
-enum Target {
-    Sink,
-    Source(usize),
-}
-
-/// Whether a mapped file still has the length it was opened with. A page that lost its tail would be read as
-/// zeros, without any error.
-fn is_whole(file: &SourceFile) -> bool {
-    fstat(&file.fd).is_ok_and(|stat| u64::try_from(stat.st_size).is_ok_and(|len| len >= file.len_bytes))
 }
 
 /// An offset or length within a slot.
