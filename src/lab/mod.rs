@@ -151,6 +151,15 @@ pub fn last_lines(text: &str, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
+/// What tells most of a log: its first complaints and its last lines, `count` of each at most.
+#[must_use]
+pub fn gist_of_log(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.trim_end().lines().collect();
+    let (before, last) = lines.split_at(lines.len().saturating_sub(count));
+    let complains = |line: &&&str| ["WARN", "ERROR"].iter().any(|level| line.contains(level));
+    before.iter().filter(complains).take(count).chain(last).copied().collect::<Vec<_>>().join("\n")
+}
+
 /// A 64-bit checksum: tells different contents apart by accident, not by attack. Eight bytes a step, so
 /// that it is cheap enough for an emulated guest.
 #[must_use]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use infill::lab::last_lines;
+use infill::lab::gist_of_log;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -249,7 +249,7 @@ impl Guest {
     pub(crate) fn print_logs(&self) {
         for kind in ["out", "log"] {
             let text = fs::read_to_string(format!("/tmp/{}.{kind}", self.name));
-            for line in last_lines(&text.unwrap_or_default(), LOG_LINES).lines() {
+            for line in gist_of_log(&text.unwrap_or_default(), LOG_LINES).lines() {
                 println!("{kind}: {line}");
             }
         }

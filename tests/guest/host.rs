@@ -220,7 +220,10 @@ impl Transcript {
     }
 
     fn with_tail(&self, reason: &str) -> String {
-        let tail = &self.lines[self.lines.len().saturating_sub(TAIL_LINES)..];
+        // A kernel that complains says the same again and again.
+        let mut lines: Vec<&str> = self.lines.iter().map(String::as_str).collect();
+        lines.dedup();
+        let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
         format!("{reason}\n--- the guest's console:\n{}\n---", tail.join("\n"))
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::lab::{LabError, Result, Trying, last_lines};
+use crate::lab::{LabError, Result, Trying, gist_of_log, last_lines};
 
 /// How long a daemon may take to be ready.
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -79,9 +79,9 @@ impl Daemon {
         last_lines(&fs::read_to_string(&self.out).unwrap_or_default(), 1)
     }
 
-    /// The end of its log.
+    /// What tells most of its log.
     pub(super) fn logged(&self) -> String {
-        last_lines(&fs::read_to_string(&self.log).unwrap_or_default(), LOG_LINES)
+        gist_of_log(&fs::read_to_string(&self.log).unwrap_or_default(), LOG_LINES)
     }
 }
 
