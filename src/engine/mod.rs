@@ -5,6 +5,7 @@
 //! | `router` | the way of a request from the front end to its shard |
 //! | `opens`, `opener`, `metadata` | opens: which blob is it, how long, where is its metadata |
 //! | `shard`, `attached` | the event loop, and what it knows of an object |
+//! | `batch` | the answers of a turn |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
 //! | `probe` | what a sink already holds |
@@ -16,6 +17,7 @@
 
 mod advice;
 mod attached;
+mod batch;
 pub mod blocking;
 pub mod buffers;
 mod clock;

@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 
 mod budget;
 mod hang;
+mod pace;
 
 use super::plan::{Completion, Window};
 use super::*;
