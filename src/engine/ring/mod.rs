@@ -38,13 +38,15 @@ const FILE_SLOTS: u32 = 16_384;
 
 /// How a ring is to be made.
 #[derive(Clone, Copy, Debug)]
-pub struct Settings {
+pub struct Settings<'a> {
     /// Operations in flight at most.
     pub depth: u32,
     /// Messages read at a time at most, besides those.
     pub receives: u32,
     /// Kernel worker threads that write, at most.
     pub workers: u32,
+    /// The CPUs that worker threads may use; none: all.
+    pub near: &'a [usize],
 }
 
 /// What came out of it.
@@ -60,6 +62,8 @@ pub struct Features {
     pub fixed_files: bool,
     /// A write can follow its read without the shard.
     pub links: bool,
+    /// Worker threads run where they were told to.
+    pub near: bool,
 }
 
 /// See the module's description. `!Send`: the kernel accepts only the thread that made it.
@@ -92,7 +96,7 @@ impl Ring {
     ///
     /// # Errors
     /// The kernel refuses any ring; [`explain`] says why.
-    pub fn new(settings: Settings, buffers: &Memory, watch: Watch<'_>) -> io::Result<Self> {
+    pub fn new(settings: Settings<'_>, buffers: &Memory, watch: Watch<'_>) -> io::Result<Self> {
         let (ring, mode) = setup::build(2 * settings.depth + settings.receives)?;
         let submitter = ring.submitter();
         let vec = [libc::iovec { iov_base: buffers.ptr().cast(), iov_len: buffers.len() as usize }];
@@ -102,13 +106,15 @@ impl Ring {
         let fixed_files = submitter.register_files_sparse(FILE_SLOTS).is_ok();
         let restricted = submitter.register_restrictions(&mut setup::allowed()).is_ok();
         submitter.register_enable_rings()?;
+        // Before the number of them, which some kernels forget over it.
+        let near = !settings.near.is_empty() && submitter.register_iowq_aff(&setup::cpu_set(settings.near)).is_ok();
         // Operations on regular files have workers of their own, apart from those on what is none, such as the sinks
         // (`io_prep_async_work`, io_uring/io_uring.c). A read that blocks occupies one of the former, so there are as many as
         // operations: a source that hangs can take none away from another one.
         // Older kernels have no such call; then the cap is the kernel's own.
         let _ = submitter.register_iowq_max_workers(&mut [settings.depth, settings.workers]);
         let links = ring.params().is_feature_skip_cqe_on_success();
-        let features = Features { mode, restricted, fixed_buffers, fixed_files, links };
+        let features = Features { mode, restricted, fixed_buffers, fixed_files, links, near };
         let free_files = if fixed_files { (0..FILE_SLOTS).rev().collect() } else { Vec::new() };
         let mut ring = Self {
             ring: RingFd(ring),

@@ -62,6 +62,19 @@ pub(super) fn allowed() -> [Restriction; 11] {
     ]
 }
 
+/// CPUs in the form of the kernel. Those beyond what it can hold are left out.
+pub(super) fn cpu_set(cpus: &[usize]) -> libc::cpu_set_t {
+    // SAFETY: the type is an array of integers, for which zero is a value: no CPU.
+    let mut set = unsafe { std::mem::zeroed() };
+    for &cpu in cpus {
+        if cpu < 8 * size_of::<libc::cpu_set_t>() {
+            // SAFETY: the set is ours, and the bit lies in it.
+            unsafe { libc::CPU_SET(cpu, &mut set) };
+        }
+    }
+    set
+}
+
 /// Says in one line who refused a ring and what to do: sysctl, seccomp, memory limit or the kernel itself.
 #[must_use]
 pub fn explain(error: &io::Error) -> String {

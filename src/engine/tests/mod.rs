@@ -198,6 +198,7 @@ fn with_each_engine(shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
 fn settings(kind: EngineKind, shards: usize) -> Settings {
     Settings {
         shards,
+        seats: placement::seats(),
         kind,
         window: Window::Fixed(65536),
         completion: Completion::default(),

@@ -63,7 +63,7 @@ fn a_reader_whose_bytes_are_there_does_not_wait_for_the_rest_of_a_long_turn() {
     for kind in [EngineKind::Uring, EngineKind::Blocking] {
         let (kernel, slow) = (Kernel::new(), Arc::new(Slow::default()));
         let watcher = Arc::new(Watcher { taken: Arc::clone(&slow.taken), seen: Mutex::default() });
-        let (front, store): (Arc<dyn FrontEnd>, Arc<dyn Store>) = (Arc::clone(&kernel) as _, Arc::new(SlowStore(slow)));
+        let (front, store) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, Arc::new(SlowStore(slow)) as Arc<dyn Store>);
         let engine = match Engine::start(&front, &store, &settings(kind, 1)) {
             Err(EngineError::NoRing(why)) => return eprintln!("not run: {why}"),
             engine => engine.unwrap(),
