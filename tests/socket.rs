@@ -70,7 +70,8 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         slots: 4,
         workers: 2,
         fd_budget: 1000,
-        open_timeout: Duration::from_secs(1),
+        // An open that is late is refused, and its object lost: no machine is that slow.
+        open_timeout: Duration::from_secs(20),
         request_timeout: Duration::from_secs(30),
         no_room: None,
         tracer: None,

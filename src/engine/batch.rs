@@ -52,9 +52,4 @@ impl Batch {
         debug_assert!(room.is_empty() && self.answers.is_empty(), "answers would be lost");
         self.answers = room;
     }
-
-    /// Takes those of a kind.
-    pub(super) fn extract(&mut self, of_kind: impl FnMut(&mut Answered<Ticket>) -> bool) -> impl Iterator<Item = Answered<Ticket>> {
-        self.answers.extract_if(.., of_kind)
-    }
 }

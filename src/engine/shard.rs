@@ -46,6 +46,8 @@ pub(super) struct Shard<I> {
     tracer: Option<Tracer>,
     no_room: Option<NoRoom>,
     answers: Batch,
+    /// What is unfinished now stays so.
+    is_ending: bool,
     done: Vec<Done>,
     /// Where sinks are offered when descriptors are scarce.
     offers: Sender<Offer>,
@@ -86,7 +88,26 @@ impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
         let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, no_room, io, buffers } = parts;
         let (attached, answers, done, picked) = (Vec::new(), Batch::default(), Vec::new(), Vec::new());
-        Self { index, caps, shared, clock, inbox, intake, machine, tracer, no_room, answers, done, offers, picked, io, attached, buffers }
+        let is_ending = false;
+        Self {
+            index,
+            caps,
+            shared,
+            clock,
+            inbox,
+            intake,
+            machine,
+            tracer,
+            no_room,
+            answers,
+            is_ending,
+            done,
+            offers,
+            picked,
+            io,
+            attached,
+            buffers,
+        }
     }
 
     /// Serves until the engine stops, or until it cannot go on. Either way no request is left without its answer.
@@ -258,6 +279,7 @@ impl<I: Io> Shard<I> {
                 self.answer();
             }
             match action {
+                Action::Answer(answered) if self.leaves(&answered) => answered.ticket.leave(),
                 Action::Answer(answered) => self.answers.push(answered),
                 Action::Look { object, range } => match self.attached(object).and_then(Attached::sink).cloned() {
                     Some(sink) => probe::look(&mut self.machine, object, sink.as_fd(), &range),
@@ -473,13 +495,15 @@ impl<I: Io> Shard<I> {
 
     /// Closes every object and answers what waited for it; what fails only by that may be left instead.
     fn fail_rest(&mut self) {
+        self.is_ending = true;
         self.machine.close_all();
         self.act();
-        if self.shared.leaves_rest() {
-            let unfinished = |answered: &mut Answered<Ticket>| answered.outcome == Outcome::Failed(Errno::ECANCELED);
-            self.answers.extract(unfinished).for_each(|answered| answered.ticket.leave());
-        }
         self.answer();
+    }
+
+    /// Whether a request is left to the next daemon: it fails only because this one ends.
+    fn leaves(&self, answered: &Answered<Ticket>) -> bool {
+        self.is_ending && answered.outcome == Outcome::Failed(Errno::ECANCELED) && self.shared.leaves_rest()
     }
 }
 

@@ -89,3 +89,25 @@ fn fault_hanging_source_fails_its_readers_in_time_and_no_other() {
     wait_until(|| engine.snapshot().objects == 1 && Arc::strong_count(&stuck) == 1);
     assert_eq!(engine.stop(PATIENCE, || false).unwrap().needs_timed_out, 20);
 }
+
+#[test]
+fn however_many_requests_wait_when_the_engine_ends_all_of_them_are_left() {
+    // More than are answered together, and with an end that takes its time.
+    const READERS: u64 = 1000;
+    let (reader, _writer) = nix::unistd::pipe().unwrap();
+    let store = Arc::new(PipeAndFile { pipe: Mutex::new(Some(reader)), file: OneBlob::new() });
+    let kernel = Kernel::new();
+    let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, store as Arc<dyn Store>);
+    let engine = match Engine::start(&front, &blobs, &settings(EngineKind::Uring, 1)) {
+        Err(EngineError::NoRing(why)) => return eprintln!("not run: {why}"),
+        engine => engine.unwrap(),
+    };
+    engine.leave_rest(true);
+    let (_file, fd) = sink();
+    kernel.then([kernel.open_named(b"hangs", 1, 8, &fd), Step::Await(1)]);
+    kernel.then((2..2 + READERS).map(|token| kernel.need(token, 8, 0..4096)));
+    wait_until(|| engine.snapshot().needs == READERS);
+    engine.stop(Duration::ZERO, || true).unwrap();
+    let given: Vec<_> = kernel.answers.given.lock().unwrap().iter().map(|answer| answer.0).collect();
+    assert_eq!(given, [1], "only the open has an answer");
+}
