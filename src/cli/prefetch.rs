@@ -54,7 +54,7 @@ pub fn run(args: &PrefetchArgs) -> Result<(), Failure> {
         return Err(Failure::new(exit::USAGE, "prefetch needs --seed: filling the cache by copying is not supported in this version"));
     }
     let stores = Stores::from_specs(&args.stores, SourceMode::Buffered).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
-    let cache_dir = cache_dir::prepare(&args.cache_dir).map_err(|error| Failure::new(error.exit_code(), error))?;
+    let cache_dir = cache_dir::prepare(&args.cache_dir, None).map_err(|error| Failure::new(error.exit_code(), error))?;
     let mut seedings = Vec::new();
     for name in &args.names {
         let domain = args.domain.as_ref().unwrap_or(name);

@@ -136,6 +136,7 @@ fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -
             options.tag.clone_from(&config.tag);
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
+            options.xfs_extent_bytes = config.xfs_extent_bytes;
             let (device, limits) = open_device(config, &options, &mut keep)?;
             Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device), limits, keep: Some(keep) })
         }

@@ -62,6 +62,11 @@ pub struct Options {
     /// not mounted [default: as much as --brun and --bcull allow]
     #[arg(long, value_name = "SIZE", env = "INFILL_CACHE_BYTES")]
     pub(super) cache_bytes: Option<Bytes>,
+    /// On XFS, the pieces in which cache files take their space: a power of two. Small ones make blobs that are read here
+    /// and there slow to read again; large ones waste space where there are many small blobs [default: 1M, or what the
+    /// cache directory has]
+    #[arg(long, value_name = "SIZE", env = "INFILL_XFS_EXTENT")]
+    pub(super) xfs_extent: Option<Bytes>,
     /// Event loops, each on a core of its own [default: the usable cores]
     #[arg(long, env = "INFILL_SHARDS")]
     pub(super) shards: Option<NonZeroUsize>,
@@ -194,6 +199,7 @@ impl Options {
             fcull,
             fstop,
             cache_bytes,
+            xfs_extent,
             shards,
             engine,
             source,

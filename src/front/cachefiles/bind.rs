@@ -51,6 +51,8 @@ pub struct BindOptions {
     pub secctx: Option<String>,
     /// How full the cache's file system may become.
     pub limits: CullLimits,
+    /// On XFS, the pieces in which cache files take their space; `None`: what is set, or the default.
+    pub xfs_extent_bytes: Option<u32>,
 }
 
 impl BindOptions {
@@ -63,6 +65,7 @@ impl BindOptions {
             tag: DEFAULT_TAG.to_owned(),
             secctx: None,
             limits: CullLimits::default(),
+            xfs_extent_bytes: None,
         }
     }
 
@@ -257,7 +260,7 @@ pub(super) fn bind(options: &BindOptions) -> Result<Bound, BindError> {
     options.commands(&options.cache_dir)?;
     let devnode = open(&options.devnode)?;
     // The device is ours, so no other daemon works in the directory.
-    let dir = cache_dir::prepare(&options.cache_dir)?;
+    let dir = cache_dir::prepare(&options.cache_dir, options.xfs_extent_bytes)?;
     tidy(&dir)?;
     for command in options.commands(&dir)? {
         command::give(devnode.as_fd(), &command).map_err(|errno| BindError::Setup {
