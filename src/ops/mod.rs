@@ -11,6 +11,7 @@ pub mod keep;
 pub mod keeper;
 pub mod limits;
 pub mod log;
+pub mod mounting;
 pub mod notify;
 pub mod passing;
 pub mod reflink;

@@ -18,6 +18,7 @@ mod guest;
 mod host;
 mod lifecycle;
 mod matrix;
+mod mounting;
 mod readers;
 mod restart;
 mod runner;
@@ -47,6 +48,7 @@ fn tests() -> impl Iterator<Item = Test> {
         disturbances::TESTS,
         confine::TESTS,
         lifecycle::TESTS,
+        mounting::TESTS,
         seed::TESTS,
         restart::TESTS,
         space::TESTS,

@@ -20,7 +20,7 @@ use crate::ops::exit;
 use crate::ops::holder::{self, Holder};
 
 /// Where the kernel puts the device.
-const DEFAULT_DEVNODE: &str = "/dev/cachefiles";
+pub const DEFAULT_DEVNODE: &str = "/dev/cachefiles";
 
 /// The cache's name in `/proc/fs/fscache/caches`.
 const DEFAULT_TAG: &str = "infill";
