@@ -84,9 +84,10 @@ const fn advice(errno: Errno) -> &'static str {
         Errno::EPERM | Errno::EACCES => "only root may mount; run it with CAP_SYS_ADMIN in the initial user namespace",
         Errno::ENODEV => "this kernel has no EROFS; try modprobe erofs",
         Errno::ENOTBLK => "this kernel's EROFS has no on-demand mode; see infill doctor",
-        Errno::ENOENT => "no store of the daemon has this image or one of its blobs; its log says which",
         Errno::EBUSY => "the name is in use, by a mount with other options or under another cache; see findmnt -t erofs",
-        Errno::EIO | Errno::ETIMEDOUT => "the daemon could not read the image; its log says why",
+        Errno::EIO | Errno::ENOENT | Errno::ETIMEDOUT => {
+            "the daemon could not find or read the image or one of its blobs; its log says why"
+        }
         Errno::EINVAL => {
             "it is no image that this kernel understands, its devices are not those of the mount, or the kernel lacks on-demand mode; see dmesg and infill doctor"
         }

@@ -95,7 +95,7 @@ fn failures(guest: &mut Guest) -> Outcome {
     guest.serve(&[])?;
     badly("mount", &["one.img", "/mnt/not-made"], 2, "give an existing directory")?;
     badly("mount", &["a,ro", &dir], 2, "cannot hold a comma")?;
-    badly("mount", &["no-such.img", &dir], 1, "no store of the daemon has this image")?;
+    badly("mount", &["no-such.img", &dir], 1, "could not find or read the image")?;
     let mounted = infill("mount", &["--device=one.blob", "--device=one.blob", "one.img", &dir])?;
     if mounted.status.success() || !String::from_utf8_lossy(&mounted.stderr).contains("its devices are not those of the mount") {
         let _ = umount2(dir.as_str(), MntFlags::MNT_DETACH);
