@@ -84,8 +84,11 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     // What it looks up on this host cannot be read later.
     let space = space::Settings::new(&config.cache_dir, limits, config.cache_bytes);
     let store = confine_to(&config, user.as_ref(), store)?;
-    let (tracer, printer) = start_tracer(trace_requests)?;
     let (steward, no_room) = start_steward(space, device)?.unzip();
+    if user.is_some() {
+        confine::drop_cache_powers().map_err(|why| Failure::new(exit::FAILED, format!("cannot give up capabilities: {why}")))?;
+    }
+    let (tracer, printer) = start_tracer(trace_requests)?;
     let engine = start_engine(&config, raised, &front, &store, tracer, no_room)?;
     seal(&config);
     announce(&config, &*front, &engine, keep.as_ref());
