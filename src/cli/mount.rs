@@ -16,8 +16,8 @@ use crate::front::cachefiles::{DEFAULT_DEVNODE, cache_dir};
 use crate::image::devices;
 use crate::key::Key;
 use crate::ops::exit;
-use crate::ops::holder::find_holders;
 use crate::ops::mounting::{Image, MountError, unmount};
+use crate::ops::processes::{Process, find_holders};
 use crate::ops::seeding::{Fate, seed_key};
 use crate::store::{SourceMode, Store, Stores};
 
@@ -79,7 +79,7 @@ struct Report {
 pub fn run(args: &MountArgs) -> Result<(), Failure> {
     let config = args.place.find()?;
     // Others cannot see who holds it, and may not mount either, as the kernel will say.
-    if geteuid().is_root() && find_holders(DEFAULT_DEVNODE.as_ref()).is_empty() {
+    if geteuid().is_root() && find_holders(DEFAULT_DEVNODE.as_ref()).iter().all(Process::only_keeps) {
         let message =
             format!("no daemon serves {DEFAULT_DEVNODE}, so the mount would fail or wait; start infill serve, or see infill doctor");
         return Err(Failure::new(exit::UNAVAILABLE, message));

@@ -17,7 +17,7 @@ use super::command::{self, CommandError};
 use super::fsck;
 use super::limits::{BadLimits, CullLimits};
 use crate::ops::exit;
-use crate::ops::holder::{self, Holder};
+use crate::ops::processes::{self, Process};
 
 /// Where the kernel puts the device.
 pub const DEFAULT_DEVNODE: &str = "/dev/cachefiles";
@@ -114,13 +114,13 @@ pub enum BindError {
     #[error(
         "{}: the device is in use by {}: only one daemon can serve a kernel; stop it first",
         devnode.display(),
-        holder::describe(holders)
+        processes::describe(holders)
     )]
     Busy {
         /// The device.
         devnode: PathBuf,
         /// Who has it, as far as `/proc` tells.
-        holders: Vec<Holder>,
+        holders: Vec<Process>,
     },
     /// Opening failed in some other way.
     #[error("{}: cannot open the device: {errno}", devnode.display())]
@@ -390,7 +390,7 @@ fn open_error(devnode: &Path, errno: Errno) -> BindError {
     match errno {
         Errno::ENOENT | Errno::ENXIO | Errno::ENODEV => BindError::NoDevice(devnode),
         Errno::EPERM | Errno::EACCES => BindError::NotPermitted { devnode, errno },
-        Errno::EBUSY => BindError::Busy { holders: holder::find_holders(&devnode), devnode },
+        Errno::EBUSY => BindError::Busy { holders: processes::find_holders(&devnode), devnode },
         _ => BindError::Open { devnode, errno },
     }
 }
@@ -444,7 +444,7 @@ mod tests {
             "/dev/cachefiles: cannot open the device: EPERM: Operation not permitted: run as root, with CAP_SYS_ADMIN in the initial user namespace"
         );
         assert_eq!(error.exit_code(), 77);
-        let error = BindError::Busy { devnode: path.to_owned(), holders: vec![Holder { pid: 7, command: "nydusd".to_owned() }] };
+        let error = BindError::Busy { devnode: path.to_owned(), holders: vec![Process { pid: 7, command: "nydusd".to_owned() }] };
         assert_eq!(
             error.to_string(),
             "/dev/cachefiles: the device is in use by pid 7 (nydusd): only one daemon can serve a kernel; stop it first"

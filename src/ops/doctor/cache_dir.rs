@@ -13,7 +13,7 @@ use crate::front::cachefiles::cache_dir::{CacheDirError, EXTENT_BYTES, check, hi
 use crate::front::cachefiles::fsck::{self, FsckReport};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
 use crate::front::cachefiles::{CullLimits, Percents};
-use crate::ops::holder::{describe, find_holders};
+use crate::ops::processes::{describe, find_holders};
 use crate::ops::space::policy::{Level, Room};
 use crate::ops::{exit, extsize, space};
 
