@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use infill::engine::placement::seats;
 use infill::engine::plan::{Completion, Window};
 use infill::engine::{Engine, EngineKind, Settings};
 use infill::front::FrontEnd;
@@ -396,6 +397,7 @@ fn kernel_answers(guest: &mut Guest) -> Outcome {
 pub(crate) fn settings() -> Settings {
     Settings {
         shards: 1,
+        seats: seats(),
         kind: EngineKind::Auto,
         window: Window::Fixed(1 << 20),
         completion: Completion::default(),
