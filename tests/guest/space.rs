@@ -43,18 +43,19 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// The file that takes up room.
 const BALLAST: &str = "/cache/ballast";
 /// A turn of the daemon's look at the cache, and some time to do it.
-const TURN: Duration = POLL.saturating_add(Duration::from_secs(2));
+pub(crate) const TURN: Duration = POLL.saturating_add(Duration::from_secs(2));
 
 /// Room on the cache's disk, taken until this is dropped.
-struct Ballast(File);
+pub(crate) struct Ballast(File);
 
 impl Ballast {
-    fn new() -> Result<Self> {
+    /// Takes none yet.
+    pub(crate) fn new() -> Result<Self> {
         Ok(Self(File::create(BALLAST)?))
     }
 
     /// Takes all but `leave` bytes.
-    fn leave(&self, leave: u64, full: Full) -> Outcome {
+    pub(crate) fn leave(&self, leave: u64, full: Full) -> Outcome {
         nix::unistd::sync();
         if full == Full::Disk {
             return self.fill_up(leave);
@@ -90,7 +91,7 @@ impl Drop for Ballast {
 
 /// What ends the room.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Full {
+pub(crate) enum Full {
     /// The kernel's stop mark: ENOBUFS.
     Stop,
     /// The disk: ENOSPC.
@@ -98,7 +99,7 @@ enum Full {
 }
 
 /// One percent of the cache's disk.
-fn percent() -> Result<u64> {
+pub(crate) fn percent() -> Result<u64> {
     let stat = statvfs("/cache")?;
     Ok(stat.blocks() / 100 * stat.fragment_size())
 }
