@@ -55,7 +55,6 @@ pub struct Started {
 /// Everything that a shard's thread needs to build itself there.
 struct Plan {
     index: usize,
-    cpu: Option<usize>,
     settings: Settings,
     front: Arc<dyn FrontEnd>,
     router: Option<Router>,
@@ -79,36 +78,33 @@ impl Engine {
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
         let shared = Arc::new(Shared::new(clock, bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
+        shared.leaves_rest.store(settings.leave_rest, Ordering::Release);
         let opens = Arc::new(Opens::new(settings.open_timeout));
         let opener = Opener {
             shared: Arc::clone(&shared),
             store: Arc::clone(store),
             shards: mailboxes.clone(),
             opens: Arc::clone(&opens),
-            remembered: Arc::default(),
+            remembered: Arc::clone(&settings.remembered),
         };
         opener.start()?;
         let (evictor, offers) = Evictor::new(Arc::clone(&shared));
-        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens, evictor));
-        let cpus = usable_cpus();
-        let (report, reports) = sync_channel(inboxes.len());
-        let mut shards = Vec::new();
-        for (index, inbox) in inboxes.into_iter().enumerate() {
-            let plan = Plan {
-                index,
-                cpu: cpus.get(index % cpus.len().max(1)).copied(),
-                settings: settings.clone(),
-                front: Arc::clone(front),
-                router: router.take(),
-                shared: Arc::clone(&shared),
-                clock,
-                inbox,
-                offers: offers.clone(),
-            };
-            shards.push(plan.spawn(report.clone()).inspect_err(|_| shared.abandon())?);
-        }
-        drop(report);
-        let started = await_shards(&reports, shards.len()).inspect_err(|_| shared.abandon())?;
+        let router = Router::new(Arc::clone(&shared), clock, mailboxes, Arc::clone(&opens), evictor);
+        let plan = |index, inbox, router| Plan {
+            index,
+            settings: settings.clone(),
+            front: Arc::clone(front),
+            router,
+            shared: Arc::clone(&shared),
+            clock,
+            inbox,
+            offers: offers.clone(),
+        };
+        let started = start_shards(inboxes, router, plan).inspect_err(|_| {
+            shared.abandon();
+            opens.end();
+        });
+        let (shards, started) = started?;
         Ok(Self { shared, shards, started })
     }
 
@@ -183,14 +179,31 @@ impl Shared {
     }
 }
 
-/// Waits until every shard has said how it was made.
-fn await_shards(reports: &Receiver<Result<Started, EngineError>>, shards: usize) -> Result<Started, EngineError> {
-    let mut started = None;
-    for _ in 0..shards {
-        let report = reports.recv().map_err(|_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into()))?;
-        started = Some(Started { shards, ..report? });
+/// Starts a shard for each inbox. The first, which reads the kernel's requests, only when all others stand: a start that
+/// fails has taken nothing from the kernel, and the next daemon finds all of it.
+fn start_shards(
+    inboxes: Vec<Inbox>,
+    router: Router,
+    plan: impl Fn(usize, Inbox, Option<Router>) -> Plan,
+) -> Result<(Vec<JoinHandle<Result<(), EngineError>>>, Started), EngineError> {
+    let (report, reports) = sync_channel(inboxes.len());
+    let mut inboxes = inboxes.into_iter().enumerate();
+    let first = inboxes.next().map(|(index, inbox)| plan(index, inbox, Some(router)));
+    let others: Result<Vec<_>, _> = inboxes.map(|(index, inbox)| plan(index, inbox, None).spawn(report.clone())).collect();
+    let mut shards = others?;
+    shards.iter().try_for_each(|_| await_shard(&reports).map(drop))?;
+    if let Some(plan) = first {
+        shards.insert(0, plan.spawn(report.clone())?);
     }
-    started.ok_or_else(|| EngineError::Resources(std::io::ErrorKind::InvalidInput.into()))
+    // If the thread dies without a word, there is nobody left who could say something.
+    drop(report);
+    let started = Started { shards: shards.len(), ..await_shard(&reports)? };
+    Ok((shards, started))
+}
+
+/// Waits until one more shard has said how it was made.
+fn await_shard(reports: &Receiver<Result<Started, EngineError>>) -> Result<Started, EngineError> {
+    reports.recv().map_err(|_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into()))?
 }
 
 impl Plan {
@@ -209,8 +222,9 @@ impl Plan {
     /// In the shard's own thread: pins it, then makes its memory (so that it lies on the core's node) and its
     /// ring (which only this thread may use).
     fn run(self, report: &SyncSender<Result<Started, EngineError>>) -> Result<(), EngineError> {
-        if let Some(cpu) = self.cpu {
-            pin(cpu);
+        let cpus = usable_cpus();
+        if let Some(cpu) = cpus.get(self.index % cpus.len().max(1)) {
+            pin(*cpu);
         }
         let slot_bytes = usize::try_from(self.settings.slot_bytes).unwrap_or(usize::MAX);
         let buffers = Buffers::new(self.settings.slots, slot_bytes).map_err(EngineError::Resources);

@@ -208,6 +208,8 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         request_timeout: PATIENCE,
         no_room: None,
         tracer: None,
+        remembered: Arc::default(),
+        leave_rest: false,
     }
 }
 
