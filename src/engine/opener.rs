@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Once};
 use std::thread::Builder;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -26,6 +27,9 @@ use crate::store::{Blob, LostBlob, Store};
 const BLOB_BYTES_MAX: u64 = 1 << 44;
 /// Unit in which the kernel makes cache files: `CACHEFILES_DIO_BLOCK_SIZE`.
 const SINK_BLOCK_BYTES: u64 = 4096;
+/// How long what was noted of blobs may be lost by a loss of power, while opens come without end; else it lasts when the
+/// threads that looked them up have nothing left to do. No mount waits for the disk because of it.
+const SYNC_PAUSE: Duration = Duration::from_secs(1);
 
 /// What an opener thread works with.
 #[derive(Clone, Debug)]
@@ -45,16 +49,6 @@ enum Found {
     /// It may succeed later; why not now.
     Later(String, Errno),
     Never(Errno),
-}
-
-/// What a blob is to the object that is opened. With the length that the kernel is to be told.
-enum Recognised {
-    /// What it was made of before.
-    Known(u64),
-    /// What it is made of from now on, which was noted.
-    New(u64),
-    /// Not what it was made of.
-    Replaced(u64),
 }
 
 impl Opener {
@@ -103,7 +97,9 @@ impl Opener {
             if let Some(pending) = self.opens.give_back(place) {
                 self.finish(pending, found);
             }
+            self.remembered.sync(SYNC_PAUSE);
         }
+        self.remembered.sync(Duration::ZERO);
     }
 
     fn finish(&self, pending: Pending, found: Found) {
@@ -122,13 +118,8 @@ impl Opener {
 
     fn open(&self, pending: Pending, blob: Arc<dyn Blob>, metadata: Option<ByteRange>) {
         match self.recognise(&pending.open, &*blob) {
-            Recognised::Known(len_bytes) => self.adopt(pending, blob, len_bytes, metadata),
-            Recognised::New(len_bytes) => {
-                self.adopt(pending, blob, len_bytes, metadata);
-                // The mount does not wait for it: an object that was just made has no bytes that could be taken for others.
-                self.remembered.sync();
-            }
-            Recognised::Replaced(len_bytes) => {
+            Ok(len_bytes) => self.adopt(pending, blob, len_bytes, metadata),
+            Err(len_bytes) => {
                 let key = &pending.open.key;
                 self.complain(|| format!("the blob {key} was replaced while its image is mounted: what is not cached of it gives I/O errors; mount the image anew"));
                 self.adopt(pending, Arc::new(LostBlob { len_bytes }), len_bytes, None);
@@ -136,40 +127,31 @@ impl Opener {
         }
     }
 
-    /// Whether a blob is what its object was made of, if that is opened again; a new object takes what there is. Other
-    /// bytes must not come beside those that are cached, also if they were cached when the image was mounted before.
-    fn recognise(&self, open: &OpenRequest, blob: &dyn Blob) -> Recognised {
+    /// Whether a blob is what its object was made of, if that is opened again; a new object takes what there is. Other bytes
+    /// must not come beside those that are cached, also if they were cached when the image was mounted before. Gives the
+    /// length that the kernel is to be told, either way.
+    fn recognise(&self, open: &OpenRequest, blob: &dyn Blob) -> Result<u64, u64> {
         static SAID: Once = Once::new();
         let (key, identity) = (&open.key, blob.identity());
         let before = self.remembered.get(key);
         if let Some(len_bytes) = known_len(open.sink.as_fd()) {
-            return match before {
-                Some(before) if before.identity == identity => Recognised::Known(before.told_bytes),
-                Some(before) => Recognised::Replaced(before.told_bytes),
-                None if align_up(identity.len_bytes, SINK_BLOCK_BYTES) != align_up(len_bytes, SINK_BLOCK_BYTES) => {
-                    Recognised::Replaced(len_bytes)
-                }
-                None => {
-                    SAID.call_once(|| {
-                        tracing::warn!("nothing is noted of {key} and perhaps other blobs of mounted images: only by their lengths they are known to be what they were");
-                    });
-                    self.note(key, &Made::anew(identity, None))
-                }
-            };
+            match before {
+                Some(before) if before.identity == identity => return Ok(before.told_bytes),
+                Some(before) => return Err(before.told_bytes),
+                None if align_up(identity.len_bytes, SINK_BLOCK_BYTES) != align_up(len_bytes, SINK_BLOCK_BYTES) => return Err(len_bytes),
+                None => SAID.call_once(|| {
+                    tracing::warn!("nothing is noted of {key} and perhaps other blobs of mounted images: only by their lengths they are known to be what they were");
+                }),
+            }
         }
         let made = Made::anew(identity, before.as_ref());
-        let is_other = before.is_some_and(|before| before.identity != made.identity);
-        let noted = self.note(key, &made);
-        if is_other {
+        self.remembered.note(key, &made);
+        if before.is_some_and(|before| before.identity != made.identity) {
             tracing::info!("the blob {key} was replaced since it was mounted last: what the cache has of the old one is not used");
             // Before the kernel hears of it: what is noted must be no older than what is in the cache.
-            self.remembered.sync();
+            self.remembered.sync(Duration::ZERO);
         }
-        noted
-    }
-
-    fn note(&self, key: &Key, made: &Made) -> Recognised {
-        if self.remembered.note(key, made) { Recognised::New(made.told_bytes) } else { Recognised::Known(made.told_bytes) }
+        Ok(made.told_bytes)
     }
 
     /// Opens an object: its shard serves it from `blob`, and the kernel is told that it is `len_bytes` long.
@@ -263,4 +245,59 @@ impl Opener {
 fn known_len(sink: BorrowedFd<'_>) -> Option<u64> {
     let len_bytes = lseek(sink, 0, Whence::SeekEnd).ok()?;
     u64::try_from(len_bytes).ok().filter(|len_bytes| *len_bytes > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::super::clock::Clock;
+    use super::super::fds::Budget;
+    use super::super::mailbox::Inbox;
+    use super::*;
+    use crate::front::{Answer, ObjectId};
+    use crate::store::Stores;
+
+    #[derive(Default)]
+    struct Answers(Mutex<Vec<Outcome>>);
+
+    impl Answer for Answers {
+        fn answer(&self, _: u64, outcome: Outcome) -> std::io::Result<bool> {
+            self.0.lock().unwrap().push(outcome);
+            Ok(true)
+        }
+    }
+
+    /// An open whose lookup took too long; of an object that was open before, so that its image is mounted. How it ends
+    /// while the engine runs, while it stops, and while it stops and somebody keeps the kernel's interface.
+    #[test]
+    fn an_open_that_fails_while_the_engine_stops_is_left_to_the_next_daemon() {
+        let lost = Outcome::Opened { len_bytes: 8192 };
+        for (stopping, kept, expected) in
+            [(false, true, Some(lost)), (true, false, Some(Outcome::Failed(Errno::ETIMEDOUT))), (true, true, None)]
+        {
+            let (mailbox, mut inbox) = Inbox::pair().unwrap();
+            let budget = Budget::new(100);
+            let shared = Shared::new(Clock::start(), vec![Arc::clone(mailbox.bell())], Arc::clone(&budget)).unwrap();
+            shared.stopping.store(stopping, Ordering::Release);
+            shared.leaves_rest.store(kept, Ordering::Release);
+            let opener = Opener {
+                shared: Arc::new(shared),
+                store: Arc::new(Stores::new(Vec::new())),
+                shards: vec![mailbox],
+                opens: Arc::new(Opens::new(Duration::from_secs(1))),
+                remembered: Arc::default(),
+            };
+            let answers = Arc::<Answers>::default();
+            let sink = tempfile::tempfile().unwrap();
+            sink.set_len(8192).unwrap();
+            let ticket = Ticket::new(Arc::clone(&answers) as Arc<dyn Answer>, 1);
+            let open = OpenRequest { object: ObjectId(7), key: Key::new(b"dom", b"blob"), ticket, sink: Arc::new(sink) };
+            opener.opens.push(open, budget.charge_open()).unwrap();
+            let (place, _) = opener.opens.take().unwrap();
+            opener.fail(opener.opens.give_back(place).unwrap(), Errno::ETIMEDOUT);
+            assert_eq!(*answers.0.lock().unwrap(), Vec::from_iter(expected), "stopping {stopping}, kept {kept}");
+            assert_eq!(inbox.take().is_some(), !stopping, "an object is adopted only as long as it will be served");
+        }
+    }
 }

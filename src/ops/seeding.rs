@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::front::cachefiles::seed::{Outcome, seed};
 use crate::key::Key;
@@ -47,7 +48,7 @@ pub fn seed_key(store: &dyn Store, cache_dir: &Path, remembered: &Remembered, ke
     let fate = match seed(cache_dir, key, file.fd.as_fd(), len_bytes) {
         Ok(Outcome::Seeded) => {
             remembered.note(key, &Made::anew(blob.identity(), None));
-            remembered.sync();
+            remembered.sync(Duration::ZERO);
             Fate::Seeded
         }
         Ok(Outcome::AlreadyThere) => Fate::AlreadyThere,

@@ -15,6 +15,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
@@ -75,6 +76,8 @@ struct State {
     made: HashMap<Key, (u64, Made)>,
     uses: u64,
     record: Option<Record>,
+    /// Since when something waits to be synced.
+    unsynced: Option<Instant>,
 }
 
 /// The file.
@@ -134,24 +137,29 @@ impl Remembered {
         Some(made.clone())
     }
 
-    /// Notes what an object is made of; [`Remembered::sync`] makes it last. `false`: it was known.
-    pub fn note(&self, key: &Key, made: &Made) -> bool {
+    /// Notes what an object is made of; [`Remembered::sync`] makes it last.
+    pub fn note(&self, key: &Key, made: &Made) {
         let mut state = self.up_to_date();
         if state.made.get(key).is_some_and(|(_, known)| known == made) {
-            return false;
+            return;
         }
         let added = state.record.as_ref().map(|record| (record.append(key, made), record.dir.join(FILE)));
         state.insert(key.clone(), made.clone());
+        state.unsynced.get_or_insert_with(Instant::now);
         drop(state);
         if let Some((Err(error), path)) = added {
             self.complain(&path, &error);
         }
-        true
     }
 
-    /// Waits until what was noted survives a loss of power.
-    pub fn sync(&self) {
-        let Some(file) = self.lock().record.as_ref().map(|record| Arc::clone(&record.file)) else { return };
+    /// Waits until what was noted survives a loss of power; if some of it was noted so long ago, else there is no hurry.
+    pub fn sync(&self, ago: Duration) {
+        let mut state = self.lock();
+        if state.unsynced.take_if(|since| since.elapsed() >= ago).is_none() {
+            return;
+        }
+        let Some(file) = state.record.as_ref().map(|record| Arc::clone(&record.file)) else { return };
+        drop(state);
         // The disk of the cache fails: whoever reads it will say so.
         let _ = file.sync_data();
     }
@@ -198,8 +206,8 @@ impl State {
 impl Record {
     fn open(dir: &Path) -> io::Result<Self> {
         let file = open(&dir.join(FILE), OpenOptions::new().read(true).append(true).create(true))?;
-        // So that the name of a new file lasts as well.
-        File::open(dir)?.sync_all()?;
+        // So that the name of a new file lasts as well, where a directory can be synced.
+        let _ = File::open(dir).and_then(|dir| dir.sync_all());
         Ok(Self { file: Arc::new(file), dir: dir.to_owned(), read_bytes: 0, lines: 0, damaged: 0 })
     }
 
@@ -237,7 +245,7 @@ impl Record {
         (&file).write_all(&text)?;
         file.sync_all()?;
         renameat2(AT_FDCWD, &new, AT_FDCWD, &path, RenameFlags::empty())?;
-        File::open(&self.dir)?.sync_all()?;
+        let _ = File::open(&self.dir).and_then(|dir| dir.sync_all());
         *self = Self { file: Arc::new(file), dir: self.dir.clone(), read_bytes: text.len() as u64, lines: lines.len(), damaged: 0 };
         Ok(())
     }
@@ -331,9 +339,10 @@ mod tests {
     fn what_one_process_notes_the_others_know() {
         let dir = tempfile::tempdir().unwrap();
         let (one, other) = (Remembered::open(dir.path()), Remembered::open(dir.path()));
-        assert!(one.note(&key("a"), &made(1, 10)) && !one.note(&key("a"), &made(1, 10)));
+        [1, 1].iter().for_each(|inode| one.note(&key("a"), &made(*inode, 10)));
+        assert_eq!(text(dir.path()).split_whitespace().count(), 10, "once");
         assert_eq!(other.get(&key("a")), Some(made(1, 10)));
-        assert!(other.note(&key("a"), &made(2, 10)));
+        other.note(&key("a"), &made(2, 10));
         assert_eq!(one.get(&key("a")), Some(made(2, 10)));
         assert_eq!(Remembered::open(dir.path()).get(&key("a")), Some(made(2, 10)));
         assert_eq!(Remembered::open(dir.path()).get(&key("b")), None);
@@ -344,7 +353,7 @@ mod tests {
     fn damage_costs_the_lines_it_is_in() {
         let dir = tempfile::tempdir().unwrap();
         let all = Remembered::open(dir.path());
-        ["a", "b", "c"].map(|name| all.note(&key(name), &made(1, 10)));
+        ["a", "b", "c"].iter().for_each(|name| all.note(&key(name), &made(1, 10)));
         // One byte flips, and the last line is cut off.
         let mut bytes = fs::read(dir.path().join(FILE)).unwrap();
         bytes[40] ^= 4;
@@ -352,12 +361,12 @@ mod tests {
         fs::write(dir.path().join(FILE), &bytes).unwrap();
         let after = Remembered::open(dir.path());
         assert_eq!(["a", "b", "c"].map(|name| after.get(&key(name)).is_some()), [false, true, false]);
-        assert!(after.note(&key("d"), &made(4, 10)));
+        after.note(&key("d"), &made(4, 10));
         let again = Remembered::open(dir.path());
         assert_eq!(["b", "c", "d"].map(|name| again.get(&key(name)).is_some()), [true, false, true]);
         again.tidy();
         assert_eq!(text(dir.path()).lines().count(), 2);
-        assert!(again.note(&key("e"), &made(5, 10)));
+        again.note(&key("e"), &made(5, 10));
         assert_eq!(Remembered::open(dir.path()).get(&key("e")), Some(made(5, 10)));
     }
 
@@ -397,7 +406,7 @@ mod tests {
                 continue;
             }
             let all = Remembered::open(dir.path());
-            assert!(all.note(&key("a"), &made(1, 10)));
+            all.note(&key("a"), &made(1, 10));
             assert!(all.get(&key("a")).is_some(), "it is remembered as long as the process lives");
             assert_eq!(fs::read(outside.path()).unwrap(), b"");
             fs::remove_file(dir.path().join(FILE)).unwrap();

@@ -52,14 +52,8 @@ impl SourceFile {
         // Without O_NONBLOCK from here on: with it, io_uring would return EAGAIN instead of waiting on
         // file systems that cannot do better (io_rw_init_file, io_uring/rw.c).
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
-        let mut source = Self {
-            fd,
-            len_bytes: found.len(),
-            device: found.dev(),
-            identity: (&found).into(),
-            mode: SourceMode::Buffered,
-            map: None,
-        };
+        let mut source =
+            Self { fd, len_bytes: found.len(), device: found.dev(), identity: (&found).into(), mode: SourceMode::Buffered, map: None };
         match wanted {
             SourceMode::Buffered => {}
             SourceMode::Direct => source.try_direct()?,

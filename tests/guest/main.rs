@@ -8,6 +8,7 @@
 //! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored): building the kernels takes some
 //! minutes the first time, and needs Debian's source packages.
 
+mod author;
 mod bad_disk;
 mod confine;
 mod density;
@@ -19,6 +20,7 @@ mod host;
 mod lifecycle;
 mod matrix;
 mod readers;
+mod replaced;
 mod restart;
 mod runner;
 mod seed;
@@ -49,6 +51,8 @@ fn tests() -> impl Iterator<Item = Test> {
         lifecycle::TESTS,
         seed::TESTS,
         restart::TESTS,
+        author::TESTS,
+        replaced::TESTS,
         space::TESTS,
         density::TESTS,
     ]

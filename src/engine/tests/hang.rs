@@ -3,9 +3,9 @@
 //! Only with a ring: threads that block would need a regular file whose reads hang, which only a kernel of one's own has
 //! (tests/guest/hang.rs).
 
-use std::os::unix::fs::MetadataExt;
 use super::*;
 use crate::store::{Data, Extent};
+use std::os::unix::fs::MetadataExt;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
 const LATE: Outcome = Outcome::Failed(Errno::ETIMEDOUT);
