@@ -87,8 +87,11 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     // What it looks up on this host cannot be read later.
     let space = space::Settings::new(&config.cache_dir, limits, config.cache_bytes);
     let store = confine_to(&config, user.as_ref(), store)?;
-    let (tracer, printer) = start_tracer(trace_requests)?;
     let (steward, no_room) = start_steward(space, device)?.unzip();
+    if user.is_some() {
+        confine::drop_cache_powers().map_err(|why| Failure::new(exit::FAILED, format!("cannot give up capabilities: {why}")))?;
+    }
+    let (tracer, printer) = start_tracer(trace_requests)?;
     let leave_rest = is_kept(keep.as_ref());
     let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised)? };
     let engine = start_engine(&front, &store, &settings)?;
@@ -141,6 +144,7 @@ fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -
             options.tag.clone_from(&config.tag);
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
+            options.xfs_extent_bytes = config.xfs_extent_bytes;
             let (device, limits) = open_device(config, &options, &mut keep)?;
             Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device), limits, keep: Some(keep) })
         }
