@@ -19,6 +19,7 @@ use crate::ops::exit;
 use crate::ops::mounting::{Image, MountError, unmount};
 use crate::ops::processes::{Process, find_holders};
 use crate::ops::seeding::{Fate, seed_key};
+use crate::store::remembered::Remembered;
 use crate::store::{SourceMode, Store, Stores};
 
 /// How much of an image is read to find the names of its devices: some 500 of them.
@@ -120,10 +121,11 @@ impl Report {
                 return Ok(());
             }
         };
+        let remembered = Remembered::open(&cache_dir);
         let own = image.keys(&[]);
         let named = own.first().map(|key| devices_of(&stores, key)).unwrap_or_default();
         for key in image.keys(&named) {
-            let seeding = seed_key(&stores, &cache_dir, &key);
+            let seeding = seed_key(&stores, &cache_dir, &remembered, &key);
             match seeding.fate {
                 Fate::Seeded | Fate::AlreadyThere => {
                     self.shared_blobs += 1;

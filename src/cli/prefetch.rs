@@ -12,6 +12,7 @@ use crate::front::cachefiles::cache_dir;
 use crate::key::Key;
 use crate::ops::exit;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
+use crate::store::remembered::Remembered;
 use crate::store::{SourceMode, Stores};
 
 /// Put blobs into the cache before anybody reads them
@@ -52,10 +53,11 @@ pub fn run(args: &PrefetchArgs) -> Result<(), Failure> {
     let stores = Stores::from_specs(&config.stores, SourceMode::Buffered).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let cache_dir =
         cache_dir::prepare(&config.cache_dir, config.xfs_extent_bytes).map_err(|error| Failure::new(error.exit_code(), error))?;
+    let remembered = Remembered::open(&cache_dir);
     let mut seedings = Vec::new();
     for name in &args.names {
         let domain = args.domain.as_ref().unwrap_or(name);
-        let seeding = seed_key(&stores, &cache_dir, &Key::new(domain.as_bytes(), name.as_bytes()));
+        let seeding = seed_key(&stores, &cache_dir, &remembered, &Key::new(domain.as_bytes(), name.as_bytes()));
         if !args.json {
             print(&line(&seeding));
         }

@@ -8,6 +8,7 @@
 //! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored):
 //! building the kernels takes some minutes the first time, and needs Debian's source packages.
 
+mod author;
 mod bad_disk;
 mod confine;
 mod density;
@@ -21,6 +22,7 @@ mod lifecycle;
 mod matrix;
 mod mounting;
 mod readers;
+mod replaced;
 mod restart;
 mod runner;
 mod seed;
@@ -53,6 +55,8 @@ fn tests() -> impl Iterator<Item = Test> {
         mounting::TESTS,
         seed::TESTS,
         restart::TESTS,
+        author::TESTS,
+        replaced::TESTS,
         space::TESTS,
         density::TESTS,
     ]
