@@ -213,7 +213,7 @@ pub(crate) fn cache(bytes: &[u8]) -> u64 {
 
     let [volume, fanout, object, mark] = parts(bytes);
     let name = |bytes: &[u8]| -> String {
-        bytes.iter().filter(|byte| !matches!(byte, b'/' | 0)).take(200).map(|byte| char::from(byte & 0x7f)).collect()
+        bytes.iter().map(|byte| byte & 0x7f).filter(|byte| !matches!(byte, b'/' | 0)).take(200).map(char::from).collect()
     };
     let volume = cache.join(format!("Ierofs,{}", name(volume)));
     let fanout_bytes = fanout;
