@@ -241,6 +241,12 @@ impl Guest {
         self.stop()
     }
 
+    /// What `infill doctor` prints, as one line.
+    pub(crate) fn doctor(&self) -> Result<String> {
+        let output = Command::new(INFILL).args(["doctor", "--json"]).arg(format!("--cache-dir={}", self.cache.display())).output()?;
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
     /// Mounts go first, while there may still be a daemon.
     pub(crate) fn end_mounts_and_daemon(&self) {
         for at in self.mounts.borrow_mut().drain(..).rev() {

@@ -135,7 +135,11 @@ fn open_is_unanswered(guest: &mut Guest, signal: Signal) -> Outcome {
             if mounting.is_finished() {
                 return Err("the mount did not wait".into());
             }
-            Ok(())
+            let seen = guest.doctor()?;
+            match ["processes wait for data at this moment: pid", "start infill serve"].iter().find(|words| !seen.contains(**words)) {
+                None => Ok(()),
+                Some(words) => Err(format!("doctor does not say {words:?}: {seen}").into()),
+            }
         });
         fs::rename(&away, &guest.store)?;
         guest.serve_with(&keeping(guest))?;

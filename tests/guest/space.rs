@@ -5,7 +5,6 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +20,7 @@ use infill::store::{SourceMode, Store, Stores};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::statvfs;
 
-use crate::guest::{DOMAIN, Guest, INFILL, data, drop_caches};
+use crate::guest::{DOMAIN, Guest, data, drop_caches};
 use crate::readers::{How, READ_LIMIT, Readers, expect_equal};
 use crate::seed::{object, stock_beside_cache, wait_until, wait_until_unbound};
 use crate::{Outcome, Test};
@@ -324,7 +323,7 @@ fn damaged_objects(guest: &mut Guest) -> Outcome {
     links.iter().try_for_each(|link| symlink(&outside, link))?;
 
     let name = damaged.display().to_string();
-    let seen = doctor(guest)?;
+    let seen = guest.doctor()?;
     if !seen.contains("damaged") || !seen.contains(&name) || !damaged.exists() {
         return Err(format!("doctor does not say what it would do, or did it:\n{seen}").into());
     }
@@ -342,12 +341,6 @@ fn damaged_objects(guest: &mut Guest) -> Outcome {
         return Err("a link was followed, or left where it breaks mounts".into());
     }
     Ok(())
-}
-
-/// What `infill doctor` prints, as one line.
-fn doctor(guest: &Guest) -> Result<String> {
-    let output = Command::new(INFILL).args(["doctor", "--json"]).arg(format!("--cache-dir={}", guest.cache.display())).output()?;
-    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// The kernel's own answers, asked for by this process, which is the daemon for once.
