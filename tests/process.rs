@@ -15,8 +15,9 @@ use std::thread;
 use std::time::Duration;
 
 use infill::front::sim::rng::Rng;
-use infill::front::sim::socket::SocketKernel;
+use infill::front::sim::socket::{ReadError, SocketKernel};
 use infill::key::Key;
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
@@ -141,6 +142,55 @@ fn a_confined_daemon_serves() {
             assert!(daemon.wait().unwrap().success());
             assert_eq!(kernel.violations(), [""; 0]);
         }
+    }
+}
+
+/// An image is built anew under its name, equally long, while no daemon runs: what is mounted reads what is cached of the old
+/// one or an error, and what is mounted after that the new one alone. Also for a daemon that cannot look into the cache.
+#[test]
+fn fault_blob_replaced_while_no_daemon_runs_is_never_mixed_with_the_old_one() {
+    let confined: &[&[&str]] = if nix::unistd::geteuid().is_root() { &[&[], &["--user=65534:65534"]] } else { &[&[]] };
+    for more in confined {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        let old = blob(dir.path());
+        let new: Vec<u8> = old.iter().map(|byte| !byte).collect();
+        let (kernel, socket) = kernel(dir.path());
+        let mut daemon = serve(dir.path(), &kernel, socket, more);
+        let next = |daemon: &mut Child, signal| {
+            send(signal, daemon);
+            daemon.wait().unwrap();
+            let (socket, send_again) = kernel.restart().unwrap();
+            *daemon = serve(dir.path(), &kernel, socket, more);
+            send_again().unwrap();
+        };
+        let replace_by = |bytes: &[u8]| {
+            std::fs::write(dir.path().join("next"), bytes).unwrap();
+            std::fs::rename(dir.path().join("next"), dir.path().join("blob")).unwrap();
+        };
+        let object = kernel.open(&Key::new(b"dom", b"blob")).unwrap();
+        assert!(kernel.read(object, &(0..PAGE), PAGE).unwrap() == old[..4096]);
+
+        replace_by(&new);
+        next(&mut daemon, Signal::SIGKILL);
+        assert!(kernel.read(object, &(0..PAGE), PAGE).unwrap() == old[..4096], "it is cached");
+        let far = BLOB_BYTES as u64 / 2 / PAGE * PAGE;
+        assert_eq!(kernel.read(object, &(far..far + PAGE), PAGE), Err(ReadError::Errno(Errno::EIO)));
+        // Mounted anew, by this daemon or the one after it.
+        let object = kernel.remount(object).unwrap();
+        assert!(kernel.read(object, &(far..far + PAGE), PAGE).unwrap()[..] == new[BLOB_BYTES / 2 / 4096 * 4096..][..4096]);
+        next(&mut daemon, Signal::SIGTERM);
+        let object = kernel.remount(object).unwrap();
+        assert!(kernel.read(object, &(0..BLOB_BYTES as u64), 8 * PAGE).unwrap() == new);
+
+        // The other way round, unmounted meanwhile.
+        replace_by(&old);
+        next(&mut daemon, Signal::SIGKILL);
+        let object = kernel.remount(object).unwrap();
+        assert!(kernel.read(object, &(0..BLOB_BYTES as u64), 8 * PAGE).unwrap() == old);
+        send(Signal::SIGTERM, &daemon);
+        assert!(daemon.wait().unwrap().success());
+        assert_eq!(kernel.violations(), [""; 0]);
     }
 }
 

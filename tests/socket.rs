@@ -75,6 +75,8 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         request_timeout: Duration::from_secs(30),
         no_room: None,
         tracer: None,
+        remembered: Arc::default(),
+        leave_rest: false,
     }
 }
 

@@ -29,6 +29,7 @@ use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::space::{self, Steward};
 use crate::ops::{erofs, exit, limits, log};
+use crate::store::remembered::Remembered;
 use crate::store::{Store, StoreSpec, Stores};
 
 /// How long the printing of traced requests may take after the engine has stopped.
@@ -82,14 +83,21 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let user = become_user(&config)?;
     let store = open_stores(&config)?;
     let Opened { front, device, limits, mut keep } = open_front(&config, claimed, sim_socket)?;
-    seed(&config, &*store);
+    let remembered = Arc::new(Remembered::open(&config.cache_dir));
+    remembered.tidy();
+    seed(&config, &*store, &remembered);
     // What it looks up on this host cannot be read later.
     let space = space::Settings::new(&config.cache_dir, limits, config.cache_bytes);
     let seats = placement::seats();
     let store = confine_to(&config, user.as_ref(), store)?;
-    let (tracer, printer) = start_tracer(trace_requests)?;
     let (steward, no_room) = start_steward(space, device)?.unzip();
-    let engine = start_engine(&config, raised, seats, &front, &store, tracer, no_room)?;
+    if user.is_some() {
+        confine::drop_cache_powers().map_err(|why| Failure::new(exit::FAILED, format!("cannot give up capabilities: {why}")))?;
+    }
+    let (tracer, printer) = start_tracer(trace_requests)?;
+    let leave_rest = is_kept(keep.as_ref());
+    let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
+    let engine = start_engine(&front, &store, &settings)?;
     seal(&config);
     announce(&config, &*front, &engine, keep.as_ref());
     let started = engine.started().clone();
@@ -139,6 +147,7 @@ fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -
             options.tag.clone_from(&config.tag);
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
+            options.xfs_extent_bytes = config.xfs_extent_bytes;
             let (device, limits) = open_device(config, &options, &mut keep)?;
             Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device), limits, keep: Some(keep) })
         }
@@ -166,12 +175,12 @@ fn open_device(config: &Config, options: &BindOptions, keep: &mut Keep) -> Resul
 
 /// Shares the blobs that are configured with the cache: after binding, when the cache is checked and ours, and before
 /// requests are answered. Whatever cannot be shared is read on demand, so nothing here keeps it from serving.
-fn seed(config: &Config, store: &dyn Store) {
+fn seed(config: &Config, store: &dyn Store, remembered: &Remembered) {
     if config.front_end == FrontEndKind::Sim {
         return;
     }
     for key in &config.seed {
-        let Seeding { fate, len_bytes, .. } = seed_key(store, &config.cache_dir, key);
+        let Seeding { fate, len_bytes, .. } = seed_key(store, &config.cache_dir, remembered, key);
         match fate {
             Fate::Seeded => tracing::info!(blob = %key, bytes = len_bytes, "seeded: shared with the cache"),
             Fate::AlreadyThere => tracing::debug!(blob = %key, "not seeded: it is in the cache already"),
@@ -227,18 +236,11 @@ fn start_steward(settings: space::Settings, device: Option<Arc<Device>>) -> Resu
     start().map(Some).map_err(|error: std::io::Error| Failure::new(exit::FAILED, format!("cannot look after the cache's space: {error}")))
 }
 
-fn start_engine(
-    config: &Config,
-    raised: Raised,
-    seats: Vec<Seat>,
-    front: &Arc<dyn FrontEnd>,
-    store: &Arc<dyn Store>,
-    tracer: Option<Tracer>,
-    no_room: Option<NoRoom>,
-) -> Result<Engine, Failure> {
+/// What the engine's settings are by the operator's.
+fn engine_settings(config: &Config, raised: Raised, seats: Vec<Seat>) -> Result<Settings, Failure> {
     let fd_budget =
         limits::fd_budget(config.fd_budget, raised, config.shards).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
-    let settings = Settings {
+    Ok(Settings {
         shards: config.shards,
         seats,
         kind: config.engine,
@@ -250,13 +252,23 @@ fn start_engine(
         fd_budget,
         open_timeout: config.open_timeout,
         request_timeout: config.request_timeout,
-        tracer,
-        no_room,
-    };
-    Engine::start(front, store, &settings).map_err(|error| {
+        tracer: None,
+        no_room: None,
+        remembered: Arc::default(),
+        leave_rest: false,
+    })
+}
+
+fn start_engine(front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, settings: &Settings) -> Result<Engine, Failure> {
+    Engine::start(front, store, settings).map_err(|error| {
         let code = if matches!(error, EngineError::NoRing(_)) { exit::UNAVAILABLE } else { exit::FAILED };
         Failure::new(code, error)
     })
+}
+
+/// Whether somebody has the device when this process ends.
+fn is_kept(keep: Option<&Keep>) -> bool {
+    keep.is_some_and(|keep| keep.by().is_some())
 }
 
 /// Says that requests are being answered: in the log, to the service manager, and on standard output for whoever waits
@@ -299,12 +311,10 @@ fn serve(
     front: &dyn FrontEnd,
     mut keep: Option<&mut Keep>,
 ) -> Result<Snapshot, EngineError> {
-    let is_kept = |keep: &Option<&mut Keep>| keep.as_ref().is_some_and(|keep| keep.by().is_some());
-    engine.leave_rest(is_kept(&keep));
     while !engine.has_failed() {
         if wait_for(signals, &engine, keep.as_deref()) {
             keep.iter_mut().for_each(|keep| renew(keep, front));
-            engine.leave_rest(is_kept(&keep));
+            engine.leave_rest(is_kept(keep.as_deref()));
         }
         match signals.next() {
             Some(Event::Stop) => {

@@ -54,6 +54,7 @@ use self::fds::Budget;
 use self::mailbox::Bell;
 use self::stats::{ShardStats, Snapshot};
 use crate::front::{FrontError, left_tickets, unanswered_tickets};
+use crate::store::remembered::Remembered;
 
 pub use self::opens::OPENERS_MAX;
 pub use self::start::{Engine, Started};
@@ -100,6 +101,10 @@ pub struct Settings {
     pub no_room: Option<room::NoRoom>,
     /// Records every answer.
     pub tracer: Option<trace::Tracer>,
+    /// What the objects of the cache were made of.
+    pub remembered: Arc<Remembered>,
+    /// See [`Engine::leave_rest`]: whether it does from the start on.
+    pub leave_rest: bool,
 }
 
 /// Fills that one reader's request may wait for at a time.

@@ -2,11 +2,11 @@
 //! of its own, never on a shard: the kernel's mount, and a limited number of its workers, wait for the answer.
 //! Threads come and go with the work; one that hangs in a store holds up neither its open nor the others'.
 
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Once};
 use std::thread::Builder;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -19,15 +19,17 @@ use super::{EngineError, Shared};
 use crate::front::{OpenRequest, Outcome, Ticket};
 use crate::key::Key;
 use crate::range::{ByteRange, align_up};
-use crate::store::{Blob, Identity, LostBlob, Store};
+use crate::store::remembered::{Made, Remembered};
+use crate::store::{Blob, LostBlob, Store};
 
 /// Longest blob that is served, that of a file on ext4. What is known of its pages takes 1 MiB before the first
 /// is read; and a sparse file may claim to be of any length.
 const BLOB_BYTES_MAX: u64 = 1 << 44;
 /// Unit in which the kernel makes cache files: `CACHEFILES_DIO_BLOCK_SIZE`.
 const SINK_BLOCK_BYTES: u64 = 4096;
-/// Blobs that are remembered after they were opened.
-const REMEMBERED_MAX: usize = 65_536;
+/// How long what was noted of blobs may be lost by a loss of power, while opens come without end; else it lasts when the
+/// threads that looked them up have nothing left to do. No mount waits for the disk because of it.
+const SYNC_PAUSE: Duration = Duration::from_secs(1);
 
 /// What an opener thread works with.
 #[derive(Clone, Debug)]
@@ -36,8 +38,8 @@ pub(super) struct Opener {
     pub(super) store: Arc<dyn Store>,
     pub(super) shards: Vec<Mailbox>,
     pub(super) opens: Arc<Opens>,
-    /// What was opened before, by key.
-    pub(super) remembered: Arc<Mutex<HashMap<Key, Identity>>>,
+    /// What was opened before, perhaps by an earlier daemon.
+    pub(super) remembered: Arc<Remembered>,
 }
 
 /// How a lookup ended.
@@ -62,15 +64,15 @@ impl Opener {
         loop {
             let News { overdue, threads, ended } = self.opens.watch();
             for pending in overdue {
-                let errno = if ended { Errno::ECANCELED } else { Errno::ETIMEDOUT };
-                if !ended && self.shared.may_log_failure() {
-                    let key = &pending.open.key;
-                    tracing::error!(
-                        "the lookup of {key} takes longer than open_timeout_ms: its mount or its reads fail; see whether {} can be read",
-                        self.store.name()
-                    );
+                if ended {
+                    self.fail(pending, Errno::ECANCELED);
+                    continue;
                 }
-                self.fail(pending, errno);
+                let (key, store) = (&pending.open.key, self.store.name());
+                self.complain(|| {
+                    format!("the lookup of {key} takes longer than open_timeout_ms: its mount or its reads fail; see whether {store} can be read")
+                });
+                self.fail(pending, Errno::ETIMEDOUT);
             }
             if ended {
                 return;
@@ -95,7 +97,9 @@ impl Opener {
             if let Some(pending) = self.opens.give_back(place) {
                 self.finish(pending, found);
             }
+            self.remembered.sync(SYNC_PAUSE);
         }
+        self.remembered.sync(Duration::ZERO);
     }
 
     fn finish(&self, pending: Pending, found: Found) {
@@ -114,38 +118,46 @@ impl Opener {
 
     fn open(&self, pending: Pending, blob: Arc<dyn Blob>, metadata: Option<ByteRange>) {
         match self.recognise(&pending.open, &*blob) {
-            Ok(()) => self.adopt(pending, blob, metadata),
+            Ok(len_bytes) => self.adopt(pending, blob, len_bytes, metadata),
             Err(len_bytes) => {
                 let key = &pending.open.key;
                 self.complain(|| format!("the blob {key} was replaced while its image is mounted: what is not cached of it gives I/O errors; mount the image anew"));
-                self.adopt(pending, Arc::new(LostBlob { len_bytes }), None);
+                self.adopt(pending, Arc::new(LostBlob { len_bytes }), len_bytes, None);
             }
         }
     }
 
-    /// Whether a blob is what its object was made of, if that is opened again; a new object takes what there is. If it
-    /// is not: how long the object is. Other bytes must not come beside those that are cached.
-    fn recognise(&self, open: &OpenRequest, blob: &dyn Blob) -> Result<(), u64> {
-        let identity = blob.identity();
-        let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        match (known_len(open.sink.as_fd()), remembered.get(&open.key)) {
-            (Some(_), Some(before)) if *before != identity => return Err(before.len_bytes),
-            // Served by an earlier daemon, which knew no more than this.
-            (Some(len_bytes), None) if align_up(identity.len_bytes, SINK_BLOCK_BYTES) != align_up(len_bytes, SINK_BLOCK_BYTES) => {
-                return Err(len_bytes);
+    /// Whether a blob is what its object was made of, if that is opened again; a new object takes what there is. Other bytes
+    /// must not come beside those that are cached, also if they were cached when the image was mounted before. Gives the
+    /// length that the kernel is to be told, either way.
+    fn recognise(&self, open: &OpenRequest, blob: &dyn Blob) -> Result<u64, u64> {
+        static SAID: Once = Once::new();
+        let (key, identity) = (&open.key, blob.identity());
+        let before = self.remembered.get(key);
+        if let Some(len_bytes) = known_len(open.sink.as_fd()) {
+            match before {
+                Some(before) if before.identity == identity => return Ok(before.told_bytes),
+                Some(before) => return Err(before.told_bytes),
+                None if align_up(identity.len_bytes, SINK_BLOCK_BYTES) != align_up(len_bytes, SINK_BLOCK_BYTES) => return Err(len_bytes),
+                None => SAID.call_once(|| {
+                    tracing::warn!("nothing is noted of {key} and perhaps other blobs of mounted images: only by their lengths they are known to be what they were");
+                }),
             }
-            _ => {}
         }
-        if remembered.len() < REMEMBERED_MAX || remembered.contains_key(&open.key) {
-            remembered.insert(open.key.clone(), identity);
+        let made = Made::anew(identity, before.as_ref());
+        self.remembered.note(key, &made);
+        if before.is_some_and(|before| before.identity != made.identity) {
+            tracing::info!("the blob {key} was replaced since it was mounted last: what the cache has of the old one is not used");
+            // Before the kernel hears of it: what is noted must be no older than what is in the cache.
+            self.remembered.sync(Duration::ZERO);
         }
-        Ok(())
+        Ok(made.told_bytes)
     }
 
-    fn adopt(&self, pending: Pending, blob: Arc<dyn Blob>, metadata: Option<ByteRange>) {
+    /// Opens an object: its shard serves it from `blob`, and the kernel is told that it is `len_bytes` long.
+    fn adopt(&self, pending: Pending, blob: Arc<dyn Blob>, len_bytes: u64, metadata: Option<ByteRange>) {
         let Pending { open: OpenRequest { object, key, ticket, sink }, mut charge, .. } = pending;
         charge.set(1 + blob.files().len() as u64);
-        let len_bytes = blob.len_bytes();
         let shard = &self.shards[owner(object, self.shards.len())];
         // Open until the kernel has its answer, whatever becomes of the shard: an answer that finds the descriptor
         // closed fails the open.
@@ -173,26 +185,25 @@ impl Opener {
     /// again and again if it were refused, and the reader would wait for ever. So it is opened, what the cache has of it
     /// stays readable, and the rest fails; after each failure it is closed, so that the next reader tries anew.
     fn fail(&self, pending: Pending, errno: Errno) {
-        let Some(known_len_bytes) = known_len(pending.open.sink.as_fd()).filter(|_| errno != Errno::ECANCELED) else {
-            return self.refuse(pending.open.ticket, errno);
-        };
-        let remembered =
-            self.remembered.lock().unwrap_or_else(PoisonError::into_inner).get(&pending.open.key).map(|before| before.len_bytes);
-        let len_bytes = remembered.unwrap_or(known_len_bytes);
-        self.adopt(pending, Arc::new(LostBlob { len_bytes }), None);
+        let known_len_bytes = known_len(pending.open.sink.as_fd()).filter(|_| !self.ends(errno));
+        let Some(known_len_bytes) = known_len_bytes else { return self.refuse(pending.open.ticket, errno) };
+        let len_bytes = self.remembered.get(&pending.open.key).map_or(known_len_bytes, |before| before.told_bytes);
+        self.adopt(pending, Arc::new(LostBlob { len_bytes }), len_bytes, None);
+    }
+
+    /// Whether an open that fails with `errno` fails because the engine ends, or while it does: a refusal is final, and the
+    /// next daemon may find what this one had no time to look for.
+    fn ends(&self, errno: Errno) -> bool {
+        errno == Errno::ECANCELED || self.shared.stopping.load(Ordering::Acquire)
     }
 
     fn refuse(&self, ticket: Ticket, errno: Errno) {
-        // A refusal is final, and the next daemon may find what this one had no time to look for.
-        let ends = errno == Errno::ECANCELED || self.shared.stopping.load(Ordering::Acquire);
-        if ends && self.shared.leaves_rest() {
+        if self.ends(errno) && self.shared.leaves_rest() {
             return ticket.leave();
         }
         Shared::count(&self.shared.opens_failed);
-        if let Err(error) = ticket.answer(Outcome::Failed(errno))
-            && self.shared.may_log_failure()
-        {
-            tracing::error!("the kernel did not take the refusal of an open: {error}");
+        if let Err(error) = ticket.answer(Outcome::Failed(errno)) {
+            self.complain(|| format!("the kernel did not take the refusal of an open: {error}"));
         }
     }
 
@@ -234,4 +245,59 @@ impl Opener {
 fn known_len(sink: BorrowedFd<'_>) -> Option<u64> {
     let len_bytes = lseek(sink, 0, Whence::SeekEnd).ok()?;
     u64::try_from(len_bytes).ok().filter(|len_bytes| *len_bytes > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::super::clock::Clock;
+    use super::super::fds::Budget;
+    use super::super::mailbox::Inbox;
+    use super::*;
+    use crate::front::{Answer, ObjectId};
+    use crate::store::Stores;
+
+    #[derive(Default)]
+    struct Answers(Mutex<Vec<Outcome>>);
+
+    impl Answer for Answers {
+        fn answer(&self, _: u64, outcome: Outcome) -> std::io::Result<bool> {
+            self.0.lock().unwrap().push(outcome);
+            Ok(true)
+        }
+    }
+
+    /// An open whose lookup took too long; of an object that was open before, so that its image is mounted. How it ends
+    /// while the engine runs, while it stops, and while it stops and somebody keeps the kernel's interface.
+    #[test]
+    fn an_open_that_fails_while_the_engine_stops_is_left_to_the_next_daemon() {
+        let lost = Outcome::Opened { len_bytes: 8192 };
+        for (stopping, kept, expected) in
+            [(false, true, Some(lost)), (true, false, Some(Outcome::Failed(Errno::ETIMEDOUT))), (true, true, None)]
+        {
+            let (mailbox, mut inbox) = Inbox::pair().unwrap();
+            let budget = Budget::new(100);
+            let shared = Shared::new(Clock::start(), vec![Arc::clone(mailbox.bell())], Arc::clone(&budget)).unwrap();
+            shared.stopping.store(stopping, Ordering::Release);
+            shared.leaves_rest.store(kept, Ordering::Release);
+            let opener = Opener {
+                shared: Arc::new(shared),
+                store: Arc::new(Stores::new(Vec::new())),
+                shards: vec![mailbox],
+                opens: Arc::new(Opens::new(Duration::from_secs(1))),
+                remembered: Arc::default(),
+            };
+            let answers = Arc::<Answers>::default();
+            let sink = tempfile::tempfile().unwrap();
+            sink.set_len(8192).unwrap();
+            let ticket = Ticket::new(Arc::clone(&answers) as Arc<dyn Answer>, 1);
+            let open = OpenRequest { object: ObjectId(7), key: Key::new(b"dom", b"blob"), ticket, sink: Arc::new(sink) };
+            opener.opens.push(open, budget.charge_open()).unwrap();
+            let (place, _) = opener.opens.take().unwrap();
+            opener.fail(opener.opens.give_back(place).unwrap(), Errno::ETIMEDOUT);
+            assert_eq!(*answers.0.lock().unwrap(), Vec::from_iter(expected), "stopping {stopping}, kept {kept}");
+            assert_eq!(inbox.take().is_some(), !stopping, "an object is adopted only as long as it will be served");
+        }
+    }
 }

@@ -91,16 +91,17 @@ impl State {
         self.queued.extend(due);
     }
 
-    fn next_event(&self) -> Option<Instant> {
+    /// When something is to be done next if nothing happens until then.
+    fn next_event(&self, now: Instant) -> Option<Instant> {
         let running = self.running.iter().filter_map(|(_, open)| open.as_ref());
         let deadlines = self.queued.iter().chain(running).map(|open| open.deadline);
-        let spawn = self.no_threads_before.filter(|_| !self.queued.is_empty());
+        let spawn = self.no_threads_before.filter(|at| now < *at && !self.queued.is_empty());
         deadlines.chain(self.later.iter().map(|(at, open)| open.deadline.min(*at))).chain(spawn).min()
     }
 
     /// Threads that are missing so that everything queued is looked up at once.
-    fn missing_threads(&mut self, now: Instant) -> usize {
-        if self.no_threads_before.take_if(|at| *at <= now).is_none() && self.no_threads_before.is_some() {
+    fn missing_threads(&self, now: Instant) -> usize {
+        if self.no_threads_before.is_some_and(|at| now < at) {
             return 0;
         }
         self.queued.len().saturating_sub(self.idle).min(OPENERS_MAX.saturating_sub(self.threads))
@@ -185,7 +186,7 @@ impl Opens {
             }
             // What became due goes to whoever is idle.
             (0..state.queued.len().min(state.idle)).for_each(|_| self.work.notify_one());
-            let until = state.next_event().map(|at| at.saturating_duration_since(now));
+            let until = state.next_event(now).map(|at| at.saturating_duration_since(now));
             state = match until {
                 Some(timeout) => self.news.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.news.wait(state).unwrap_or_else(PoisonError::into_inner),

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -31,11 +31,14 @@ const STOP_POLL: Duration = Duration::from_millis(5);
 /// so that only one that hangs is left behind.
 const ABORT_WAIT: Duration = Duration::from_secs(2);
 
+/// A shard's thread; it ends with the reason if it is not told to.
+type ShardThread = JoinHandle<Result<(), EngineError>>;
+
 /// A running engine.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    shards: Vec<JoinHandle<Result<(), EngineError>>>,
+    shards: Vec<ShardThread>,
     started: Started,
 }
 
@@ -79,35 +82,34 @@ impl Engine {
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
         let shared = Arc::new(Shared::new(clock, bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
+        shared.leaves_rest.store(settings.leave_rest, Ordering::Release);
         let opens = Arc::new(Opens::new(settings.open_timeout));
         let opener = Opener {
             shared: Arc::clone(&shared),
             store: Arc::clone(store),
             shards: mailboxes.clone(),
             opens: Arc::clone(&opens),
-            remembered: Arc::default(),
+            remembered: Arc::clone(&settings.remembered),
         };
         opener.start()?;
         let (evictor, offers) = Evictor::new(Arc::clone(&shared));
-        let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens, evictor));
-        let (report, reports) = sync_channel(inboxes.len());
-        let mut shards = Vec::new();
-        for (index, inbox) in inboxes.into_iter().enumerate() {
-            let plan = Plan {
-                index,
-                seat: settings.seats.get(index % settings.seats.len().max(1)).cloned(),
-                settings: settings.clone(),
-                front: Arc::clone(front),
-                router: router.take(),
-                shared: Arc::clone(&shared),
-                clock,
-                inbox,
-                offers: offers.clone(),
-            };
-            shards.push(plan.spawn(report.clone()).inspect_err(|_| shared.abandon())?);
-        }
-        drop(report);
-        let started = await_shards(&reports, shards.len()).inspect_err(|_| shared.abandon())?;
+        let router = Router::new(Arc::clone(&shared), clock, mailboxes, Arc::clone(&opens), evictor);
+        let plan = |index, inbox, router| Plan {
+            index,
+            seat: settings.seats.get(index % settings.seats.len().max(1)).cloned(),
+            settings: settings.clone(),
+            front: Arc::clone(front),
+            router,
+            shared: Arc::clone(&shared),
+            clock,
+            inbox,
+            offers: offers.clone(),
+        };
+        let started = start_shards(inboxes, router, plan).inspect_err(|_| {
+            shared.abandon();
+            opens.end();
+        });
+        let (shards, started) = started?;
         Ok(Self { shared, shards, started })
     }
 
@@ -182,20 +184,38 @@ impl Shared {
     }
 }
 
-/// Waits until every shard has said how it was made.
-fn await_shards(reports: &Receiver<Result<Started, EngineError>>, shards: usize) -> Result<Started, EngineError> {
-    let mut started: Option<Started> = None;
-    for _ in 0..shards {
-        let report = reports.recv().map_err(|_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into()))?;
-        let report = report?;
-        let pages = started.map_or(report.pages, |started| started.pages.max(report.pages));
-        started = Some(Started { shards, pages, ..report });
-    }
-    started.ok_or_else(|| EngineError::Resources(std::io::ErrorKind::InvalidInput.into()))
+/// Starts a shard for each inbox. The first, which reads the kernel's requests, only when all others stand: a start that
+/// fails has taken nothing from the kernel, and the next daemon finds all of it.
+fn start_shards(
+    inboxes: Vec<Inbox>,
+    router: Router,
+    plan: impl Fn(usize, Inbox, Option<Router>) -> Plan,
+) -> Result<(Vec<ShardThread>, Started), EngineError> {
+    let mut inboxes = inboxes.into_iter().enumerate();
+    let first = inboxes.next().map(|(index, inbox)| plan(index, inbox, Some(router)));
+    let (others, mut started) = stand(inboxes.map(|(index, inbox)| plan(index, inbox, None)))?;
+    let (first, its) = stand(first.into_iter())?;
+    started.extend(its);
+    let shards: Vec<_> = first.into_iter().chain(others).collect();
+    let (count, pages) = (shards.len(), started.iter().map(|shard| shard.pages).max());
+    // There is one at least.
+    let last = started.pop().zip(pages).ok_or_else(|| EngineError::Resources(std::io::ErrorKind::InvalidInput.into()));
+    last.map(|(shard, pages)| (shards, Started { shards: count, pages, ..shard }))
+}
+
+/// Starts shards, and waits until each has said how it was made.
+fn stand(plans: impl Iterator<Item = Plan>) -> Result<(Vec<ShardThread>, Vec<Started>), EngineError> {
+    let (report, reports) = sync_channel(1);
+    let shards = plans.map(|plan| plan.spawn(report.clone())).collect::<Result<Vec<_>, _>>()?;
+    // If a thread dies without a word, there is nobody left who could say something.
+    drop(report);
+    let died = |_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into());
+    let started = shards.iter().map(|_| reports.recv().map_err(died)?).collect::<Result<_, _>>()?;
+    Ok((shards, started))
 }
 
 impl Plan {
-    fn spawn(self, report: SyncSender<Result<Started, EngineError>>) -> Result<JoinHandle<Result<(), EngineError>>, EngineError> {
+    fn spawn(self, report: SyncSender<Result<Started, EngineError>>) -> Result<ShardThread, EngineError> {
         let name = format!("infill-shard-{}", self.index);
         let shared = Arc::clone(&self.shared);
         let run = move || {

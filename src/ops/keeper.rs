@@ -299,6 +299,7 @@ impl Hold {
 mod tests {
     use std::fs::File;
     use std::io::Read;
+    use std::os::fd::AsRawFd;
 
     use nix::fcntl::OFlag;
     use nix::unistd::pipe2;
@@ -349,6 +350,47 @@ mod tests {
         let socket = dir.path().join("s");
         let thread = keeper(&socket);
         drop(Keeper::find(&socket).unwrap().unwrap());
+        thread.join().unwrap().unwrap();
+    }
+
+    /// Any byte, with or without a descriptor: the keeper answers, and does what it says in the table and nothing else.
+    #[test]
+    fn every_message_is_answered_and_none_loses_the_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let thread = keeper(&socket);
+        let (_reader, device) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let daemon = Keeper::find(&socket).unwrap().unwrap();
+        daemon.keep(device.as_fd()).unwrap();
+        let other = File::open("/dev/null").unwrap();
+        for message in (0..=u8::MAX).filter(|message| *message != RELEASE) {
+            for fd in [None, Some(other.as_fd())] {
+                passing::send(daemon.as_fd(), &[message], fd).unwrap();
+                let mut answer = [0];
+                let (len, given) = passing::receive(daemon.as_fd(), &mut answer).unwrap();
+                let expected = match (message, fd) {
+                    (KEEP, Some(_)) | (TAKE, None) => DONE,
+                    _ => NOTHING,
+                };
+                assert_eq!((len, answer), (1, [expected]), "{message}, {fd:?}");
+                assert_eq!(given.is_some(), (message, fd.is_some()) == (TAKE, false));
+            }
+            // It was the one message that gives it another.
+            if message == KEEP {
+                daemon.keep(device.as_fd()).unwrap();
+            }
+        }
+        // More descriptors than there can be end the connection, and are all closed.
+        let raw = [other.as_raw_fd(), other.as_raw_fd()];
+        let control = [nix::sys::socket::ControlMessage::ScmRights(&raw)];
+        let parts = [io::IoSlice::new(&[KEEP])];
+        let flags = nix::sys::socket::MsgFlags::empty();
+        nix::sys::socket::sendmsg::<nix::sys::socket::UnixAddr>(daemon.as_fd().as_raw_fd(), &parts, &control, flags, None).unwrap();
+        assert_eq!(passing::receive(daemon.as_fd(), &mut [0]).unwrap().0, 0);
+        let next = Keeper::find(&socket).unwrap().unwrap();
+        let kept = nix::sys::stat::fstat(next.take().unwrap().unwrap()).unwrap();
+        assert_eq!(kept.st_ino, nix::sys::stat::fstat(&device).unwrap().st_ino);
+        next.release().unwrap();
         thread.join().unwrap().unwrap();
     }
 }

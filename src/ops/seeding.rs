@@ -2,10 +2,12 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::front::cachefiles::seed::{Outcome, seed};
 use crate::key::Key;
 use crate::store::Store;
+use crate::store::remembered::{Made, Remembered};
 
 /// What became of one blob.
 #[derive(Clone, Debug)]
@@ -31,8 +33,8 @@ pub enum Fate {
     Failed(String),
 }
 
-/// Seeds one blob in `cache_dir` from the first store that has it.
-pub fn seed_key(store: &dyn Store, cache_dir: &Path, key: &Key) -> Seeding {
+/// Seeds one blob in `cache_dir` from the first store that has it, and notes in `remembered` which that was.
+pub fn seed_key(store: &dyn Store, cache_dir: &Path, remembered: &Remembered, key: &Key) -> Seeding {
     let end = |fate, len_bytes| Seeding { key: key.clone(), fate, len_bytes };
     let blob = match store.open(key) {
         Ok(Some(blob)) => blob,
@@ -44,7 +46,11 @@ pub fn seed_key(store: &dyn Store, cache_dir: &Path, key: &Key) -> Seeding {
         return end(Fate::Refused("its bytes are not one file of their own in the store".to_owned()), len_bytes);
     };
     let fate = match seed(cache_dir, key, file.fd.as_fd(), len_bytes) {
-        Ok(Outcome::Seeded) => Fate::Seeded,
+        Ok(Outcome::Seeded) => {
+            remembered.note(key, &Made::anew(blob.identity(), None));
+            remembered.sync(Duration::ZERO);
+            Fate::Seeded
+        }
         Ok(Outcome::AlreadyThere) => Fate::AlreadyThere,
         Ok(Outcome::Refused(refusal)) => Fate::Refused(refusal.to_string()),
         Err(error) => Fate::Failed(error.to_string()),

@@ -9,6 +9,7 @@
 //! | `resident` | what of a file is in the page cache |
 //! | `dir`, `oci` | the kinds of stores |
 //! | `spec`, `list` | settings; several stores in order |
+//! | `remembered` | which blobs the objects of a cache were made of |
 //! | `error` | what can go wrong, and whether it may pass |
 //!
 //! A store maps a [`Key`] to a [`Blob`], and a blob says where the bytes of any of its ranges are. It does
@@ -21,12 +22,14 @@ pub mod holes;
 pub mod list;
 pub mod name;
 pub mod oci;
+pub mod remembered;
 pub mod resident;
 pub mod source;
 pub mod spec;
 
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 pub use self::error::{Cause, SetupError, StoreError};
@@ -74,7 +77,7 @@ pub trait Blob: Send + Sync + fmt::Debug {
     /// The file system that its bytes are read from: `st_dev` of its files, of which a blob's are on one. Blobs of one
     /// file system share what the engine gives it.
     fn device(&self) -> u64 {
-        self.files().first().map_or(NO_DEVICE, |file| file.identity.device)
+        self.files().first().map_or(NO_DEVICE, |file| file.device)
     }
 
     /// The file that has exactly the bytes of this blob, in their order, if there is one.
@@ -117,21 +120,27 @@ pub struct Identity {
     files: Box<[FileIdentity]>,
 }
 
-/// A file and what was in it: a blob is never changed, and whoever puts another one in its place makes a new file. The
-/// time of the last change of its contents, because numbers of files are used again; not that of its inode, because
-/// links may come and go.
+/// A file and what was in it: a blob is never changed, and whoever puts another one in its place makes a new file. That has
+/// another number, or if numbers are used again, another time of birth where file systems know that (`statx`). The time of
+/// the last change is that of its contents, not of its inode, because links may come and go. The file system's number is
+/// no part of it: after a reboot it may be another one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileIdentity {
-    /// Its file system (`st_dev`).
-    pub device: u64,
     inode: u64,
-    modified_s: i64,
-    modified_ns: i64,
+    /// In seconds and nanoseconds of the epoch, as is the next.
+    born: (i64, i64),
+    modified: (i64, i64),
 }
 
-impl From<&nix::sys::stat::FileStat> for FileIdentity {
-    fn from(stat: &nix::sys::stat::FileStat) -> Self {
-        Self { device: stat.st_dev, inode: stat.st_ino, modified_s: stat.st_mtime, modified_ns: stat.st_mtime_nsec }
+impl From<&std::fs::Metadata> for FileIdentity {
+    fn from(found: &std::fs::Metadata) -> Self {
+        let since = |at: std::time::SystemTime| at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let born = found.created().map(since).unwrap_or_default();
+        Self {
+            inode: found.ino(),
+            born: (i64::try_from(born.as_secs()).unwrap_or(i64::MAX), i64::from(born.subsec_nanos())),
+            modified: (found.mtime(), found.mtime_nsec()),
+        }
     }
 }
 
@@ -190,6 +199,8 @@ pub struct SourceFile {
     pub fd: OwnedFd,
     /// Length when it was opened.
     pub len_bytes: u64,
+    /// Its file system (`st_dev`).
+    pub device: u64,
     /// Which file it is.
     pub identity: FileIdentity,
     /// How it is really read, after any fallback: never [`SourceMode::Auto`].

@@ -1,6 +1,8 @@
 //! Source files: how a blob's file is opened for the engine to read, and the blob that is one such file.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Once};
 
 use memmap2::MmapOptions;
@@ -10,7 +12,6 @@ use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::sys::uio::pread;
 use nix::unistd::{Whence, lseek};
 
-use super::beneath::file_type;
 use super::error::Cause;
 use super::holes::Holes;
 use super::resident::is_resident;
@@ -39,23 +40,20 @@ impl SourceFile {
     /// # Errors
     /// The file is not a regular one, lies on EROFS, or the system refused.
     pub fn new(fd: OwnedFd, wanted: SourceMode) -> Result<Self, Cause> {
-        let stat = fstat(&fd)?;
-        if let Some(kind) = unfit_kind(file_type(&stat)) {
+        let file = File::from(fd);
+        let found = file.metadata().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+        if let Some(kind) = unfit_kind(SFlag::from_bits_truncate(found.mode()) & SFlag::S_IFMT) {
             return Err(Cause::NotAFile(kind));
         }
+        let fd = OwnedFd::from(file);
         if on_erofs(&fd)? {
             return Err(Cause::OnErofs);
         }
         // Without O_NONBLOCK from here on: with it, io_uring would return EAGAIN instead of waiting on
         // file systems that cannot do better (io_rw_init_file, io_uring/rw.c).
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
-        let mut source = Self {
-            fd,
-            len_bytes: u64::try_from(stat.st_size).map_err(|_| Errno::EOVERFLOW)?,
-            identity: (&stat).into(),
-            mode: SourceMode::Buffered,
-            map: None,
-        };
+        let mut source =
+            Self { fd, len_bytes: found.len(), device: found.dev(), identity: (&found).into(), mode: SourceMode::Buffered, map: None };
         match wanted {
             SourceMode::Buffered => {}
             SourceMode::Direct => source.try_direct()?,

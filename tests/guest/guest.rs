@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::fixtures::DATA;
-use crate::readers::{How, expect_equal};
+use crate::readers::{How, READ_LIMIT, expect_equal};
 use crate::runner::wait_limited;
 
 /// The daemon under test.
@@ -27,8 +27,15 @@ pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(30);
 const READY: &str = "infill: ready";
 /// The domain the tests share blobs in.
 pub(crate) const DOMAIN: &str = "lab";
+/// Settings with which readers ask for each piece, so that something can happen while they are at it: as set else, a
+/// dozen requests may bring a whole tree.
+pub(crate) const ASKED_OFTEN: [&str; 2] = ["--window=4K", "--complete=off"];
+/// READs after which several readers are surely at work.
+pub(crate) const AT_WORK: u64 = 20;
 /// Lines of the daemon's log that are shown for a failed test.
 const LOG_LINES: usize = 40;
+/// How much is shown of where a thread of the daemon waits.
+const STACK_DEPTH: usize = 4;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -234,6 +241,12 @@ impl Guest {
         self.stop()
     }
 
+    /// What `infill doctor` prints, as one line.
+    pub(crate) fn doctor(&self) -> Result<String> {
+        let output = Command::new(INFILL).args(["doctor", "--json"]).arg(format!("--cache-dir={}", self.cache.display())).output()?;
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
     /// Mounts go first, while there may still be a daemon.
     pub(crate) fn end_mounts_and_daemon(&self) {
         for at in self.mounts.borrow_mut().drain(..).rev() {
@@ -245,8 +258,15 @@ impl Guest {
         }
     }
 
-    /// Prints what the daemon logged, for a failed test.
+    /// Prints what the daemon logged, and where it is if it still runs, for a failed test.
     pub(crate) fn print_logs(&self) {
+        let threads = self.daemon_pid().and_then(|pid| Ok(fs::read_dir(format!("/proc/{pid}/task"))?));
+        for task in threads.into_iter().flatten().flatten() {
+            let text = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let stack: Vec<_> =
+                text("stack").lines().filter_map(|line| line.split_whitespace().nth(1)).take(STACK_DEPTH).map(str::to_owned).collect();
+            println!("thread {}: {}", text("comm").trim_end(), stack.join(" "));
+        }
         for kind in ["out", "log"] {
             let text = fs::read_to_string(format!("/tmp/{}.{kind}", self.name));
             for line in gist_of_log(&text.unwrap_or_default(), LOG_LINES).lines() {
@@ -301,6 +321,18 @@ impl ReadCount {
         fs::write(Path::new(TRACING).join(event), "1").map_err(|e| format!("{event}: {e}"))?;
         fs::write(Path::new(TRACING).join("trace"), "")?;
         Ok(Self)
+    }
+
+    /// Waits until readers have asked so many times more.
+    pub(crate) fn await_more(&self, reads: u64) -> Result<()> {
+        let (began, wanted) = (Instant::now(), self.reads()? + reads);
+        while self.reads()? < wanted {
+            if began.elapsed() > READ_LIMIT {
+                return Err(format!("readers asked {} times, not {wanted} times", self.reads()?).into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// READs since the start.

@@ -5,9 +5,10 @@
 //! file system and turns what the guest prints into test results. Inside the guest it runs the tests, each
 //! in a process of its own. And it is the reader processes of those tests.
 //!
-//! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored): building the kernels takes some
-//! minutes the first time, and needs Debian's source packages.
+//! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored):
+//! building the kernels takes some minutes the first time, and needs Debian's source packages.
 
+mod author;
 mod bad_disk;
 mod confine;
 mod density;
@@ -15,10 +16,13 @@ mod disturbances;
 mod failures;
 mod fixtures;
 mod guest;
+mod hang;
 mod host;
 mod lifecycle;
 mod matrix;
+mod mounting;
 mod readers;
+mod replaced;
 mod restart;
 mod runner;
 mod seed;
@@ -45,10 +49,14 @@ fn tests() -> impl Iterator<Item = Test> {
         matrix::TESTS,
         failures::TESTS,
         disturbances::TESTS,
+        hang::TESTS,
         confine::TESTS,
         lifecycle::TESTS,
+        mounting::TESTS,
         seed::TESTS,
         restart::TESTS,
+        author::TESTS,
+        replaced::TESTS,
         space::TESTS,
         density::TESTS,
     ]

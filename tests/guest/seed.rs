@@ -50,7 +50,7 @@ const PAGE_BYTES: usize = 4096;
 
 /// Moves the store to the cache's file system and puts files of the test data into it. `false`: that file
 /// system cannot share blocks.
-fn stock_beside_cache(guest: &mut Guest, names: &[&str]) -> Result<bool> {
+pub(crate) fn stock_beside_cache(guest: &mut Guest, names: &[&str]) -> Result<bool> {
     guest.store = guest.cache.with_extension("store");
     fs::create_dir_all(&guest.store)?;
     for name in names {
@@ -348,7 +348,7 @@ pub(crate) fn wait_until_unbound() -> Outcome {
 }
 
 /// Waits for what the kernel does in its own time.
-pub(crate) fn wait_until(what: &str, done: impl Fn() -> bool) -> Outcome {
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) -> Outcome {
     let began = Instant::now();
     while !done() {
         if began.elapsed() > COMMIT_LIMIT {

@@ -5,6 +5,7 @@
 
 use super::*;
 use crate::store::{Data, Extent};
+use std::os::unix::fs::MetadataExt;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
 const LATE: Outcome = Outcome::Failed(Errno::ETIMEDOUT);
@@ -29,8 +30,9 @@ impl Store for PipeAndFile {
             return self.file.open(key);
         }
         let fd = self.pipe.lock().unwrap().take().expect("opened once");
-        let identity = (&nix::sys::stat::fstat(&fd).unwrap()).into();
-        let file = SourceFile { fd, len_bytes: 1 << 20, identity, mode: SourceMode::Buffered, map: None };
+        let (file, mode) = (std::fs::File::from(fd), SourceMode::Buffered);
+        let found = file.metadata().unwrap();
+        let file = SourceFile { fd: file.into(), len_bytes: 1 << 20, device: found.dev(), identity: (&found).into(), mode, map: None };
         Ok(Some(Arc::new(PipeBlob([Arc::new(file)]))))
     }
 }

@@ -210,6 +210,8 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
         request_timeout: PATIENCE,
         no_room: None,
         tracer: None,
+        remembered: Arc::default(),
+        leave_rest: false,
     }
 }
 
@@ -413,6 +415,30 @@ fn the_descriptor_of_a_closed_object_is_closed_everywhere() {
         wait_until(has_hung_up);
         engine.stop(PATIENCE, || false).unwrap();
     });
+}
+
+/// The kernel's interface breaks before anybody had time to say anything to the engine.
+#[test]
+fn an_engine_that_fails_right_after_its_start_leaves_what_it_has_read() {
+    for kind in [EngineKind::Uring, EngineKind::Blocking] {
+        let (kernel, store, (_file, fd)) = (Kernel::new(), OneBlob::new(), sink());
+        store.shut.store(true, Ordering::Relaxed);
+        kernel.then([kernel.open(1, 8, &fd), Step::Break]);
+        let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, Arc::clone(&store) as Arc<dyn Store>);
+        let settings = Settings { leave_rest: true, ..settings(kind, 2) };
+        let engine = match Engine::start(&front, &blobs, &settings) {
+            Err(EngineError::NoRing(why)) => {
+                println!("not run: {why}");
+                continue;
+            }
+            engine => engine.unwrap(),
+        };
+        wait_until(|| engine.has_failed());
+        assert!(engine.stop(PATIENCE, || false).is_err());
+        store.shut.store(false, Ordering::Relaxed);
+        wait_until(|| Arc::strong_count(&fd) == 1);
+        assert_eq!(*kernel.answers.given.lock().unwrap(), []);
+    }
 }
 
 #[test]

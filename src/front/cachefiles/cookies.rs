@@ -85,7 +85,8 @@ impl List {
 
 /// Looks `key` up in the two lists. The volume's key ends its line and is not escaped, so a strange domain may
 /// be found in the line of another one: then more counts as in use, never less.
-fn listed(volumes: &[u8], cookies: &[u8], key: &Key) -> bool {
+#[must_use]
+pub fn listed(volumes: &[u8], cookies: &[u8], key: &Key) -> bool {
     let wanted = [b" ", &volume_key(key)[..]].concat();
     let volumes: Vec<_> = lines(volumes).filter(|line| line.ends_with(&wanted)).filter_map(|line| fields(line).next()).collect();
     let name: String = key.name().iter().map(|byte| format!("{byte:02x}")).collect();
@@ -98,8 +99,9 @@ fn listed(volumes: &[u8], cookies: &[u8], key: &Key) -> bool {
         })
 }
 
-/// See [`live`]. A volume whose key holds a newline is not found; the kernel still refuses to cull what is in use.
-fn live_in(volumes: &[u8], cookies: &[u8]) -> HashSet<Place> {
+/// See [`Lists::live`]. A volume whose key holds a newline is not found; the kernel still refuses to cull what is in use.
+#[must_use]
+pub fn live_in(volumes: &[u8], cookies: &[u8]) -> HashSet<Place> {
     let marker = [b" ", VOLUME_PREFIX].concat();
     let domain = |line: &[u8]| line.windows(marker.len()).position(|part| part == marker).map(|at| line[at + marker.len()..].to_vec());
     let domains: HashMap<_, _> = lines(volumes).filter_map(|line| Some((fields(line).next()?.to_vec(), domain(line)?))).collect();

@@ -1,6 +1,7 @@
 //! Simulated blobs: where each byte should come from, and which sectors of the sources are broken.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use super::content::{Origin, Origins};
@@ -234,8 +235,8 @@ const fn place(used: u64, start: u64, mapped: bool, rng: &mut Rng) -> u64 {
 /// A file that is never read: the simulation only asks for its length and mode.
 fn source_file(len: u64, mode: SourceMode) -> Arc<SourceFile> {
     let null = File::open("/dev/null").expect("/dev/null is there and readable");
-    let identity = (&nix::sys::stat::fstat(&null).expect("it is open")).into();
-    Arc::new(SourceFile { fd: null.into(), len_bytes: len, identity, mode, map: None })
+    let found = null.metadata().expect("it is open");
+    Arc::new(SourceFile { fd: null.into(), len_bytes: len, device: found.dev(), identity: (&found).into(), mode, map: None })
 }
 
 impl Blob for SimBlob {

@@ -185,6 +185,8 @@ fn settings() -> Settings {
         request_timeout: Duration::from_secs(30),
         no_room: None,
         tracer: None,
+        remembered: Arc::default(),
+        leave_rest: false,
     }
 }
 

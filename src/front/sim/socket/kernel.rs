@@ -73,6 +73,8 @@ struct Object {
     len: Option<u64>,
     /// The current daemon has answered its OPEN.
     ready: bool,
+    /// What the cache has of it since it was mounted before, and the length that was told then.
+    cached: Option<(Arc<File>, u64)>,
 }
 
 /// A new file that any daemon may write, whoever it runs as.
@@ -173,10 +175,25 @@ impl SocketKernel {
     /// # Errors
     /// The daemon refused it or left it hanging.
     pub fn open(&self, key: &Key) -> Result<u32, ReadError> {
+        self.open_cached(key, None)
+    }
+
+    /// Unmounts and mounts anew. What was cached is there again if the daemon tells the same length as before; if not, the
+    /// kernel makes the object anew, as cachefiles does. Returns its name.
+    ///
+    /// # Errors
+    /// It was not mounted, or as [`SocketKernel::open`].
+    pub fn remount(&self, name: u32) -> Result<u32, ReadError> {
+        let object = self.inner.lock().objects.get(&name).cloned().ok_or(ReadError::Errno(Errno::ENOENT))?;
+        self.close(name)?;
+        self.open_cached(&object.key, object.len.map(|len| (object.sink, len)))
+    }
+
+    fn open_cached(&self, key: &Key, cached: Option<(Arc<File>, u64)>) -> Result<u32, ReadError> {
         let mut state = self.inner.lock();
         let name = state.next_object;
         let sink = make_sink(&self.dir.join(name.to_string())).map_err(|_| ReadError::Errno(Errno::EIO))?;
-        state.objects.insert(name, Object { key: key.clone(), id: 0, sink: Arc::new(sink), len: None, ready: false });
+        state.objects.insert(name, Object { key: key.clone(), id: 0, sink: Arc::new(sink), len: None, ready: false, cached });
         let (msg_id, packet) = state.open(name, None).ok_or(ReadError::Errno(Errno::EIO))?;
         drop(state);
         self.send(vec![packet])?;
@@ -391,6 +408,11 @@ impl State {
         } else if object.sink.set_len(align_up(len, PAGE_BYTES)).is_err() {
             self.violations.push(format!("{}: cannot be {len} bytes long", object.key));
         }
+        if let Some((cached, _)) = object.cached.take().filter(|(_, told)| *told == len)
+            && copy_data(&cached, &object.sink).is_err()
+        {
+            self.violations.push(format!("{}: what is cached cannot be copied", object.key));
+        }
         (object.len, object.ready) = (Some(len), true);
     }
 
@@ -406,6 +428,19 @@ impl State {
             _ => self.late += 1,
         }
     }
+}
+
+/// Copies what is there, and leaves holes.
+fn copy_data(from: &File, to: &File) -> io::Result<()> {
+    let mut at = 0;
+    while let Some(start) = seek(from, at, Whence::SeekData) {
+        let end = seek(from, start, Whence::SeekHole).unwrap_or(start);
+        let mut bytes = vec![0; usize::try_from(end - start).unwrap_or(0)];
+        from.read_exact_at(&mut bytes, start)?;
+        to.write_all_at(&bytes, start)?;
+        at = end;
+    }
+    Ok(())
 }
 
 /// `lseek(2)` for data or a hole; `None` behind the last of either.

@@ -1,0 +1,281 @@
+//! What is done with any bytes: one function for each kind of input that comes from elsewhere. Run by cargo-fuzz
+//! (`fuzz_targets/`) and, without anything but stable Rust, by `tests/fuzz.rs`.
+//!
+//! A function panics if a promise is broken. It gives a number that tells how the input was taken: inputs that are taken in a
+//! new way are worth being changed further.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use infill::config::Options;
+use infill::front::cachefiles::layout::{MARK, Place, fanout_name, volume_key};
+use infill::front::cachefiles::tree::{CACHE, Dir, census};
+use infill::front::cachefiles::wire::{self, Body, Header};
+use infill::front::cachefiles::{CullLimits, cookies, fsck};
+use infill::image::superblock::{Superblock, WHOLE_BYTES_MAX};
+use infill::key::Key;
+use infill::ops::doctor::release::{self, Running};
+use infill::ops::xattr;
+use infill::store::dir::DirStore;
+use infill::store::oci::OciStore;
+use infill::store::{Blob, SourceMode, Store, StoreError, StoreSpec, remembered};
+
+/// A target's name, which is that of its directory of seeds, and what it does.
+pub(crate) type Target = (&'static str, fn(&[u8]) -> u64);
+
+/// All of them.
+pub(crate) const TARGETS: [Target; 7] = [
+    ("wire", wire),
+    ("key", key),
+    ("superblock", superblock),
+    ("settings", settings),
+    ("notes", notes),
+    ("cache", cache),
+    ("kernel", kernel),
+];
+
+fn taken(how: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    how.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// The parts of an input, cut at a byte that is rare in it.
+fn parts<const N: usize>(bytes: &[u8]) -> [&[u8]; N] {
+    let mut parts = bytes.splitn(N, |byte| *byte == 0xfe);
+    std::array::from_fn(|_| parts.next().unwrap_or_default())
+}
+
+/// A directory of this process, which stays until the machine's directory for such things is cleaned.
+fn scratch(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("infill-fuzz-{}-{name}", std::process::id()));
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+/// Messages of `/dev/cachefiles`.
+///
+/// 1. No bytes cause a panic, an overflow or a read out of bounds, at any alignment.
+/// 2. The descriptor of an OPEN that is understood is the one that is found before the message is read.
+/// 3. A descriptor number is never negative.
+/// 4. Keys keep to the kernel's limits, and a range is never empty or reversed.
+/// 5. What is understood and encoded again is understood as the same.
+/// 6. A message that is refused still tells which request to refuse, if it has a header at all.
+pub(crate) fn wire(bytes: &[u8]) -> u64 {
+    // A buffer of our own at each alignment: the fuzzer's is always aligned alike.
+    let shift = bytes.first().map_or(0, |byte| usize::from(byte % 8));
+    let mut shifted = vec![0; shift];
+    shifted.extend_from_slice(bytes);
+    let bytes = &shifted[shift..];
+
+    let fd = wire::open_fd(bytes);
+    assert!(fd.is_none_or(|fd| fd >= 0));
+    assert_eq!(Header::parse(bytes).is_some(), bytes.len() >= 16);
+
+    let message = match wire::parse(bytes) {
+        Ok(message) => message,
+        Err(error) => return taken(std::mem::discriminant(&error)),
+    };
+    match &message.body {
+        Body::Open { fd: carried, key } => {
+            assert_eq!(fd, Some(*carried));
+            assert!(key.domain().len() < wire::VOLUME_KEY_MAX_BYTES);
+            assert!((1..=wire::COOKIE_KEY_MAX_BYTES).contains(&key.name().len()));
+        }
+        Body::Read(range) => assert!(range.start < range.end),
+        Body::Close => {}
+    }
+    let how = taken(std::mem::discriminant(&message.body));
+    // A missing NUL at the end of a full-length volume key is the one thing that encoding adds.
+    let encoded = wire::encode(&message);
+    if encoded.len() <= bytes.len() {
+        assert_eq!(wire::parse(&encoded), Ok(message));
+    }
+    how
+}
+
+/// Stores with one blob each, and a file beside them that no key may lead to.
+struct Shelf {
+    dir: DirStore,
+    oci: OciStore,
+}
+
+const DIGEST: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+
+fn shelf() -> &'static Shelf {
+    static SHELF: OnceLock<Shelf> = OnceLock::new();
+    SHELF.get_or_init(|| {
+        let root = scratch("shelf");
+        let (dir, oci) = (root.join("dir"), root.join("oci"));
+        fs::create_dir_all(dir.join("dom")).unwrap();
+        fs::create_dir_all(oci.join("blobs/sha256")).unwrap();
+        for (file, len) in [("secret", 9), ("dir/blob", 1), ("dir/dom/blob", 2), (&*format!("oci/blobs/sha256/{DIGEST}"), 3)] {
+            fs::write(root.join(file), vec![1; len]).unwrap();
+        }
+        // A link that leads out is no way out either.
+        let _ = std::os::unix::fs::symlink("../secret", dir.join("link"));
+        Shelf {
+            dir: DirStore::new("dir".into(), &dir, SourceMode::Buffered).unwrap(),
+            oci: OciStore::new("oci".into(), &oci, SourceMode::Buffered).unwrap(),
+        }
+    })
+}
+
+/// Keys: the domain of an image and the name of a blob.
+///
+/// 1. A store finds what has the key's own name and nothing else, whatever bytes are in it.
+/// 2. A key in a message has nothing that a terminal would obey.
+/// 3. The file of an object is one component of a path, below one directory of one volume.
+pub(crate) fn key(bytes: &[u8]) -> u64 {
+    let [domain, name] = parts(bytes);
+    let key = Key::new(domain, name);
+    assert!(key.to_string().bytes().all(|byte| (0x20..0x7f).contains(&byte)));
+    let len = |found: Result<Option<Arc<dyn Blob>>, StoreError>| found.ok().flatten().map(|blob| blob.len_bytes());
+    let in_dir = len(shelf().dir.open(&key));
+    assert_eq!(in_dir, (name == b"blob" && is_name(domain) && domain != b"link").then_some(if domain == b"dom" { 2 } else { 1 }));
+    let hex = name.strip_prefix(b"sha256:").unwrap_or(name);
+    assert_eq!(len(shelf().oci.open(&key)), (hex == DIGEST.as_bytes()).then_some(3));
+    let place = Place::of(&key);
+    if let Ok(Place { volume, object, .. }) = &place {
+        for part in [volume, object] {
+            let part = part.as_bytes();
+            assert!((1..=255).contains(&part.len()) && !part.iter().any(|byte| matches!(byte, b'/' | 0)) && part != b"..");
+        }
+    }
+    let text = str::from_utf8(bytes).ok().map(str::parse::<Key>);
+    taken((in_dir, place.err().map(|why| std::mem::discriminant(&why)), text.map(|key| key.is_ok())))
+}
+
+/// Whether a domain may be a directory; a missing one is fine, too.
+fn is_name(domain: &[u8]) -> bool {
+    domain.len() <= 252 && !matches!(domain, b"." | b"..") && !domain.iter().any(|byte| matches!(byte, b'/' | 0))
+}
+
+/// The superblock of an image: what is brought beforehand because of it is bounded.
+pub(crate) fn superblock(bytes: &[u8]) -> u64 {
+    let Some(found) = Superblock::parse(bytes) else { return 0 };
+    let range = found.metadata();
+    assert!(range.as_ref().is_none_or(|range| range.start < range.end && range.end - range.start <= WHOLE_BYTES_MAX));
+    taken((found.block_bytes, found.extra_devices > 0, range.is_some()))
+}
+
+/// A settings file, and the values in it: they are taken or refused with a line that names the file.
+pub(crate) fn settings(bytes: &[u8]) -> u64 {
+    static FILE: OnceLock<PathBuf> = OnceLock::new();
+    let file = FILE.get_or_init(|| scratch("settings").join("config.toml"));
+    fs::write(file, bytes).unwrap();
+    match Options::default().look(Some(file.as_path())) {
+        Ok(config) => {
+            assert!(config.slots > 0 && config.slot_bytes.is_power_of_two() && config.shards > 0);
+            taken((config.stores.len(), config.user.is_some(), config.fd_budget.is_some(), config.seed.len()))
+        }
+        Err(error) => {
+            let text = error.to_string();
+            assert!(!text.is_empty());
+            // The kind of error, not the values in it.
+            taken(text.chars().filter(|c| c.is_ascii_lowercase()).take(60).collect::<String>())
+        }
+    }
+}
+
+/// Notes that infill finds in its directories, and texts of an operator: limits, blobs that were seen, stores.
+pub(crate) fn notes(bytes: &[u8]) -> u64 {
+    let text = String::from_utf8_lossy(bytes);
+    let limits = CullLimits::from_note(&text);
+    if let Some(limits) = &limits {
+        let again = CullLimits::from_note(&limits.note()).unwrap();
+        assert_eq!((again.blocks(), again.files()), (limits.blocks(), limits.files()));
+    }
+    let seen = remembered::decode(bytes);
+    if let Some((_, made)) = &seen {
+        assert!(made.told_bytes - made.identity.len_bytes <= 1);
+    }
+    let spec = text.parse::<StoreSpec>();
+    taken((limits.is_some(), seen.is_some(), spec.is_ok()))
+}
+
+/// A cache directory with a volume, a directory in it, an object and their marks by any names: what is counted is there, and
+/// what is removed is in the cache.
+pub(crate) fn cache(bytes: &[u8]) -> u64 {
+    static ROOT: OnceLock<PathBuf> = OnceLock::new();
+    let root = ROOT.get_or_init(|| scratch("cache"));
+    let cache = root.join(CACHE);
+    let _ = fs::remove_dir_all(&cache);
+    let outside = root.join("outside");
+    fs::create_dir_all(&outside).unwrap();
+    fs::write(outside.join("precious"), "x").unwrap();
+
+    let [volume, fanout, object, mark] = parts(bytes);
+    let name = |bytes: &[u8]| -> String {
+        bytes.iter().map(|byte| byte & 0x7f).filter(|byte| !matches!(byte, b'/' | 0)).take(200).map(char::from).collect()
+    };
+    let volume = cache.join(format!("Ierofs,{}", name(volume)));
+    let fanout_bytes = fanout;
+    let fanout = volume.join(match fanout {
+        [number] => fanout_name(*number),
+        _ => format!("@{}", name(fanout)),
+    });
+    fs::create_dir_all(&fanout).unwrap();
+    let object = fanout.join(format!("D{}", name(object)));
+    if mark.len() % 3 == 2 {
+        let _ = std::os::unix::fs::symlink(&outside, &object);
+    } else {
+        fs::write(&object, "x").unwrap();
+    }
+    for path in [&object, &volume] {
+        if let Ok(file) = File::open(path) {
+            // Where the file system has no such attributes, there is no mark.
+            let _ = xattr::set(file.as_fd(), MARK, mark);
+        }
+    }
+    let dir = Dir::open(root).unwrap().unwrap();
+    let counted = census(&dir).unwrap();
+    assert!(counted.objects.len() <= 1 && counted.volumes.len() == 1 && counted.unread.is_none());
+    for found in &counted.objects {
+        let Place { volume, fanout, object } = &found.place;
+        let path = cache.join(volume).join(fanout_name(*fanout)).join(object);
+        assert!(fs::symlink_metadata(&path).unwrap().is_file(), "{}", path.display());
+    }
+    let report = fsck::look(root);
+    let removed = fsck::repair(root);
+    if let (Ok(report), Ok(removed)) = (&report, &removed) {
+        assert_eq!(report, removed);
+        assert!(removed.damaged.iter().all(|path| path.starts_with(&cache) && fs::symlink_metadata(path).is_err()));
+    }
+    assert!(outside.join("precious").exists());
+    taken((counted.objects.len(), report.map(|report| report.damaged.len()).ok(), fanout_bytes.len() == 1, mark.len() % 3))
+}
+
+/// Texts of the kernel: what fscache has open, with a key of any bytes among lines of any kind; and its version.
+///
+/// A blob that the kernel has open is found in the lists, whatever else is in them.
+pub(crate) fn kernel(bytes: &[u8]) -> u64 {
+    let [domain, name, noise, version] = parts(bytes);
+    let key = Key::new(domain, name);
+    let hex: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
+    let line = |text: &str, rest: &[u8]| [b"\n", text.as_bytes(), rest, b"\n"].concat();
+    let volumes = [noise, &line("ffffffff     3     2   1 00 infill          ", &volume_key(&key)), noise].concat();
+    let cookies = [noise, &line("00000001 ffffffff   2   1   1 A 4008 ", hex.as_bytes()), noise].concat();
+    let place = Place::of(&key).ok().filter(|_| !domain.contains(&b'\n'));
+    if let Some(place) = &place {
+        assert!(cookies::listed(&volumes, &cookies, &key));
+        // A line of the noise may have given the volume's number another name.
+        let live = cookies::live_in(&volumes, &cookies);
+        let is_misled = noise.windows(8).any(|part| part == b"ffffffff");
+        assert!(live.contains(place) || is_misled, "{key}");
+    }
+    // Of nothing but noise something may be found, but no place that leads out of the cache.
+    for Place { volume, object, .. } in cookies::live_in(noise, noise) {
+        assert!([volume, object].iter().all(|part| Path::new(part).components().count() == 1 && part != OsStr::new("..")));
+    }
+    let text = String::from_utf8_lossy(version);
+    let running = Running::new(&text, &text, Some(&text));
+    let checks = release::checks(&running);
+    taken((place.is_some(), release::may_cull(&running), checks.len(), running.exact))
+}
