@@ -5,7 +5,6 @@
 //! | `router` | the way of a request from the front end to its shard |
 //! | `opens`, `opener`, `metadata` | opens: which blob is it, how long, where is its metadata |
 //! | `shard`, `attached` | the event loop, and what it knows of an object |
-//! | `batch` | the answers of a turn |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
 //! | `probe` | what a sink already holds |
@@ -18,7 +17,6 @@
 
 mod advice;
 mod attached;
-mod batch;
 pub mod blocking;
 pub mod buffers;
 mod clock;

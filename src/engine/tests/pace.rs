@@ -1,7 +1,7 @@
 //! How long answers wait for each other.
 
 use super::*;
-use crate::engine::batch::ANSWER_WAIT_MAX_US;
+use crate::engine::shard::ANSWER_WAIT_MAX_US;
 use crate::store::{Data, Extent};
 
 /// A demand and its window.

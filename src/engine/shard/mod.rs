@@ -3,6 +3,8 @@
 //! A turn: take messages, let the machine decide, start what it wants, give the answers of this turn back to back,
 //! wait. On the receiving shard the wait also reads the kernel's requests.
 
+mod answers;
+
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,22 +13,24 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::advice::{Device, advice, patience};
 use super::attached::{Attached, Target, is_whole};
-use super::batch::Batch;
 use super::buffers::{Buffers, Memory};
 use super::clock::Clock;
 use super::fds::Offer;
 use super::fill::From;
 use super::io::{Done, FileRef, Io, Kind, Op};
-use super::machine::{Action, Answered, Handle, Machine, OpKey};
+use super::machine::{Action, Handle, Machine, OpKey};
 use super::mailbox::{Adopted, Inbox, Message};
 use super::room::NoRoom;
 use super::router::{BATCH_MAX, Router};
 use super::stats::{Gauges, ShardStats};
-use super::trace::{Record, Tracer};
+use super::trace::Tracer;
 use super::{EngineError, Shared, probe};
-use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Outcome, Sink, Ticket};
+use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Sink, Ticket};
+
+#[cfg(test)]
+pub(super) use self::answers::ANSWER_WAIT_MAX_US;
+use self::answers::Batch;
 
 /// Longest sleep: a wake-up that the kernel lost costs no more than this.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
@@ -347,70 +351,6 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    /// Gives this turn's answers, back to back.
-    fn answer(&mut self) {
-        let mut answers = self.answers.take();
-        self.stats().batch(answers.len());
-        let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
-        for answered in answers.drain(..) {
-            let Answered { ticket, outcome, object, range, since_ns } = answered;
-            let result = ticket.answer(outcome);
-            let latency_ns = self.clock.now_ns().saturating_sub(since_ns);
-            self.stats().answered(latency_ns);
-            match result {
-                Ok(true) => {}
-                Ok(false) => self.stats().late(),
-                Err(error) => {
-                    self.stats().refused();
-                    if self.shared.may_log_failure() {
-                        tracing::error!("the kernel did not take the answer to a read: {error}");
-                    }
-                }
-            }
-            if outcome != Outcome::Done || self.tracer.is_some() {
-                self.report(object, range, latency_ns, outcome);
-            }
-            if let (Outcome::Failed(_), Some(object)) = (outcome, object) {
-                self.let_go_if_lost(object);
-            }
-        }
-        self.answers.reuse(answers);
-        self.answers.begin(self.clock.now_ns());
-        if let Some(intake) = &mut self.intake {
-            intake.router.answered(given);
-        }
-    }
-
-    /// Closes an object whose blob could not be found, so that the next request has it looked for again.
-    fn let_go_if_lost(&mut self, object: Handle) {
-        if self.caps.reopens && self.attached(object).is_some_and(|attached| attached.blob.is_lost()) && self.machine.pick(object) {
-            self.offer(object);
-            self.shared.look_again();
-        }
-    }
-
-    /// Tells of an answer: a failure in the log, any in the trace.
-    fn report(&self, object: Option<Handle>, range: crate::range::ByteRange, latency_ns: u64, outcome: Outcome) {
-        let attached = object.and_then(|object| self.attached(object));
-        let delay = object.filter(|_| outcome == Outcome::Failed(Errno::ETIMEDOUT)).map(|object| self.machine.delay(object, &range));
-        let record = Record { key: attached.map(|attached| Arc::clone(&attached.key)), range, latency_ns, outcome };
-        if let Outcome::Failed(errno) = outcome
-            && errno != Errno::ECANCELED
-            && self.shared.may_log_failure()
-        {
-            match delay.zip(attached) {
-                Some((delay, attached)) => {
-                    let (why, device) = (patience(delay), Device(attached.blob.device()));
-                    tracing::error!("a reader gets an I/O error: {record}: {why}; its source lies on {device}");
-                }
-                None => tracing::error!("a reader gets an I/O error: {record}: {}", advice(errno)),
-            }
-        }
-        if let Some(tracer) = &self.tracer {
-            tracer.send(record);
-        }
-    }
-
     fn wait(&mut self) -> Result<(), EngineError> {
         let timeout = if self.inbox.may_sleep() { self.sleep_max() } else { Duration::ZERO };
         let waited = self.io.wait(Some(timeout), &mut self.done).map_err(EngineError::Io);
@@ -499,11 +439,6 @@ impl<I: Io> Shard<I> {
         self.machine.close_all();
         self.act();
         self.answer();
-    }
-
-    /// Whether a request is left to the next daemon: it fails only because this one ends.
-    fn leaves(&self, answered: &Answered<Ticket>) -> bool {
-        self.is_ending && answered.outcome == Outcome::Failed(Errno::ECANCELED) && self.shared.leaves_rest()
     }
 }
 

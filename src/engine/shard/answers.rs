@@ -1,0 +1,135 @@
+//! The answers of a turn, which go out back to back: how many of them may wait for each other, and for how long.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::Shard;
+use crate::engine::advice::{Device, advice, patience};
+use crate::engine::io::Io;
+use crate::engine::machine::{Answered, Handle};
+use crate::engine::trace::Record;
+use crate::front::{Outcome, Ticket};
+use crate::range::ByteRange;
+
+/// Answers that wait for each other at most; in a turn with more of them they go out in between.
+const ANSWERS_MAX: usize = 64;
+/// Longest time in microseconds that a reader whose bytes are there waits for the other work of its shard's turn: no
+/// step of a turn (a message taken, an operation begun) starts after it while answers wait, so only a single system
+/// call can make it longer. A fill takes several times as long.
+pub(in crate::engine) const ANSWER_WAIT_MAX_US: u64 = 100;
+
+/// See the module's description.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    answers: Vec<Answered<Ticket>>,
+    /// Nothing in it, or about to come into it, has waited since an earlier time.
+    since_ns: u64,
+}
+
+impl Batch {
+    /// From now on answers can come in: what has completed was just taken, or all answers were just given.
+    pub(super) const fn begin(&mut self, now_ns: u64) {
+        self.since_ns = now_ns;
+    }
+
+    pub(super) fn push(&mut self, answered: Answered<Ticket>) {
+        self.answers.push(answered);
+    }
+
+    pub(super) const fn is_empty(&self) -> bool {
+        self.answers.is_empty()
+    }
+
+    /// No other one may come in.
+    pub(super) const fn is_full(&self) -> bool {
+        self.answers.len() >= ANSWERS_MAX
+    }
+
+    /// The first ones have waited for as long as they may.
+    pub(super) const fn is_due(&self, now_ns: u64) -> bool {
+        now_ns.saturating_sub(self.since_ns) >= ANSWER_WAIT_MAX_US * 1000
+    }
+
+    /// Takes them all, to be given; the room comes back with [`Batch::reuse`].
+    pub(super) fn take(&mut self) -> Vec<Answered<Ticket>> {
+        std::mem::take(&mut self.answers)
+    }
+
+    /// Room for the next ones, so that nothing is allocated for them.
+    pub(super) fn reuse(&mut self, room: Vec<Answered<Ticket>>) {
+        debug_assert!(room.is_empty() && self.answers.is_empty(), "answers would be lost");
+        self.answers = room;
+    }
+}
+
+impl<I: Io> Shard<I> {
+    /// Gives this turn's answers, back to back.
+    pub(super) fn answer(&mut self) {
+        let mut answers = self.answers.take();
+        self.stats().batch(answers.len());
+        let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
+        for answered in answers.drain(..) {
+            let Answered { ticket, outcome, object, range, since_ns } = answered;
+            let result = ticket.answer(outcome);
+            let latency_ns = self.clock.now_ns().saturating_sub(since_ns);
+            self.stats().answered(latency_ns);
+            match result {
+                Ok(true) => {}
+                Ok(false) => self.stats().late(),
+                Err(error) => {
+                    self.stats().refused();
+                    if self.shared.may_log_failure() {
+                        tracing::error!("the kernel did not take the answer to a read: {error}");
+                    }
+                }
+            }
+            if outcome != Outcome::Done || self.tracer.is_some() {
+                self.report(object, range, latency_ns, outcome);
+            }
+            if let (Outcome::Failed(_), Some(object)) = (outcome, object) {
+                self.let_go_if_lost(object);
+            }
+        }
+        self.answers.reuse(answers);
+        self.answers.begin(self.clock.now_ns());
+        if let Some(intake) = &mut self.intake {
+            intake.router.answered(given);
+        }
+    }
+
+    /// Closes an object whose blob could not be found, so that the next request has it looked for again.
+    fn let_go_if_lost(&mut self, object: Handle) {
+        if self.caps.reopens && self.attached(object).is_some_and(|attached| attached.blob.is_lost()) && self.machine.pick(object) {
+            self.offer(object);
+            self.shared.look_again();
+        }
+    }
+
+    /// Tells of an answer: a failure in the log, any in the trace.
+    fn report(&self, object: Option<Handle>, range: ByteRange, latency_ns: u64, outcome: Outcome) {
+        let attached = object.and_then(|object| self.attached(object));
+        let delay = object.filter(|_| outcome == Outcome::Failed(Errno::ETIMEDOUT)).map(|object| self.machine.delay(object, &range));
+        let record = Record { key: attached.map(|attached| Arc::clone(&attached.key)), range, latency_ns, outcome };
+        if let Outcome::Failed(errno) = outcome
+            && errno != Errno::ECANCELED
+            && self.shared.may_log_failure()
+        {
+            match delay.zip(attached) {
+                Some((delay, attached)) => {
+                    let (why, device) = (patience(delay), Device(attached.blob.device()));
+                    tracing::error!("a reader gets an I/O error: {record}: {why}; its source lies on {device}");
+                }
+                None => tracing::error!("a reader gets an I/O error: {record}: {}", advice(errno)),
+            }
+        }
+        if let Some(tracer) = &self.tracer {
+            tracer.send(record);
+        }
+    }
+
+    /// Whether a request is left to the next daemon: it fails only because this one ends.
+    pub(super) fn leaves(&self, answered: &Answered<Ticket>) -> bool {
+        self.is_ending && answered.outcome == Outcome::Failed(Errno::ECANCELED) && self.shared.leaves_rest()
+    }
+}
