@@ -85,7 +85,8 @@ fn change(rng: &mut Rng, corpus: &[Vec<u8>]) -> Vec<u8> {
 
 /// Ends the process if an input does not come to an end: nothing else can.
 fn watch(name: &str, seed: u64, began: &Mutex<Option<Instant>>) {
-    while let Some(at) = *began.lock().unwrap() {
+    let running_since = || *began.lock().unwrap();
+    while let Some(at) = running_since() {
         if at.elapsed() > STUCK {
             eprintln!("{name}: an input takes more than {} s; INFILL_FUZZ_SEED={seed}", STUCK.as_secs());
             std::process::abort();
@@ -119,6 +120,7 @@ fn fuzz((name, run): Target) {
         *began.lock().unwrap() = None;
         failed
     });
+    let _ = fs::remove_dir_all(targets::place_of(name));
     println!("{name}: {inputs} inputs, taken in {} ways, INFILL_FUZZ_SEED={seed}", ways.len());
     if let Some((input, panic)) = failed {
         let hex = input.iter().fold(String::new(), |mut hex, byte| {

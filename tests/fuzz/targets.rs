@@ -10,7 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use infill::config::Options;
 use infill::front::cachefiles::layout::{MARK, Place, fanout_name, volume_key};
@@ -23,13 +23,13 @@ use infill::ops::doctor::release::{self, Running};
 use infill::ops::xattr;
 use infill::store::dir::DirStore;
 use infill::store::oci::OciStore;
-use infill::store::{SourceMode, Store, StoreSpec, remembered};
+use infill::store::{Blob, SourceMode, Store, StoreError, StoreSpec, remembered};
 
 /// A target's name, which is that of its directory of seeds, and what it does.
-pub type Target = (&'static str, fn(&[u8]) -> u64);
+pub(crate) type Target = (&'static str, fn(&[u8]) -> u64);
 
 /// All of them.
-pub const TARGETS: [Target; 7] = [
+pub(crate) const TARGETS: [Target; 7] = [
     ("wire", wire),
     ("key", key),
     ("superblock", superblock),
@@ -51,9 +51,13 @@ fn parts<const N: usize>(bytes: &[u8]) -> [&[u8]; N] {
     std::array::from_fn(|_| parts.next().unwrap_or_default())
 }
 
-/// A directory of this process, which stays until the machine's directory for such things is cleaned.
-fn scratch(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("infill-fuzz-{}-{name}", std::process::id()));
+/// Where a target works, in this process.
+pub(crate) fn place_of(target: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("infill-fuzz-{}-{target}", std::process::id()))
+}
+
+fn scratch(target: &str) -> PathBuf {
+    let dir = place_of(target);
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).unwrap();
     dir
@@ -67,7 +71,7 @@ fn scratch(name: &str) -> PathBuf {
 /// 4. Keys keep to the kernel's limits, and a range is never empty or reversed.
 /// 5. What is understood and encoded again is understood as the same.
 /// 6. A message that is refused still tells which request to refuse, if it has a header at all.
-pub fn wire(bytes: &[u8]) -> u64 {
+pub(crate) fn wire(bytes: &[u8]) -> u64 {
     // A buffer of our own at each alignment: the fuzzer's is always aligned alike.
     let shift = bytes.first().map_or(0, |byte| usize::from(byte % 8));
     let mut shifted = vec![0; shift];
@@ -111,7 +115,7 @@ const DIGEST: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 fn shelf() -> &'static Shelf {
     static SHELF: OnceLock<Shelf> = OnceLock::new();
     SHELF.get_or_init(|| {
-        let root = scratch("shelf");
+        let root = scratch("key");
         let (dir, oci) = (root.join("dir"), root.join("oci"));
         fs::create_dir_all(dir.join("dom")).unwrap();
         fs::create_dir_all(oci.join("blobs/sha256")).unwrap();
@@ -120,10 +124,9 @@ fn shelf() -> &'static Shelf {
         }
         // A link that leads out is no way out either.
         let _ = std::os::unix::fs::symlink("../secret", dir.join("link"));
-        let open = |path: &Path| path.to_owned();
         Shelf {
-            dir: DirStore::new("dir".into(), &open(&dir), SourceMode::Buffered).unwrap(),
-            oci: OciStore::new("oci".into(), &open(&oci), SourceMode::Buffered).unwrap(),
+            dir: DirStore::new("dir".into(), &dir, SourceMode::Buffered).unwrap(),
+            oci: OciStore::new("oci".into(), &oci, SourceMode::Buffered).unwrap(),
         }
     })
 }
@@ -133,21 +136,13 @@ fn shelf() -> &'static Shelf {
 /// 1. A store finds what has the key's own name and nothing else, whatever bytes are in it.
 /// 2. A key in a message has nothing that a terminal would obey.
 /// 3. The file of an object is one component of a path, below one directory of one volume.
-pub fn key(bytes: &[u8]) -> u64 {
+pub(crate) fn key(bytes: &[u8]) -> u64 {
     let [domain, name] = parts(bytes);
     let key = Key::new(domain, name);
     assert!(key.to_string().bytes().all(|byte| (0x20..0x7f).contains(&byte)));
-    let len = |found: Result<Option<_>, _>| match found {
-        Ok(Some(blob)) => Some(std::sync::Arc::<dyn infill::store::Blob>::len_bytes(&blob)),
-        Ok(None) => None,
-        Err(error) => {
-            let error: infill::store::StoreError = error;
-            assert!(!error.to_string().is_empty());
-            None
-        }
-    };
+    let len = |found: Result<Option<Arc<dyn Blob>>, StoreError>| found.ok().flatten().map(|blob| blob.len_bytes());
     let in_dir = len(shelf().dir.open(&key));
-    assert_eq!(in_dir, (name == b"blob" && is_name(domain)).then_some(if domain == b"dom" { 2 } else { 1 }));
+    assert_eq!(in_dir, (name == b"blob" && is_name(domain) && domain != b"link").then_some(if domain == b"dom" { 2 } else { 1 }));
     let hex = name.strip_prefix(b"sha256:").unwrap_or(name);
     assert_eq!(len(shelf().oci.open(&key)), (hex == DIGEST.as_bytes()).then_some(3));
     let place = Place::of(&key);
@@ -167,7 +162,7 @@ fn is_name(domain: &[u8]) -> bool {
 }
 
 /// The superblock of an image: what is brought beforehand because of it is bounded.
-pub fn superblock(bytes: &[u8]) -> u64 {
+pub(crate) fn superblock(bytes: &[u8]) -> u64 {
     let Some(found) = Superblock::parse(bytes) else { return 0 };
     let range = found.metadata();
     assert!(range.as_ref().is_none_or(|range| range.start < range.end && range.end - range.start <= WHOLE_BYTES_MAX));
@@ -175,11 +170,13 @@ pub fn superblock(bytes: &[u8]) -> u64 {
 }
 
 /// A settings file, and the values in it: they are taken or refused with a line that names the file.
-pub fn settings(bytes: &[u8]) -> u64 {
+pub(crate) fn settings(bytes: &[u8]) -> u64 {
     static FILE: OnceLock<PathBuf> = OnceLock::new();
     let file = FILE.get_or_init(|| scratch("settings").join("config.toml"));
+    // Another file each time: to cut one off and fill it again makes ext4 write it to the disk at once.
+    let _ = fs::remove_file(file);
     fs::write(file, bytes).unwrap();
-    match Options::default().look(Some(file)) {
+    match Options::default().look(Some(file.as_path())) {
         Ok(config) => {
             assert!(config.slots > 0 && config.slot_bytes.is_power_of_two() && config.shards > 0);
             taken((config.stores.len(), config.user.is_some(), config.fd_budget.is_some(), config.seed.len()))
@@ -188,13 +185,13 @@ pub fn settings(bytes: &[u8]) -> u64 {
             let text = error.to_string();
             assert!(!text.is_empty());
             // The kind of error, not the values in it.
-            taken(text.chars().filter(|c| c.is_ascii_lowercase()).take(60).collect::<String>())
+            taken(text.chars().rev().filter(char::is_ascii_lowercase).take(40).collect::<String>())
         }
     }
 }
 
 /// Notes that infill finds in its directories, and texts of an operator: limits, blobs that were seen, stores.
-pub fn notes(bytes: &[u8]) -> u64 {
+pub(crate) fn notes(bytes: &[u8]) -> u64 {
     let text = String::from_utf8_lossy(bytes);
     let limits = CullLimits::from_note(&text);
     if let Some(limits) = &limits {
@@ -211,7 +208,7 @@ pub fn notes(bytes: &[u8]) -> u64 {
 
 /// A cache directory with a volume, a directory in it, an object and their marks by any names: what is counted is there, and
 /// what is removed is in the cache.
-pub fn cache(bytes: &[u8]) -> u64 {
+pub(crate) fn cache(bytes: &[u8]) -> u64 {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     let root = ROOT.get_or_init(|| scratch("cache"));
     let cache = root.join(CACHE);
@@ -221,17 +218,16 @@ pub fn cache(bytes: &[u8]) -> u64 {
     fs::write(outside.join("precious"), "x").unwrap();
 
     let [volume, fanout, object, mark] = parts(bytes);
-    let name = |bytes: &[u8]| -> String {
-        bytes.iter().filter(|byte| !matches!(byte, b'/' | 0)).take(200).map(|byte| char::from(byte & 0x7f)).collect()
-    };
-    let volume = cache.join(format!("Ierofs,{}", name(volume)));
+    let ascii =
+        |bytes: &[u8]| bytes.iter().map(|byte| char::from(byte & 0x7f)).filter(|c| !matches!(c, '/' | '\0')).take(200).collect::<String>();
+    let volume = cache.join(format!("Ierofs,{}", ascii(volume)));
     let fanout_bytes = fanout;
     let fanout = volume.join(match fanout {
         [number] => fanout_name(*number),
-        _ => format!("@{}", name(fanout)),
+        _ => format!("@{}", ascii(fanout)),
     });
     fs::create_dir_all(&fanout).unwrap();
-    let object = fanout.join(format!("D{}", name(object)));
+    let object = fanout.join(format!("D{}", ascii(object)));
     if mark.len() % 3 == 2 {
         let _ = std::os::unix::fs::symlink(&outside, &object);
     } else {
@@ -264,7 +260,7 @@ pub fn cache(bytes: &[u8]) -> u64 {
 /// Texts of the kernel: what fscache has open, with a key of any bytes among lines of any kind; and its version.
 ///
 /// A blob that the kernel has open is found in the lists, whatever else is in them.
-pub fn kernel(bytes: &[u8]) -> u64 {
+pub(crate) fn kernel(bytes: &[u8]) -> u64 {
     let [domain, name, noise, version] = parts(bytes);
     let key = Key::new(domain, name);
     let hex: String = name.iter().map(|byte| format!("{byte:02x}")).collect();

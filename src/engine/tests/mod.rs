@@ -421,7 +421,7 @@ fn an_engine_that_fails_right_after_its_start_leaves_what_it_has_read() {
     for kind in [EngineKind::Uring, EngineKind::Blocking] {
         let (kernel, store, (_file, fd)) = (Kernel::new(), OneBlob::new(), sink());
         store.shut.store(true, Ordering::Relaxed);
-        kernel.then([kernel.open(1, 8, &fd), kernel.need(2, 9, 0..4096), Step::Break]);
+        kernel.then([kernel.open(1, 8, &fd), Step::Break]);
         let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, Arc::clone(&store) as Arc<dyn Store>);
         let settings = Settings { leave_rest: true, ..settings(kind, 2) };
         let engine = match Engine::start(&front, &blobs, &settings) {
