@@ -33,11 +33,14 @@ const STOP_POLL: Duration = Duration::from_millis(5);
 /// so that only one that hangs is left behind.
 const ABORT_WAIT: Duration = Duration::from_secs(2);
 
+/// The threads of the shards, each with what it dies of.
+type Shards = Vec<JoinHandle<Result<(), EngineError>>>;
+
 /// A running engine.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    shards: Vec<JoinHandle<Result<(), EngineError>>>,
+    shards: Shards,
     started: Started,
 }
 
@@ -185,7 +188,7 @@ fn start_shards(
     inboxes: Vec<Inbox>,
     router: Router,
     plan: impl Fn(usize, Inbox, Option<Router>) -> Plan,
-) -> Result<(Vec<JoinHandle<Result<(), EngineError>>>, Started), EngineError> {
+) -> Result<(Shards, Started), EngineError> {
     let (report, reports) = sync_channel(inboxes.len());
     let mut inboxes = inboxes.into_iter().enumerate();
     let first = inboxes.next().map(|(index, inbox)| plan(index, inbox, Some(router)));
