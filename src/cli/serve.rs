@@ -13,6 +13,8 @@ use serde::Serialize;
 
 use super::Failure;
 use crate::config::{Config, FrontEndKind, Options};
+use crate::engine::buffers::Pages;
+use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
@@ -86,6 +88,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     seed(&config, &*store, &remembered);
     // What it looks up on this host cannot be read later.
     let space = space::Settings::new(&config.cache_dir, limits, config.cache_bytes);
+    let seats = placement::seats();
     let store = confine_to(&config, user.as_ref(), store)?;
     let (steward, no_room) = start_steward(space, device)?.unzip();
     if user.is_some() {
@@ -93,7 +96,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     }
     let (tracer, printer) = start_tracer(trace_requests)?;
     let leave_rest = is_kept(keep.as_ref());
-    let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised)? };
+    let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
     let engine = start_engine(&front, &store, &settings)?;
     seal(&config);
     announce(&config, &*front, &engine, keep.as_ref());
@@ -234,11 +237,12 @@ fn start_steward(settings: space::Settings, device: Option<Arc<Device>>) -> Resu
 }
 
 /// What the engine's settings are by the operator's.
-fn engine_settings(config: &Config, raised: Raised) -> Result<Settings, Failure> {
+fn engine_settings(config: &Config, raised: Raised, seats: Vec<Seat>) -> Result<Settings, Failure> {
     let fd_budget =
         limits::fd_budget(config.fd_budget, raised, config.shards).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     Ok(Settings {
         shards: config.shards,
+        seats,
         kind: config.engine,
         window: config.window,
         completion: config.completion,
@@ -283,6 +287,7 @@ fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine, keep: Option
         shards = started.shards,
         engine = started.kind,
         detail = started.detail,
+        buffers = %started.pages,
         reopens = caps.reopens,
         kept_by = keep.and_then(Keep::by).unwrap_or("nobody"),
         "serving"
@@ -383,6 +388,7 @@ fn report(started: &Started, result: Result<Snapshot, EngineError>, space: Optio
 struct Statistics<'a> {
     engine: &'a str,
     shards: usize,
+    buffers: Pages,
     #[serde(flatten)]
     counts: &'a Snapshot,
     #[serde(flatten)]
@@ -390,6 +396,6 @@ struct Statistics<'a> {
 }
 
 fn json_text(started: &Started, counts: &Snapshot, space: Option<space::Statistics>) -> String {
-    let statistics = Statistics { engine: started.kind, shards: started.shards, counts, space };
+    let statistics = Statistics { engine: started.kind, shards: started.shards, buffers: started.pages, counts, space };
     serde_json::to_string(&statistics).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
 }

@@ -15,8 +15,9 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::engine::EngineKind;
+use crate::engine::placement::usable_cpus;
 use crate::engine::plan::{Completion, Window};
-use crate::engine::{EngineKind, usable_cpus};
 use crate::front::cachefiles::{CullLimits, command};
 use crate::key::Key;
 use crate::ops::confine::{self, Account};

@@ -3,15 +3,12 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
-
 use super::blocking::Blocking;
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Pages};
 use super::clock::Clock;
 use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
@@ -19,6 +16,7 @@ use super::machine::{Limits, Machine};
 use super::mailbox::{Inbox, Mailbox};
 use super::opener::Opener;
 use super::opens::Opens;
+use super::placement::{self, Seat};
 use super::ring::{self, Ring};
 use super::router::{BATCH_MAX, Router};
 use super::shard::{Intake, Parts, Shard};
@@ -33,14 +31,14 @@ const STOP_POLL: Duration = Duration::from_millis(5);
 /// so that only one that hangs is left behind.
 const ABORT_WAIT: Duration = Duration::from_secs(2);
 
-/// The threads of the shards, each with what it dies of.
-type Shards = Vec<JoinHandle<Result<(), EngineError>>>;
+/// A shard's thread; it ends with the reason if it is not told to.
+type ShardThread = JoinHandle<Result<(), EngineError>>;
 
 /// A running engine.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
-    shards: Shards,
+    shards: Vec<ShardThread>,
     started: Started,
 }
 
@@ -53,11 +51,14 @@ pub struct Started {
     pub detail: String,
     /// Event loops.
     pub shards: usize,
+    /// What their buffers lie in; of several kinds the least good one.
+    pub pages: Pages,
 }
 
 /// Everything that a shard's thread needs to build itself there.
 struct Plan {
     index: usize,
+    seat: Option<Seat>,
     settings: Settings,
     front: Arc<dyn FrontEnd>,
     router: Option<Router>,
@@ -95,6 +96,7 @@ impl Engine {
         let router = Router::new(Arc::clone(&shared), clock, mailboxes, Arc::clone(&opens), evictor);
         let plan = |index, inbox, router| Plan {
             index,
+            seat: settings.seats.get(index % settings.seats.len().max(1)).cloned(),
             settings: settings.clone(),
             front: Arc::clone(front),
             router,
@@ -188,29 +190,32 @@ fn start_shards(
     inboxes: Vec<Inbox>,
     router: Router,
     plan: impl Fn(usize, Inbox, Option<Router>) -> Plan,
-) -> Result<(Shards, Started), EngineError> {
-    let (report, reports) = sync_channel(inboxes.len());
+) -> Result<(Vec<ShardThread>, Started), EngineError> {
     let mut inboxes = inboxes.into_iter().enumerate();
     let first = inboxes.next().map(|(index, inbox)| plan(index, inbox, Some(router)));
-    let others: Result<Vec<_>, _> = inboxes.map(|(index, inbox)| plan(index, inbox, None).spawn(report.clone())).collect();
-    let mut shards = others?;
-    shards.iter().try_for_each(|_| await_shard(&reports).map(drop))?;
-    if let Some(plan) = first {
-        shards.insert(0, plan.spawn(report.clone())?);
-    }
-    // If the thread dies without a word, there is nobody left who could say something.
+    let (others, mut started) = stand(inboxes.map(|(index, inbox)| plan(index, inbox, None)))?;
+    let (first, its) = stand(first.into_iter())?;
+    started.extend(its);
+    let shards: Vec<_> = first.into_iter().chain(others).collect();
+    let (count, pages) = (shards.len(), started.iter().map(|shard| shard.pages).max());
+    // There is one at least.
+    let last = started.pop().zip(pages).ok_or_else(|| EngineError::Resources(std::io::ErrorKind::InvalidInput.into()));
+    last.map(|(shard, pages)| (shards, Started { shards: count, pages, ..shard }))
+}
+
+/// Starts shards, and waits until each has said how it was made.
+fn stand(plans: impl Iterator<Item = Plan>) -> Result<(Vec<ShardThread>, Vec<Started>), EngineError> {
+    let (report, reports) = sync_channel(1);
+    let shards = plans.map(|plan| plan.spawn(report.clone())).collect::<Result<Vec<_>, _>>()?;
+    // If a thread dies without a word, there is nobody left who could say something.
     drop(report);
-    let started = Started { shards: shards.len(), ..await_shard(&reports)? };
+    let died = |_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into());
+    let started = shards.iter().map(|_| reports.recv().map_err(died)?).collect::<Result<_, _>>()?;
     Ok((shards, started))
 }
 
-/// Waits until one more shard has said how it was made.
-fn await_shard(reports: &Receiver<Result<Started, EngineError>>) -> Result<Started, EngineError> {
-    reports.recv().map_err(|_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into()))?
-}
-
 impl Plan {
-    fn spawn(self, report: SyncSender<Result<Started, EngineError>>) -> Result<JoinHandle<Result<(), EngineError>>, EngineError> {
+    fn spawn(self, report: SyncSender<Result<Started, EngineError>>) -> Result<ShardThread, EngineError> {
         let name = format!("infill-shard-{}", self.index);
         let shared = Arc::clone(&self.shared);
         let run = move || {
@@ -225,9 +230,9 @@ impl Plan {
     /// In the shard's own thread: pins it, then makes its memory (so that it lies on the core's node) and its
     /// ring (which only this thread may use).
     fn run(self, report: &SyncSender<Result<Started, EngineError>>) -> Result<(), EngineError> {
-        let cpus = usable_cpus();
-        if let Some(cpu) = cpus.get(self.index % cpus.len().max(1)) {
-            pin(*cpu);
+        if let Some(seat) = &self.seat {
+            placement::pin(seat.cpu);
+            tracing::debug!(shard = self.index, cpu = seat.cpu, workers_on = ?seat.near, "placed");
         }
         let slot_bytes = usize::try_from(self.settings.slot_bytes).unwrap_or(usize::MAX);
         let buffers = Buffers::new(self.settings.slots, slot_bytes).map_err(EngineError::Resources);
@@ -238,7 +243,7 @@ impl Plan {
         match self.ring(&buffers) {
             Ok(Some(ring)) => {
                 let detail = describe(&ring);
-                self.serve(report, Started { kind: "uring", detail, shards: 0 }, ring, buffers, None)
+                self.serve(report, ("uring", detail), ring, buffers, None)
             }
             Ok(None) => self.serve_blocking(report, "as set".into(), buffers),
             Err(why) if self.settings.kind == EngineKind::Uring => drop_report(report, EngineError::NoRing(why)),
@@ -251,7 +256,9 @@ impl Plan {
         if self.settings.kind == EngineKind::Blocking {
             return Ok(None);
         }
-        let settings = ring::Settings { depth: self.settings.slots, receives: BATCH_MAX, workers: self.settings.workers };
+        let Settings { slots: depth, workers, .. } = self.settings;
+        let near = self.seat.as_ref().map_or(&[][..], |seat| &seat.near);
+        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 
@@ -267,7 +274,7 @@ impl Plan {
     ) -> Result<(), EngineError> {
         let threads = self.settings.workers;
         match Blocking::new(threads, self.watch()) {
-            Ok(io) => self.serve(report, Started { kind: "blocking", detail, shards: 0 }, io, buffers, Some(threads)),
+            Ok(io) => self.serve(report, ("blocking", detail), io, buffers, Some(threads)),
             Err(error) => drop_report(report, EngineError::Resources(error)),
         }
     }
@@ -277,7 +284,7 @@ impl Plan {
     fn serve<I: Io>(
         self,
         report: &SyncSender<Result<Started, EngineError>>,
-        started: Started,
+        (kind, detail): (&'static str, String),
         io: I,
         buffers: Buffers,
         threads: Option<u32>,
@@ -299,7 +306,7 @@ impl Plan {
             probe: caps.holes_are_absent,
         };
         // Whoever started us may have given up already; the flags then end this shard.
-        let _ = report.send(Ok(started));
+        let _ = report.send(Ok(Started { kind, detail, shards: 1, pages: buffers.pages() }));
         let parts = Parts {
             index: self.index,
             caps,
@@ -331,24 +338,10 @@ fn describe(ring: &Ring) -> String {
         (features.fixed_files, "fixed files"),
         (features.fixed_buffers, "fixed buffers"),
         (features.links, "links"),
+        (features.near, "workers kept near"),
     ] {
         text.push_str(if is_there { ", " } else { ", no " });
         text.push_str(name);
     }
     text
-}
-
-/// The CPUs that this process may use, in order.
-#[must_use]
-pub fn usable_cpus() -> Vec<usize> {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
-    (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect()
-}
-
-/// Ties the calling thread to a CPU. A host that does not allow it serves all the same.
-fn pin(cpu: usize) {
-    let mut set = CpuSet::new();
-    if set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_err() {
-        tracing::warn!(cpu, "cannot pin a shard to its CPU");
-    }
 }

@@ -64,6 +64,7 @@ impl GuestPlan<'_> {
             memory_mib: MEMORY_MIB,
             cpus: CPUS,
             append: KERNEL_ARGUMENTS.to_owned(),
+            monitor: None,
             idle_limit: IDLE_LIMIT,
             total_limit: self.total_limit,
         })

@@ -79,6 +79,8 @@ pub struct Machine {
     pub cpus: u32,
     /// Added to the kernel's command line.
     pub append: String,
+    /// Where QEMU's monitor is to listen (a Unix socket), for a harness that does something to the machine while it runs.
+    pub monitor: Option<PathBuf>,
     /// A guest that prints nothing for this long is taken for hung.
     pub idle_limit: Duration,
     /// A guest that runs longer is stopped.
@@ -168,7 +170,9 @@ impl Machine {
         let mut command = Command::new(program);
         command.args(accelerator.arguments());
         command.args(["-m", &self.memory_mib.to_string(), "-smp", &self.cpus.to_string()]);
-        command.args(["-nodefaults", "-no-reboot", "-display", "none", "-monitor", "none"]);
+        command.args(["-nodefaults", "-no-reboot", "-display", "none"]);
+        let monitor = self.monitor.as_deref().map(|path| format!("unix:{},server=on,wait=off", as_value(path)));
+        command.args(["-monitor", monitor.as_deref().unwrap_or("none")]);
         command.args(["-serial", "stdio"]).arg("-kernel").arg(&self.kernel);
         let append = format!("console=ttyS0 panic=-1 null_blk.nr_devices=0 {}", self.append);
         command.args(["-append", &append]);
@@ -176,13 +180,17 @@ impl Machine {
             command.arg("-initrd").arg(initrd);
         }
         for disk in &self.disks {
-            // A comma in a path would end the option; QEMU reads two commas as one.
-            let path = disk.path.to_string_lossy().replace(',', ",,");
+            let path = as_value(&disk.path);
             let snapshot = if disk.throw_away { "on" } else { "off" };
             command.arg("-drive").arg(format!("file={path},if=virtio,format=raw,cache=unsafe,snapshot={snapshot}"));
         }
         Ok(command)
     }
+}
+
+/// A path inside of an option. A comma would end it; QEMU reads two commas as one.
+fn as_value(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
 }
 
 /// A running emulator; killed when dropped.
@@ -274,6 +282,7 @@ fn kvm_boots(kernel: &Path) -> Result<bool> {
         memory_mib: 256,
         cpus: 1,
         append: String::new(),
+        monitor: None,
         idle_limit: PROBE_LIMIT,
         total_limit: PROBE_LIMIT,
     };

@@ -218,16 +218,17 @@ pub(crate) fn cache(bytes: &[u8]) -> u64 {
     fs::write(outside.join("precious"), "x").unwrap();
 
     let [volume, fanout, object, mark] = parts(bytes);
-    let ascii =
-        |bytes: &[u8]| bytes.iter().map(|byte| char::from(byte & 0x7f)).filter(|c| !matches!(c, '/' | '\0')).take(200).collect::<String>();
-    let volume = cache.join(format!("Ierofs,{}", ascii(volume)));
+    let name = |bytes: &[u8]| -> String {
+        bytes.iter().map(|byte| byte & 0x7f).filter(|byte| !matches!(byte, b'/' | 0)).take(200).map(char::from).collect()
+    };
+    let volume = cache.join(format!("Ierofs,{}", name(volume)));
     let fanout_bytes = fanout;
     let fanout = volume.join(match fanout {
         [number] => fanout_name(*number),
-        _ => format!("@{}", ascii(fanout)),
+        _ => format!("@{}", name(fanout)),
     });
     fs::create_dir_all(&fanout).unwrap();
-    let object = fanout.join(format!("D{}", ascii(object)));
+    let object = fanout.join(format!("D{}", name(object)));
     if mark.len() % 3 == 2 {
         let _ = std::os::unix::fs::symlink(&outside, &object);
     } else {

@@ -1,6 +1,7 @@
 //! A disk that fails when it is told to.
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,7 +22,8 @@ pub(crate) struct BadDisk {
     config: PathBuf,
     /// Where it is mounted.
     pub(crate) mounted: PathBuf,
-    range: Option<String>,
+    /// Sectors that fail.
+    bad: Range<u64>,
 }
 
 /// Size of that disk.
@@ -32,6 +34,8 @@ const DISK_BYTES: u64 = 64 << 20;
 const TABLES_BYTES: u64 = 8 << 20;
 /// Unit of `badblocks`.
 const SECTOR_BYTES: u64 = 512;
+/// Sectors of one entry of `badblocks` (`BB_MAX_LEN`).
+const ENTRY_SECTORS: usize = 512;
 /// Where the kernel has it.
 const DEVICE: &str = "/dev/nullb0";
 
@@ -46,7 +50,7 @@ impl BadDisk {
         format()?;
         fs::create_dir_all(mounted)?;
         mount_at(mounted)?;
-        Ok(Self { config, mounted: mounted.to_owned(), range: None })
+        Ok(Self { config, mounted: mounted.to_owned(), bad: 0..0 })
     }
 
     /// Makes the block with this content unreadable.
@@ -64,20 +68,31 @@ impl BadDisk {
         self.spoil_range(at / SECTOR_BYTES, 8)
     }
 
-    /// Makes all but the file system's own tables fail. `false`: the kernel's disk does not do that for so many sectors.
-    pub(crate) fn spoil_data(&mut self) -> Result<bool, Box<dyn std::error::Error>> {
+    /// Makes all but the file system's own tables fail.
+    pub(crate) fn spoil_data(&mut self) -> Outcome {
         nix::unistd::sync();
         self.spoil_range(TABLES_BYTES / SECTOR_BYTES, (DISK_BYTES - TABLES_BYTES) / SECTOR_BYTES)?;
         drop_caches()?;
         let device = File::open(DEVICE)?;
-        let fails = |at| device.read_exact_at(&mut [0; 4096], at).is_err();
-        Ok([TABLES_BYTES, DISK_BYTES / 4, DISK_BYTES / 2, DISK_BYTES - 4096].into_iter().all(fails))
+        let works = |at: &u64| device.read_exact_at(&mut [0; 4096], *at).is_ok();
+        match [TABLES_BYTES, DISK_BYTES / 4, DISK_BYTES / 2, DISK_BYTES - 4096].iter().find(|at| works(at)) {
+            Some(at) => Err(format!("the disk does not fail at {at}").into()),
+            None => Ok(()),
+        }
     }
 
     fn spoil_range(&mut self, first: u64, sectors: u64) -> Outcome {
-        let range = format!("{first}-{}", first + sectors - 1);
-        fs::write(self.config.join("badblocks"), format!("+{range}"))?;
-        self.range = Some(range);
+        self.bad = first..first + sectors;
+        self.mark_bad('+')
+    }
+
+    /// Adds the range that is bad to the disk's list, or takes it out again. In pieces: `badblocks_set` of Linux 6.1 puts
+    /// what is longer than an entry into the list back to front, and then does not find it.
+    fn mark_bad(&self, sign: char) -> Outcome {
+        for first in self.bad.clone().step_by(ENTRY_SECTORS) {
+            let last = self.bad.end.min(first + ENTRY_SECTORS as u64) - 1;
+            fs::write(self.config.join("badblocks"), format!("{sign}{first}-{last}"))?;
+        }
         Ok(())
     }
 
@@ -90,9 +105,8 @@ impl BadDisk {
 
     /// Makes it readable again.
     pub(crate) fn heal(&mut self) -> Outcome {
-        if let Some(range) = self.range.take() {
-            fs::write(self.config.join("badblocks"), format!("-{range}"))?;
-        }
+        self.mark_bad('-')?;
+        self.bad = 0..0;
         Ok(())
     }
 

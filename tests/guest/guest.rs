@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::fixtures::DATA;
-use crate::readers::{How, expect_equal};
+use crate::readers::{How, READ_LIMIT, expect_equal};
 use crate::runner::wait_limited;
 
 /// The daemon under test.
@@ -27,6 +27,11 @@ pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(30);
 const READY: &str = "infill: ready";
 /// The domain the tests share blobs in.
 pub(crate) const DOMAIN: &str = "lab";
+/// Settings with which readers ask for each piece, so that something can happen while they are at it: as set else, a
+/// dozen requests may bring a whole tree.
+pub(crate) const ASKED_OFTEN: [&str; 2] = ["--window=4K", "--complete=off"];
+/// READs after which several readers are surely at work.
+pub(crate) const AT_WORK: u64 = 20;
 /// Lines of the daemon's log that are shown for a failed test.
 const LOG_LINES: usize = 40;
 /// How much is shown of where a thread of the daemon waits.
@@ -236,6 +241,12 @@ impl Guest {
         self.stop()
     }
 
+    /// What `infill doctor` prints, as one line.
+    pub(crate) fn doctor(&self) -> Result<String> {
+        let output = Command::new(INFILL).args(["doctor", "--json"]).arg(format!("--cache-dir={}", self.cache.display())).output()?;
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
     /// Mounts go first, while there may still be a daemon.
     pub(crate) fn end_mounts_and_daemon(&self) {
         for at in self.mounts.borrow_mut().drain(..).rev() {
@@ -310,6 +321,18 @@ impl ReadCount {
         fs::write(Path::new(TRACING).join(event), "1").map_err(|e| format!("{event}: {e}"))?;
         fs::write(Path::new(TRACING).join("trace"), "")?;
         Ok(Self)
+    }
+
+    /// Waits until readers have asked so many times more.
+    pub(crate) fn await_more(&self, reads: u64) -> Result<()> {
+        let (began, wanted) = (Instant::now(), self.reads()? + reads);
+        while self.reads()? < wanted {
+            if began.elapsed() > READ_LIMIT {
+                return Err(format!("readers asked {} times, not {wanted} times", self.reads()?).into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// READs since the start.

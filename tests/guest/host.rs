@@ -1,14 +1,17 @@
 //! The host's side: boots guests and turns what they print into test results.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use infill::lab::disk::CacheFs;
+use infill::lab::disk::{self, CacheFs};
 use infill::lab::guest::GuestPlan;
+use infill::lab::qemu::Disk;
 use infill::lab::{kernel, packages, qemu};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
@@ -21,6 +24,14 @@ use crate::tests;
 const GUEST_PROGRAM: &str = "/bin/guest-tests";
 /// How long one boot with all tests may take, emulated on a busy machine.
 const TOTAL_LIMIT: Duration = Duration::from_secs(1800);
+/// A console line that begins so goes on with a command for the emulator's monitor.
+pub(crate) const EMULATOR: &str = "to the emulator: ";
+/// An ext4 disk beside those of every guest, for tests to have it hang; what is on it is gone with the guest.
+pub(crate) const HANGING_DISK: &str = "/dev/vdc";
+/// The emulator's name of it.
+pub(crate) const HANGING_DRIVE: &str = "virtio2";
+/// Its size.
+const HANGING_DISK_BYTES: u64 = 64 << 20;
 /// How many console lines of a failed test are shown.
 const TAIL_LINES: usize = 60;
 
@@ -156,7 +167,11 @@ impl Cell {
             total_limit: TOTAL_LIMIT,
         };
         let scratch = tempfile::tempdir().map_err(|e| format!("no scratch directory: {e}"))?;
-        let machine = plan.build(scratch.path()).map_err(text)?;
+        let mut machine = plan.build(scratch.path()).map_err(text)?;
+        let (hanging, monitor) = (scratch.path().join("hanging.img"), scratch.path().join("monitor"));
+        disk::ext4(&hanging, HANGING_DISK_BYTES, None).map_err(text)?;
+        machine.disks.push(Disk { path: hanging, throw_away: false });
+        machine.monitor = Some(monitor.clone());
         eprintln!(
             "infill: booting Linux {} ({}) with the cache on {} for {} tests",
             kernel.version,
@@ -164,7 +179,7 @@ impl Cell {
             self.fs.name(),
             names.len()
         );
-        let mut transcript = Transcript::default();
+        let mut transcript = Transcript { monitor: Monitor { path: monitor, connection: None }, ..Transcript::default() };
         let ending = machine.run(accelerator, &mut |line| transcript.line(line, self));
         let ending = ending.map_err(text)?;
         transcript.end(&ending.to_string(), self)
@@ -185,6 +200,26 @@ struct Transcript {
     current: Option<String>,
     lines: Vec<String>,
     reached_tests: bool,
+    monitor: Monitor,
+}
+
+/// The emulator's monitor.
+#[derive(Default)]
+struct Monitor {
+    path: PathBuf,
+    /// Kept, because a command whose connection is closed may not be read. What comes back is not: the guest sees what a
+    /// command does.
+    connection: Option<UnixStream>,
+}
+
+impl Monitor {
+    fn tell(&mut self, command: &str) -> std::io::Result<()> {
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => UnixStream::connect(&self.path)?,
+        };
+        self.connection.insert(connection).write_all(format!("{command}\n").as_bytes())
+    }
 }
 
 impl Transcript {
@@ -203,6 +238,9 @@ impl Transcript {
         } else if let Some((name, reason)) = line.strip_prefix(FAILED).and_then(|rest| rest.split_once(": ")) {
             self.current = None;
             cell.record(name, Err(self.with_tail(&reason.replace(" | ", "\n"))));
+        } else if let Some(command) = line.strip_prefix(EMULATOR) {
+            let said = self.monitor.tell(command).map_or_else(|e| format!("not told to the emulator: {e}"), |()| line.to_owned());
+            self.lines.push(said);
         } else {
             self.lines.push(line.to_owned());
         }

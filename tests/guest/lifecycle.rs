@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use infill::lab::tree::{Content, Manifest};
 
-use crate::guest::{Guest, ReadCount, data, drop_caches, with_blob};
+use crate::guest::{ASKED_OFTEN, AT_WORK, Guest, ReadCount, data, drop_caches, with_blob};
 use crate::readers::{How, READ_LIMIT, Readers, expect_equal};
 use crate::{Outcome, Test};
 
@@ -91,15 +91,12 @@ fn settled(process: &Path, fds: usize) -> Result<Footprint, Box<dyn std::error::
 
 fn sigterm_under_load(guest: &mut Guest) -> Outcome {
     guest.stock(&["tree.img", "tree.blob"])?;
-    guest.serve(&[])?;
+    guest.serve(&ASKED_OFTEN)?;
     let options = with_blob("tree.img", "tree.blob");
     let at = guest.mount(&options)?;
     let count = ReadCount::start()?;
     let readers = Readers::start(&at, &data("tree.json"), 8, How::Read)?;
-    let began = Instant::now();
-    while count.reads()? < 20 && began.elapsed() < READ_LIMIT {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    count.await_more(AT_WORK)?;
     guest.stop()?;
     // Readers get the right bytes or an I/O error; they do not hang and read nothing else.
     let complaints = readers.finish(READ_LIMIT)?;

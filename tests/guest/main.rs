@@ -16,6 +16,7 @@ mod disturbances;
 mod failures;
 mod fixtures;
 mod guest;
+mod hang;
 mod host;
 mod lifecycle;
 mod matrix;
@@ -48,6 +49,7 @@ fn tests() -> impl Iterator<Item = Test> {
         matrix::TESTS,
         failures::TESTS,
         disturbances::TESTS,
+        hang::TESTS,
         confine::TESTS,
         lifecycle::TESTS,
         mounting::TESTS,

@@ -75,9 +75,12 @@ impl Readers {
         }
         Ok(complaints)
     }
-}
 
-impl Readers {
+    /// Waits until all are done, and wants them to have found everything as it should be.
+    pub(crate) fn expect_equal(self) -> Result<(), String> {
+        self.finish(READ_LIMIT)?.into_iter().next().map_or(Ok(()), Err)
+    }
+
     /// Kills them all and waits for their ends, for which no answer from the daemon may be needed.
     pub(crate) fn kill(mut self) -> Result<(), String> {
         for (child, _) in &mut self.children {

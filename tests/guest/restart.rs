@@ -2,13 +2,14 @@
 //! bytes. The names of the kernel author's own tests of this (lostjeffle/demand-read-cachefilesd) are given where one
 //! is answered.
 
+use std::convert::Infallible;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use infill::lab::bench::restart::Storm;
 use infill::lab::tree::{Content, Entry, Manifest};
@@ -17,8 +18,10 @@ use infill::ops::state::KEEPERS;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::guest::{Guest, INFILL, data, with_blob};
+use crate::guest::{DOMAIN, Guest, INFILL, data, with_blob};
 use crate::readers::{How, READ_LIMIT, Readers, expect_equal};
+use crate::seed::{object, wait_until};
+use crate::space::{Ballast, Full, TURN, percent};
 use crate::{Outcome, Test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -35,6 +38,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("restart_kept_device_of_another_cache_is_refused", kept_for_another_cache),
     ("restart_wrong_kept_descriptor_is_refused", wrong_kept_descriptor),
     ("restart_systemd_keeps_the_device", systemd_keeps_the_device),
+    ("restart_descriptors_passed_to_another_process_are_left_alone", passed_to_another),
+    ("restart_with_other_limits", other_limits),
     ("restart_blob_gone_gives_errors", blob_gone),
     ("restart_release_gives_the_device_up", release_gives_up),
 ];
@@ -45,15 +50,24 @@ const KILLS: usize = 10;
 const SEED: u64 = 7;
 /// The program under another name.
 const UPGRADED: &str = "/tmp/infill-upgraded";
-/// First argument of a process that becomes infill with a descriptor, as systemd would start it; the descriptor's
-/// path follows, or `-` for what is at [`PASSED`] already.
+/// First argument of a process that becomes infill with a descriptor, as systemd would start it; the descriptor's path
+/// follows, or how its standard input is passed: [`ALONE`], [`AMONG_OTHERS`], [`TO_ANOTHER`].
 pub(crate) const AS_SERVICE: &str = "--as-service";
-/// Where systemd puts the first descriptor.
-const PASSED: i32 = 3;
+/// If it is not the null device.
+const ALONE: &str = "alone";
+/// Behind one with another name.
+const AMONG_OTHERS: &str = "among-others";
+/// With a word that it is meant for the parent process.
+const TO_ANOTHER: &str = "to-another";
+/// Where systemd puts the first descriptors.
+const PASSED: [i32; 2] = [3, 4];
+/// Images that are mounted, and less descriptors than they want.
+const OBJECTS: usize = 36;
+const FD_BUDGET: u64 = 32;
 /// Exit codes of infill, from sysexits.h.
 const UNAVAILABLE: i32 = 69;
 const CONFIG: i32 = 78;
-/// How long something that must happen may take.
+/// How long the service may take for a message.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -66,17 +80,6 @@ impl Drop for Released<'_> {
         self.0.end_mounts_and_daemon();
         let _ = Command::new(INFILL).args(["release", "--force"]).output();
     }
-}
-
-fn wait_for(what: &str, is_so: impl Fn() -> bool) -> Outcome {
-    let began = Instant::now();
-    while !is_so() {
-        if began.elapsed() > PATIENCE {
-            return Err(format!("it did not happen within {} s: {what}", PATIENCE.as_secs()).into());
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
 }
 
 /// 18: the daemon is killed again and again. With two programs each start is an upgrade.
@@ -119,7 +122,7 @@ fn open_is_unanswered(guest: &mut Guest, signal: Signal) -> Outcome {
     fs::rename(&guest.store, &away)?;
     std::thread::scope(|scope| -> Outcome {
         let mounting = scope.spawn(|| mount_erofs("fsid=tiny.img", Path::new("/tmp/tiny")));
-        let result = wait_for("a try to open the image", || guest.log().contains("trying again")).and_then(|()| {
+        let result = wait_until("a try to open the image", || guest.log().contains("trying again")).and_then(|()| {
             match signal {
                 Signal::SIGTERM => {
                     let ended = guest.terminate()?;
@@ -132,7 +135,11 @@ fn open_is_unanswered(guest: &mut Guest, signal: Signal) -> Outcome {
             if mounting.is_finished() {
                 return Err("the mount did not wait".into());
             }
-            Ok(())
+            let seen = guest.doctor()?;
+            match ["processes wait for data at this moment: pid", "start infill serve"].iter().find(|words| !seen.contains(**words)) {
+                None => Ok(()),
+                Some(words) => Err(format!("doctor does not say {words:?}: {seen}").into()),
+            }
         });
         fs::rename(&away, &guest.store)?;
         guest.serve_with(&keeping(guest))?;
@@ -171,13 +178,11 @@ fn one_keeper_is_enough(guest: &mut Guest) -> Outcome {
     let at = guest.mount(&with_blob("one.img", "one.blob"))?;
     let [first, _] = both_keepers()?;
     kill(Pid::from_raw(first), Signal::SIGKILL)?;
-    wait_for("the daemon to notice", || guest.log().contains("a keeper has died"))?;
+    wait_until("the daemon to notice", || guest.log().contains("a keeper has died"))?;
     guest.kill()?;
     let readers = Readers::start(&at, &data("one.json"), 4, How::Read)?;
     guest.serve_with(&keeping(guest))?;
-    if let Some(line) = readers.finish(READ_LIMIT)?.first() {
-        return Err(line.clone().into());
-    }
+    readers.expect_equal()?;
     // The next daemon has started the missing one.
     both_keepers()?;
     guest.umount(&at)
@@ -193,7 +198,7 @@ fn dead_keeper_is_replaced(guest: &mut Guest) -> Outcome {
     let [first, second] = both_keepers()?;
     kill(Pid::from_raw(first), Signal::SIGKILL)?;
     let is_replaced = || both_keepers().is_ok_and(|pids| !pids.contains(&first)) && guest.log().contains("a keeper has died");
-    wait_for("another keeper", is_replaced)?;
+    wait_until("another keeper", is_replaced)?;
     // What remains is the new one.
     kill(Pid::from_raw(second), Signal::SIGKILL)?;
     guest.kill()?;
@@ -322,32 +327,41 @@ fn systemd_keeps_the_device(guest: &mut Guest) -> Outcome {
     let _ = fs::remove_file(&socket);
     let manager = UnixDatagram::bind(&socket)?;
     manager.set_read_timeout(Some(PATIENCE))?;
-    let mut arguments = vec![AS_SERVICE.to_owned(), "-".to_owned()];
-    arguments.extend(guest.serve_arguments(&["--keep=auto"]));
-    let start = |device: Option<&OwnedFd>| -> Result<()> {
+    let start = |how: &str, device: Option<&OwnedFd>| -> Result<Option<OwnedFd>> {
         let mut command = Command::new("/proc/self/exe");
-        command.env("NOTIFY_SOCKET", &socket).env("FDSTORE", "1");
-        guest.start(&mut command, &arguments, device.map(AsFd::as_fd))
+        command.args([AS_SERVICE, how]).env("NOTIFY_SOCKET", &socket).env("FDSTORE", "1");
+        guest.start(&mut command, &guest.serve_arguments(&["--keep=auto"]), device.map(AsFd::as_fd))?;
+        let stored = manage(&manager)?;
+        guest.await_ready()?;
+        Ok(stored)
     };
-    start(None)?;
-    let kept = manage(&manager)?.ok_or("the device was not stored")?;
-    guest.await_ready()?;
+    let kept = start(ALONE, None)?.ok_or("the device was not stored")?;
     let at = guest.mount(&with_blob("one.img", "one.blob"))?;
-    guest.kill()?;
-    let readers = Readers::start(&at, &data("one.json"), 4, How::Read)?;
-    start(Some(&kept))?;
-    if manage(&manager)?.is_some() {
-        return Err("the device was stored although it is".into());
-    }
-    guest.await_ready()?;
-    let complaints = readers.finish(READ_LIMIT)?;
-    if let Some(line) = complaints.first() {
-        return Err(line.clone().into());
+    for how in [ALONE, AMONG_OTHERS] {
+        guest.kill()?;
+        let readers = Readers::start(&at, &data("one.json"), 4, How::Read)?;
+        if start(how, Some(&kept))?.is_some() {
+            return Err("the device was stored although it is".into());
+        }
+        readers.expect_equal()?;
     }
     if !keepers().is_empty() {
         return Err("there is a keeper".into());
     }
     guest.umount(&at)
+}
+
+/// What systemd passed to another process, which has let it go on: the descriptors are not this one's.
+fn passed_to_another(guest: &mut Guest) -> Outcome {
+    let device = File::options().read(true).write(true).open("/dev/cachefiles")?;
+    let mut command = Command::new("/proc/self/exe");
+    command.args([AS_SERVICE, TO_ANOTHER]).args(guest.serve_arguments(&[])).stdin(device.try_clone()?);
+    let output = command.output()?;
+    let log = String::from_utf8_lossy(&output.stderr);
+    if output.status.code() != Some(UNAVAILABLE) || !log.contains(&std::process::id().to_string()) {
+        return Err(format!("{}; it said:\n{log}", output.status).into());
+    }
+    Ok(())
 }
 
 /// Plays systemd until the service is ready; gives what it had stored.
@@ -367,37 +381,83 @@ fn manage(manager: &UnixDatagram) -> Result<Option<OwnedFd>> {
 
 /// Becomes infill as systemd would start it.
 pub(crate) fn as_service_main(args: &[String]) -> ExitCode {
-    let [path, arguments @ ..] = args else { return ExitCode::FAILURE };
-    let mut command = Command::new(INFILL);
-    command.args(arguments).env("LISTEN_PID", std::process::id().to_string());
-    command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "cachefiles");
-    let opened = if path == "-" {
-        // Standard input is the descriptor, if it is not the null device.
-        let stdin = std::io::stdin();
-        let is_null = fs::read_link("/proc/self/fd/0").is_ok_and(|link| link == Path::new("/dev/null"));
-        if is_null {
-            command.env_remove("LISTEN_FDS");
-        }
-        stdin.as_fd().try_clone_to_owned()
-    } else {
-        File::options().read(true).write(true).open(path).map(OwnedFd::from)
-    };
-    let Ok(opened) = opened else { return ExitCode::FAILURE };
-    // Not closed on exec, whatever number it had.
-    if opened.as_raw_fd() == PASSED {
-        let flags = nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty());
-        let _ = nix::fcntl::fcntl(&opened, flags);
-    } else {
-        let mut place = std::mem::ManuallyDrop::new(match File::open("/dev/null").map(OwnedFd::from) {
-            Ok(place) => place,
-            Err(_) => return ExitCode::FAILURE,
-        });
-        if nix::unistd::dup2(&opened, &mut place).is_err() || place.as_raw_fd() != PASSED {
-            return ExitCode::FAILURE;
-        }
-    }
-    eprintln!("cannot start: {}", command.exec());
+    let [how, arguments @ ..] = args else { return ExitCode::FAILURE };
+    let Err(error) = become_service(how, arguments);
+    eprintln!("cannot start: {error}");
     ExitCode::FAILURE
+}
+
+fn become_service(how: &str, arguments: &[String]) -> Result<Infallible> {
+    let null = || File::open("/dev/null").map(OwnedFd::from);
+    let mut places = [null()?, null()?];
+    if places.each_ref().map(AsRawFd::as_raw_fd) != PASSED {
+        return Err(format!("{PASSED:?} are not free").into());
+    }
+    let device = match how {
+        ALONE | AMONG_OTHERS | TO_ANOTHER => std::io::stdin().as_fd().try_clone_to_owned()?,
+        path => File::options().read(true).write(true).open(path)?.into(),
+    };
+    let is_null = how == ALONE && fs::read_link("/proc/self/fd/0")? == Path::new("/dev/null");
+    let passed = match how {
+        _ if is_null => vec![],
+        AMONG_OTHERS => vec![("other", null()?), ("cachefiles", device)],
+        _ => vec![("cachefiles", device)],
+    };
+    for ((_, fd), place) in passed.iter().zip(&mut places) {
+        // What is made so is not closed on exec.
+        nix::unistd::dup2(fd, place)?;
+    }
+    let names: Vec<_> = passed.iter().map(|(name, _)| *name).collect();
+    let pid = if how == TO_ANOTHER { std::os::unix::process::parent_id() } else { std::process::id() };
+    let mut command = Command::new(INFILL);
+    command.args(arguments).env("LISTEN_PID", pid.to_string());
+    if !names.is_empty() {
+        command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
+    }
+    Err(command.exec().into())
+}
+
+/// Culling limits belong to the device: the next daemon goes by those that it was bound with, and says so, until the
+/// device is given up. The budget of descriptors is the daemon's own.
+fn other_limits(guest: &mut Guest) -> Outcome {
+    let _released = Released(guest);
+    let names: Vec<String> = (0..OBJECTS).map(|n| format!("tiny{n}.img")).collect();
+    for name in &names {
+        guest.stock_as("tiny.img", name)?;
+    }
+    guest.stock(&["tiny.img"])?;
+    let options = |name: &str| format!("fsid={name},domain_id={DOMAIN}");
+    guest.serve_with(&guest.serve_arguments(&["--keep=keeper", "--bstop=1", "--bcull=2", "--brun=3"]))?;
+    let at = guest.mount(&options("tiny.img"))?;
+    expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
+    guest.umount(&at)?;
+    wait_until("the kernel names its object", || object(guest, "tiny.img").is_ok())?;
+    let mounts = names.iter().map(|name| guest.mount(&options(name))).collect::<Result<Vec<_>>>()?;
+    guest.kill()?;
+
+    // Enough for the one, and not for the other limits.
+    let ballast = Ballast::new()?;
+    ballast.leave(50 * percent()?, Full::Stop)?;
+    let budget = format!("--fd-budget={FD_BUDGET}");
+    let others = guest.serve_arguments(&["--keep=keeper", "--bstop=1", "--bcull=60", "--brun=70", &budget]);
+    guest.serve_with(&others)?;
+    let manifest = Manifest::load(&data("tiny.json"))?;
+    if let Some(at) = mounts.iter().find(|at| infill::lab::tree::compare(at, &manifest, 1).verdict() != "equal") {
+        return Err(format!("{} is not as it should be", at.display()).into());
+    }
+    std::thread::sleep(TURN);
+    if object(guest, "tiny.img").is_err() || !guest.log().contains("bound with other culling limits") {
+        return Err(format!("other limits count than the kernel's, or it is not said:\n{}", guest.log()).into());
+    }
+    mounts.iter().try_for_each(|at| guest.umount(at))?;
+    let ended = guest.stop()?;
+    if ended.json["fds_budget"] != FD_BUDGET || ended.json["fds_peak"].as_u64() > Some(FD_BUDGET) || ended.json["culled_objects"] != 0 {
+        return Err(format!("the budget is another one, or something was culled: {}", ended.json).into());
+    }
+
+    wait_until("the device to be given up", || Command::new(INFILL).arg("release").output().is_ok_and(|output| output.status.success()))?;
+    guest.serve_with(&others)?;
+    wait_until("the new limits to count", || object(guest, "tiny.img").is_err())
 }
 
 /// Refused while a daemon serves and while images are mounted; then the device is free, with nothing to wait for.
@@ -420,10 +480,10 @@ fn release_gives_up(guest: &mut Guest) -> Outcome {
         }
     }
     guest.umount(&at)?;
-    wait_for("the kernel to let go of the image", || release(&[]).is_ok_and(|(code, _)| code == Some(0)))?;
+    wait_until("the kernel to let go of the image", || release(&[]).is_ok_and(|(code, _)| code == Some(0)))?;
     let (code, log) = release(&["--force"])?;
     if code != Some(1) || !log.contains("nothing to release") || !keepers().is_empty() {
         return Err(format!("exit code {code:?}, {log}; keepers {:?}", keepers()).into());
     }
-    wait_for("the device to be free", || File::options().read(true).write(true).open("/dev/cachefiles").is_ok())
+    wait_until("the device to be free", || File::options().read(true).write(true).open("/dev/cachefiles").is_ok())
 }

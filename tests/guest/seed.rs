@@ -348,7 +348,7 @@ pub(crate) fn wait_until_unbound() -> Outcome {
 }
 
 /// Waits for what the kernel does in its own time.
-pub(crate) fn wait_until(what: &str, done: impl Fn() -> bool) -> Outcome {
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) -> Outcome {
     let began = Instant::now();
     while !done() {
         if began.elapsed() > COMMIT_LIMIT {

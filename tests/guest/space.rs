@@ -5,10 +5,10 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use infill::engine::placement::seats;
 use infill::engine::plan::{Completion, Window};
 use infill::engine::{Engine, EngineKind, Settings};
 use infill::front::FrontEnd;
@@ -20,14 +20,15 @@ use infill::store::{SourceMode, Store, Stores};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::statvfs;
 
-use crate::guest::{DOMAIN, Guest, INFILL, data, drop_caches};
+use crate::guest::{DOMAIN, Guest, data, drop_caches};
 use crate::readers::{How, READ_LIMIT, Readers, expect_equal};
-use crate::seed::{object, wait_until, wait_until_unbound};
+use crate::seed::{object, stock_beside_cache, wait_until, wait_until_unbound};
 use crate::{Outcome, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     ("space_culls_least_recently_used_and_never_mounted", least_recently_used_first),
     ("space_byte_budget_is_held", byte_budget_is_held),
+    ("space_blobs_that_are_shared_take_none_and_stay", shared_stay),
     ("space_full_cache_makes_room_for_a_reader", |g| makes_room_for_a_reader(g, Full::Stop)),
     ("space_full_disk_makes_room_for_a_reader", |g| makes_room_for_a_reader(g, Full::Disk)),
     ("space_full_of_mounted_gives_eio_and_recovers", full_of_mounted),
@@ -41,18 +42,19 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// The file that takes up room.
 const BALLAST: &str = "/cache/ballast";
 /// A turn of the daemon's look at the cache, and some time to do it.
-const TURN: Duration = POLL.saturating_add(Duration::from_secs(2));
+pub(crate) const TURN: Duration = POLL.saturating_add(Duration::from_secs(2));
 
 /// Room on the cache's disk, taken until this is dropped.
-struct Ballast(File);
+pub(crate) struct Ballast(File);
 
 impl Ballast {
-    fn new() -> Result<Self> {
+    /// Takes none yet.
+    pub(crate) fn new() -> Result<Self> {
         Ok(Self(File::create(BALLAST)?))
     }
 
     /// Takes all but `leave` bytes.
-    fn leave(&self, leave: u64, full: Full) -> Outcome {
+    pub(crate) fn leave(&self, leave: u64, full: Full) -> Outcome {
         nix::unistd::sync();
         if full == Full::Disk {
             return self.fill_up(leave);
@@ -88,7 +90,7 @@ impl Drop for Ballast {
 
 /// What ends the room.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Full {
+pub(crate) enum Full {
     /// The kernel's stop mark: ENOBUFS.
     Stop,
     /// The disk: ENOSPC.
@@ -96,7 +98,7 @@ enum Full {
 }
 
 /// One percent of the cache's disk.
-fn percent() -> Result<u64> {
+pub(crate) fn percent() -> Result<u64> {
     let stat = statvfs("/cache")?;
     Ok(stat.blocks() / 100 * stat.fragment_size())
 }
@@ -194,6 +196,25 @@ fn byte_budget_is_held(guest: &mut Guest) -> Outcome {
     println!("{}", ended.json);
     if ended.json["culled_objects"] != 2 || ended.json["cache_objects"] != 1 || ended.json["cache_bytes"].as_u64() > Some(budget) {
         return Err(format!("the statistics do not say so: {}", ended.json).into());
+    }
+    Ok(())
+}
+
+/// To remove what shares its blocks with the store would free nothing.
+fn shared_stay(guest: &mut Guest) -> Outcome {
+    if !stock_beside_cache(guest, &["plain.img", "one.img"])? {
+        println!("not run: this file system shares no blocks");
+        return Ok(());
+    }
+    guest.serve(&["--cache-bytes=1M", "--seed=lab/plain.img"])?;
+    std::thread::sleep(TURN);
+    let at = guest.mount(&options("plain.img"))?;
+    expect_equal(&at, &data("tree.json"), 2, How::Read)?;
+    guest.umount(&at)?;
+    std::thread::sleep(TURN);
+    let ended = guest.stop()?;
+    if !is_there(guest, "plain.img") || ended.json["culled_objects"] != 0 || ended.json["cache_bytes"].as_u64() > Some(1 << 20) {
+        return Err(format!("it was removed, or counted: {}", ended.json).into());
     }
     Ok(())
 }
@@ -302,7 +323,7 @@ fn damaged_objects(guest: &mut Guest) -> Outcome {
     links.iter().try_for_each(|link| symlink(&outside, link))?;
 
     let name = damaged.display().to_string();
-    let seen = doctor(guest)?;
+    let seen = guest.doctor()?;
     if !seen.contains("damaged") || !seen.contains(&name) || !damaged.exists() {
         return Err(format!("doctor does not say what it would do, or did it:\n{seen}").into());
     }
@@ -320,12 +341,6 @@ fn damaged_objects(guest: &mut Guest) -> Outcome {
         return Err("a link was followed, or left where it breaks mounts".into());
     }
     Ok(())
-}
-
-/// What `infill doctor` prints, as one line.
-fn doctor(guest: &Guest) -> Result<String> {
-    let output = Command::new(INFILL).args(["doctor", "--json"]).arg(format!("--cache-dir={}", guest.cache.display())).output()?;
-    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// The kernel's own answers, asked for by this process, which is the daemon for once.
@@ -376,6 +391,7 @@ fn kernel_answers(guest: &mut Guest) -> Outcome {
 pub(crate) fn settings() -> Settings {
     Settings {
         shards: 1,
+        seats: seats(),
         kind: EngineKind::Auto,
         window: Window::Fixed(1 << 20),
         completion: Completion::default(),

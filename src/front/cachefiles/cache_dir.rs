@@ -33,7 +33,9 @@ const PROBE_BLOCK_BYTES: usize = 4096;
 const PROBE_FILE_BYTES: u64 = 1 << 20;
 
 /// `XFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
-const XFS_MAGIC: u32 = 0x5846_5342;
+pub(super) const XFS_MAGIC: u32 = 0x5846_5342;
+/// `BTRFS_SUPER_MAGIC`.
+pub(super) const BTRFS_MAGIC: u32 = 0x9123_683e;
 /// Size of the pieces in which a cache file takes its space on XFS.
 pub const EXTENT_BYTES: u32 = 1 << 20;
 
@@ -214,7 +216,7 @@ pub fn hinted_dirs(dir: &Path) -> [PathBuf; 2] {
 }
 
 /// The number in `f_type`: 32 bits, in a field that is signed and wider on most targets.
-fn magic(kind: FsType) -> u32 {
+pub(super) fn magic(kind: FsType) -> u32 {
     kind.0 as u32
 }
 

@@ -78,6 +78,7 @@ impl Grid<'_> {
             memory_mib: MEMORY_MIB,
             cpus: cell.cpus,
             append: format!("{ARGUMENTS} {KERNEL_ARGUMENTS}"),
+            monitor: None,
             idle_limit: LIMIT,
             total_limit: LIMIT,
         };

@@ -78,7 +78,7 @@ impl Settings {
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
 pub struct Statistics {
     /// Space that the objects in the cache take. Those of images that are mounted for the first time have no name yet and
-    /// are missing; blocks that are shared with a store count.
+    /// are missing; blocks that are shared with a store do not count.
     pub cache_bytes: u64,
     /// Objects that were counted.
     pub cache_objects: u64,
