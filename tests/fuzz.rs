@@ -120,6 +120,7 @@ fn fuzz((name, run): Target) {
         *began.lock().unwrap() = None;
         failed
     });
+    let _ = fs::remove_dir_all(targets::place_of(name));
     println!("{name}: {inputs} inputs, taken in {} ways, INFILL_FUZZ_SEED={seed}", ways.len());
     if let Some((input, panic)) = failed {
         let hex = input.iter().fold(String::new(), |mut hex, byte| {

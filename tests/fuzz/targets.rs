@@ -51,9 +51,13 @@ fn parts<const N: usize>(bytes: &[u8]) -> [&[u8]; N] {
     std::array::from_fn(|_| parts.next().unwrap_or_default())
 }
 
-/// A directory of this process, which stays until the machine's directory for such things is cleaned.
-fn scratch(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("infill-fuzz-{}-{name}", std::process::id()));
+/// Where a target works, in this process.
+pub(crate) fn place_of(target: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("infill-fuzz-{}-{target}", std::process::id()))
+}
+
+fn scratch(target: &str) -> PathBuf {
+    let dir = place_of(target);
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).unwrap();
     dir
@@ -111,7 +115,7 @@ const DIGEST: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 fn shelf() -> &'static Shelf {
     static SHELF: OnceLock<Shelf> = OnceLock::new();
     SHELF.get_or_init(|| {
-        let root = scratch("shelf");
+        let root = scratch("key");
         let (dir, oci) = (root.join("dir"), root.join("oci"));
         fs::create_dir_all(dir.join("dom")).unwrap();
         fs::create_dir_all(oci.join("blobs/sha256")).unwrap();
@@ -169,6 +173,8 @@ pub(crate) fn superblock(bytes: &[u8]) -> u64 {
 pub(crate) fn settings(bytes: &[u8]) -> u64 {
     static FILE: OnceLock<PathBuf> = OnceLock::new();
     let file = FILE.get_or_init(|| scratch("settings").join("config.toml"));
+    // Another file each time: to cut one off and fill it again makes ext4 write it to the disk at once.
+    let _ = fs::remove_file(file);
     fs::write(file, bytes).unwrap();
     match Options::default().look(Some(file.as_path())) {
         Ok(config) => {
@@ -179,7 +185,7 @@ pub(crate) fn settings(bytes: &[u8]) -> u64 {
             let text = error.to_string();
             assert!(!text.is_empty());
             // The kind of error, not the values in it.
-            taken(text.chars().filter(|c| c.is_ascii_lowercase()).take(60).collect::<String>())
+            taken(text.chars().rev().filter(char::is_ascii_lowercase).take(40).collect::<String>())
         }
     }
 }
