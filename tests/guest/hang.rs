@@ -31,13 +31,17 @@ pub(crate) const TESTS: &[Test] = &[
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// How long a request may wait. A reader waits twice as long: the kernel asks again for a page whose read-ahead failed.
-const TIMEOUT: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(4);
 /// Readers of what hangs: more than a shard has slots.
 const STUCK_READERS: usize = 20;
 /// How often that many come while the disk hangs.
 const ROUNDS: usize = 2;
 /// A read that takes longer than this hangs.
 const HANGS: Duration = Duration::from_secs(1);
+/// After how many seconds the kernel complains of a task that hangs, which ends the guest; 0: never.
+const COMPLAIN: &str = "/proc/sys/kernel/hung_task_timeout_secs";
+/// What the guests' kernel is built with (src/lab/kernel.config).
+const COMPLAIN_SECS: &str = "60";
 /// Where the disk is mounted.
 const MOUNTED: &str = "/tmp/hanging";
 
@@ -62,6 +66,8 @@ impl HangingDisk {
 
     /// Comes back when no read of the disk ends any more.
     fn hang(&mut self) -> Outcome {
+        // On a busy machine it may take long.
+        fs::write(COMPLAIN, "0")?;
         throttle(1);
         let disk = OpenOptions::new().read(true).custom_flags(O_DIRECT).open(HANGING_DISK)?;
         let reads = Arc::clone(&self.reads);
@@ -104,6 +110,7 @@ impl HangingDisk {
 impl Drop for HangingDisk {
     fn drop(&mut self) {
         throttle(0);
+        let _ = fs::write(COMPLAIN, COMPLAIN_SECS);
         let _ = umount2(MOUNTED, MntFlags::MNT_DETACH);
     }
 }
