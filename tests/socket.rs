@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use infill::engine::placement::seats;
 use infill::engine::plan::{Completion, Window};
 use infill::engine::stats::Snapshot;
 use infill::engine::{Engine, EngineError, EngineKind, Settings};
@@ -61,6 +62,7 @@ impl Blobs {
 fn settings(kind: EngineKind, shards: usize) -> Settings {
     Settings {
         shards,
+        seats: seats(),
         kind,
         window: Window::Fixed(128 << 10),
         completion: Completion::default(),

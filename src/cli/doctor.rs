@@ -44,6 +44,7 @@ pub fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
         stores: &config.stores,
         limits: &config.cull,
         cache_bytes: config.cache_bytes,
+        xfs_extent_bytes: config.xfs_extent_bytes,
         shards: config.shards,
     };
     let report = examine(&subject);

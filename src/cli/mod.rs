@@ -3,6 +3,8 @@
 pub mod bench;
 pub mod demo;
 pub mod doctor;
+pub mod mount;
+pub mod place;
 pub mod prefetch;
 pub mod release;
 pub mod serve;
@@ -23,6 +25,8 @@ struct Cli {
 enum Verb {
     /// Answer the kernel's requests until told to stop
     Serve(Box<serve::ServeArgs>),
+    Mount(mount::MountArgs),
+    Umount(mount::UmountArgs),
     Prefetch(prefetch::PrefetchArgs),
     Release(release::ReleaseArgs),
     /// Find out whether this host can serve images, and what to do if not
@@ -61,6 +65,8 @@ impl Failure {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Serve(args) => serve::run(*args),
+        Verb::Mount(args) => mount::run(&args),
+        Verb::Umount(args) => mount::run_umount(&args),
         Verb::Prefetch(args) => prefetch::run(&args),
         Verb::Release(args) => release::run(&args),
         Verb::Keeper => crate::ops::keeper::main().map_err(|e| {

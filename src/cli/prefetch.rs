@@ -2,18 +2,17 @@
 
 use std::fmt::Write as _;
 use std::io::Write;
-use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
 
 use super::Failure;
-use crate::config::DEFAULT_CACHE_DIR;
+use super::place::Place;
 use crate::front::cachefiles::cache_dir;
 use crate::key::Key;
 use crate::ops::exit;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
-use crate::store::{SourceMode, StoreSpec, Stores};
+use crate::store::{SourceMode, Stores};
 
 /// Put blobs into the cache before anybody reads them
 ///
@@ -28,12 +27,8 @@ pub struct PrefetchArgs {
     /// Share the blocks of the blobs instead of copying them
     #[arg(long)]
     seed: bool,
-    /// Directory where the kernel keeps its cache
-    #[arg(long, value_name = "DIR", env = "INFILL_CACHE_DIR", default_value = DEFAULT_CACHE_DIR)]
-    cache_dir: PathBuf,
-    /// Where blobs come from: dir:PATH or oci:PATH; several are asked in order
-    #[arg(long = "store", value_name = "SPEC", env = "INFILL_STORE", value_delimiter = ',', required = true)]
-    stores: Vec<StoreSpec>,
+    #[command(flatten)]
+    place: Place,
     /// The domain_id with which the images are mounted; without it each blob is an image of its own
     #[arg(long)]
     domain: Option<String>,
@@ -53,8 +48,10 @@ pub fn run(args: &PrefetchArgs) -> Result<(), Failure> {
     if !args.seed {
         return Err(Failure::new(exit::USAGE, "prefetch needs --seed: filling the cache by copying is not supported in this version"));
     }
-    let stores = Stores::from_specs(&args.stores, SourceMode::Buffered).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
-    let cache_dir = cache_dir::prepare(&args.cache_dir).map_err(|error| Failure::new(error.exit_code(), error))?;
+    let config = args.place.with_stores()?;
+    let stores = Stores::from_specs(&config.stores, SourceMode::Buffered).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    let cache_dir =
+        cache_dir::prepare(&config.cache_dir, config.xfs_extent_bytes).map_err(|error| Failure::new(error.exit_code(), error))?;
     let mut seedings = Vec::new();
     for name in &args.names {
         let domain = args.domain.as_ref().unwrap_or(name);

@@ -13,6 +13,8 @@ use serde::Serialize;
 
 use super::Failure;
 use crate::config::{Config, FrontEndKind, Options};
+use crate::engine::buffers::Pages;
+use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
@@ -83,10 +85,14 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     seed(&config, &*store);
     // What it looks up on this host cannot be read later.
     let space = space::Settings::new(&config.cache_dir, limits, config.cache_bytes);
+    let seats = placement::seats();
     let store = confine_to(&config, user.as_ref(), store)?;
-    let (tracer, printer) = start_tracer(trace_requests)?;
     let (steward, no_room) = start_steward(space, device)?.unzip();
-    let engine = start_engine(&config, raised, &front, &store, tracer, no_room)?;
+    if user.is_some() {
+        confine::drop_cache_powers().map_err(|why| Failure::new(exit::FAILED, format!("cannot give up capabilities: {why}")))?;
+    }
+    let (tracer, printer) = start_tracer(trace_requests)?;
+    let engine = start_engine(&config, raised, seats, &front, &store, tracer, no_room)?;
     seal(&config);
     announce(&config, &*front, &engine, keep.as_ref());
     let started = engine.started().clone();
@@ -136,6 +142,7 @@ fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -
             options.tag.clone_from(&config.tag);
             options.secctx.clone_from(&config.secctx);
             options.limits = config.cull;
+            options.xfs_extent_bytes = config.xfs_extent_bytes;
             let (device, limits) = open_device(config, &options, &mut keep)?;
             Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device), limits, keep: Some(keep) })
         }
@@ -227,6 +234,7 @@ fn start_steward(settings: space::Settings, device: Option<Arc<Device>>) -> Resu
 fn start_engine(
     config: &Config,
     raised: Raised,
+    seats: Vec<Seat>,
     front: &Arc<dyn FrontEnd>,
     store: &Arc<dyn Store>,
     tracer: Option<Tracer>,
@@ -236,6 +244,7 @@ fn start_engine(
         limits::fd_budget(config.fd_budget, raised, config.shards).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let settings = Settings {
         shards: config.shards,
+        seats,
         kind: config.engine,
         window: config.window,
         completion: config.completion,
@@ -270,6 +279,7 @@ fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine, keep: Option
         shards = started.shards,
         engine = started.kind,
         detail = started.detail,
+        buffers = %started.pages,
         reopens = caps.reopens,
         kept_by = keep.and_then(Keep::by).unwrap_or("nobody"),
         "serving"
@@ -372,6 +382,7 @@ fn report(started: &Started, result: Result<Snapshot, EngineError>, space: Optio
 struct Statistics<'a> {
     engine: &'a str,
     shards: usize,
+    buffers: Pages,
     #[serde(flatten)]
     counts: &'a Snapshot,
     #[serde(flatten)]
@@ -379,6 +390,6 @@ struct Statistics<'a> {
 }
 
 fn json_text(started: &Started, counts: &Snapshot, space: Option<space::Statistics>) -> String {
-    let statistics = Statistics { engine: started.kind, shards: started.shards, counts, space };
+    let statistics = Statistics { engine: started.kind, shards: started.shards, buffers: started.pages, counts, space };
     serde_json::to_string(&statistics).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
 }

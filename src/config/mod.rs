@@ -15,8 +15,9 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::engine::EngineKind;
+use crate::engine::placement::usable_cpus;
 use crate::engine::plan::{Completion, Window};
-use crate::engine::{EngineKind, usable_cpus};
 use crate::front::cachefiles::{CullLimits, command};
 use crate::key::Key;
 use crate::ops::confine::{self, Account};
@@ -49,6 +50,8 @@ const WINDOW_BYTES_MAX: u64 = 64 << 20;
 const BLOCK_BYTES_MIN: u64 = 4096;
 /// A registered buffer is at most 1 GiB long (`io_buffer_validate`, io_uring/rsrc.c); one shard's slots are one.
 const SHARD_BUFFER_BYTES_MAX: u64 = 1 << 30;
+/// Largest extent size hint: XFS allows up to 8 GiB (`XFS_MAX_BMBT_EXTLEN`, fs/xfs/libxfs/xfs_format.h, in blocks), which is useless here.
+const XFS_EXTENT_BYTES_MAX: u64 = 1 << 30;
 /// Threads a shard at most.
 const WORKERS_MAX: u32 = 512;
 /// Least descriptor budget: a few images must be usable at a time.
@@ -87,6 +90,8 @@ pub struct Config {
     pub cull: CullLimits,
     /// How much the objects in the cache may take together; `None`: as much as `cull` allows.
     pub cache_bytes: Option<u64>,
+    /// On XFS, the pieces in which cache files take their space; `None`: what is set, or the default.
+    pub xfs_extent_bytes: Option<u32>,
     /// Event loops.
     pub shards: usize,
     /// How reads and writes are done.
@@ -155,6 +160,7 @@ impl Options {
                 fstop_percent: self.fstop,
             },
             cache_bytes: self.cache_bytes.map(|bytes| bytes.0),
+            xfs_extent_bytes: self.xfs_extent.map(|bytes| u32::try_from(bytes.0).unwrap_or(u32::MAX)),
             shards,
             engine: self.engine.unwrap_or_default(),
             source: self.source.unwrap_or_default(),
@@ -193,6 +199,9 @@ impl Config {
             }
         }
         self.cull.commands()?;
+        if let Some(bytes) = self.xfs_extent_bytes {
+            power_of_two("xfs_extent", u64::from(bytes), BLOCK_BYTES_MIN, XFS_EXTENT_BYTES_MAX)?;
+        }
         bounds("shards", self.shards as u64, 1, SHARDS_MAX as u64)?;
         match self.window {
             Window::Fixed(bytes) => power_of_two("window", bytes, BLOCK_BYTES_MIN, WINDOW_BYTES_MAX)?,

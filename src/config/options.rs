@@ -62,6 +62,11 @@ pub struct Options {
     /// not mounted [default: as much as --brun and --bcull allow]
     #[arg(long, value_name = "SIZE", env = "INFILL_CACHE_BYTES")]
     pub(super) cache_bytes: Option<Bytes>,
+    /// On XFS, the pieces in which cache files take their space: a power of two. Small ones make blobs that are read here
+    /// and there slow to read again; large ones waste space where there are many small blobs [default: 1M, or what the
+    /// cache directory has]
+    #[arg(long, value_name = "SIZE", env = "INFILL_XFS_EXTENT")]
+    pub(super) xfs_extent: Option<Bytes>,
     /// Event loops, each on a core of its own [default: the usable cores]
     #[arg(long, env = "INFILL_SHARDS")]
     pub(super) shards: Option<NonZeroUsize>,
@@ -153,6 +158,12 @@ fn first_list(first: Vec<String>, second: Vec<String>) -> Vec<String> {
 }
 
 impl Options {
+    /// The settings that say where the cache is and where blobs come from, and nothing else.
+    #[must_use]
+    pub fn of_place(cache_dir: Option<PathBuf>, store: Vec<String>) -> Self {
+        Self { cache_dir, store, ..Self::default() }
+    }
+
     /// Adds what a settings file says and checks the result. Without `file` the default one is read, if it exists.
     ///
     /// # Errors
@@ -194,6 +205,7 @@ impl Options {
             fcull,
             fstop,
             cache_bytes,
+            xfs_extent,
             shards,
             engine,
             source,

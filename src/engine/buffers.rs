@@ -3,25 +3,62 @@
 //! An operation owns a [`Memory`], and a `Memory` keeps alive what it points into, so memory that the kernel
 //! was given cannot be unmapped before the operation has ended.
 
+use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use serde::Serialize;
 
 use crate::range::page_bytes;
 use crate::store::SourceFile;
 
 /// Size that regions are rounded up to, so that huge pages can back them.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// `MADV_COLLAPSE` (include/uapi/asm-generic/mman-common.h, Linux 6.1): makes huge pages of what is there, or says that
+/// it cannot. Not every C library knows it.
+const MADV_COLLAPSE: libc::c_int = 25;
+
+/// What a region lies in, the best first. Huge pages spare the processor look-ups of addresses, and the kernel
+/// pages to count in each operation; small ones work as well.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pages {
+    /// Huge pages that the operator has reserved (`vm.nr_hugepages`).
+    ReservedHuge,
+    /// Transparent huge pages.
+    TransparentHuge,
+    /// Pages of the usual size, or nobody can tell (before Linux 6.1).
+    Small,
+}
+
+impl fmt::Display for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ReservedHuge => "reserved huge pages",
+            Self::TransparentHuge => "transparent huge pages",
+            Self::Small => "small pages",
+        })
+    }
+}
+
+/// What a buffer's memory would lie in now, by taking as much as one huge page.
+///
+/// # Errors
+/// There is no memory.
+pub fn probe() -> io::Result<Pages> {
+    Region::new(HUGE_PAGE_BYTES).map(|region| region.pages)
+}
 
 /// An anonymous mapping.
 #[derive(Debug)]
 pub(super) struct Region {
     base: NonNull<libc::c_void>,
     len: usize,
+    pages: Pages,
 }
 
 // SAFETY: the region is plain memory. Who may touch which part when is decided by the machine's slots: a
@@ -31,26 +68,70 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
+    /// Maps at least `len` bytes of zeros. What is long enough for huge pages is touched at once, so that it lies on the
+    /// memory node of the calling thread, and so that nothing is left to be missing later.
     fn new(len: usize) -> io::Result<Self> {
-        let huge = len >= HUGE_PAGE_BYTES;
-        let len = len.next_multiple_of(if huge { HUGE_PAGE_BYTES } else { usize::try_from(page_bytes()).unwrap_or(HUGE_PAGE_BYTES) });
-        let size = std::num::NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new anonymous mapping, at an address of the kernel's choice, touches no existing memory.
-        let base = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) }?;
-        let region = Self { base, len };
-        let advices = [MmapAdvise::MADV_DONTFORK, MmapAdvise::MADV_HUGEPAGE];
-        for &advice in &advices[..1 + usize::from(huge)] {
-            // SAFETY: advice on a mapping that we own; neither kind changes its contents for this process.
-            // Both are improvements only, so a kernel that knows neither is fine.
-            let _ = unsafe { madvise(region.base, region.len, advice) };
+        let region = if len < HUGE_PAGE_BYTES {
+            Self::map(len.next_multiple_of(usize::try_from(page_bytes()).unwrap_or(HUGE_PAGE_BYTES)), MapFlags::MAP_NORESERVE)?
+        } else {
+            let len = len.next_multiple_of(HUGE_PAGE_BYTES);
+            Self::reserved(len).map_or_else(|| Self::transparent(len), Ok)?
+        };
+        region.advise(libc::MADV_DONTFORK);
+        Ok(region)
+    }
+
+    /// In huge pages that nobody else has reserved or uses. The kernel reserves them with the mapping, but a limit of
+    /// the control group would show only at the first touch, and kill: so that is done here, where it is an error.
+    fn reserved(len: usize) -> Option<Self> {
+        let mut region = Self::map(len, MapFlags::MAP_HUGETLB | MapFlags::MAP_HUGE_2MB).ok()?;
+        region.pages = Pages::ReservedHuge;
+        region.advise(libc::MADV_POPULATE_WRITE).then_some(region)
+    }
+
+    /// Where huge pages can be, if the kernel has some. The last request gets them also where transparent ones are switched
+    /// off for programs that do not ask.
+    fn transparent(len: usize) -> io::Result<Self> {
+        let (_, rest) = {
+            let whole = Self::map(len + HUGE_PAGE_BYTES, MapFlags::MAP_NORESERVE)?;
+            let start = whole.base.addr().get();
+            whole.split(start.next_multiple_of(HUGE_PAGE_BYTES) - start)
+        };
+        let (mut region, _) = rest.split(len);
+        region.advise(libc::MADV_HUGEPAGE);
+        if region.advise(libc::MADV_POPULATE_WRITE) && region.advise(MADV_COLLAPSE) {
+            region.pages = Pages::TransparentHuge;
         }
         Ok(region)
+    }
+
+    fn map(len: usize, flags: MapFlags) -> io::Result<Self> {
+        let size = std::num::NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
+        // SAFETY: a new anonymous mapping, at an address of the kernel's choice, touches no existing memory.
+        let base = unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE | flags) }?;
+        Ok(Self { base, len, pages: Pages::Small })
+    }
+
+    /// Two mappings out of one, the first `at` bytes long (whole pages).
+    fn split(self, at: usize) -> (Self, Self) {
+        let whole = std::mem::ManuallyDrop::new(self);
+        let rest = whole.base.map_addr(|base| base.saturating_add(at));
+        (Self { base: whole.base, len: at, pages: whole.pages }, Self { base: rest, len: whole.len - at, pages: whole.pages })
+    }
+
+    /// Whether the kernel took an advice.
+    fn advise(&self, advice: libc::c_int) -> bool {
+        // SAFETY: advice on a mapping that we own; none that is used here changes its contents for this process.
+        let result = unsafe { libc::madvise(self.base.as_ptr(), self.len, advice) };
+        result == 0
     }
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
+        if self.len == 0 {
+            return;
+        }
         // SAFETY: the mapping is ours and nobody holds a pointer into it: every `Memory` holds an `Arc` of it.
         let _ = unsafe { munmap(self.base, self.len) };
     }
@@ -91,6 +172,11 @@ impl Buffers {
         // SAFETY: the part lies inside the mapping (checked by `slot`), and the slot belongs to a fill that
         // has no operation in flight when the machine asks for this.
         unsafe { std::ptr::write_bytes(part.ptr(), 0, part.len) };
+    }
+
+    /// What they lie in.
+    pub(super) fn pages(&self) -> Pages {
+        self.region.pages
     }
 
     /// The whole mapping, to be registered with a ring.
@@ -210,6 +296,35 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(&out, &mut got, 0).unwrap();
         assert!(got[..4096].iter().all(|&b| b == 7) && got[4096..8192].iter().all(|&b| b == 0));
         assert!(got[8192..16384].iter().all(|&b| b == 7) && got[16384..].iter().all(|&b| b == 0));
+    }
+
+    /// Each kind of memory, as far as this host has it, works like any other.
+    #[test]
+    fn regions_are_zero_and_writable_in_pages_of_each_kind() {
+        const LEN: usize = 2 * HUGE_PAGE_BYTES;
+        let regions = [Region::reserved(LEN), Region::transparent(LEN).ok(), Region::new(LEN - 1).ok()];
+        let [reserved, transparent, any] = regions.map(|region| region.map(Arc::new));
+        if reserved.is_none() {
+            eprintln!("not run: no huge pages are reserved and free here");
+        }
+        let (transparent, any) = (transparent.unwrap(), any.unwrap());
+        assert!(transparent.base.addr().get().is_multiple_of(HUGE_PAGE_BYTES) && transparent.pages != Pages::ReservedHuge);
+        assert_eq!(any.len, LEN);
+        let file = tempfile::tempfile().unwrap();
+        for region in reserved.into_iter().chain([transparent, any]) {
+            let memory = |offset, len| Memory { owner: Owner::Region(Arc::clone(&region)), offset, len };
+            assert_eq!(memory(0, LEN).write_at(file.as_raw_fd(), 0), i32::try_from(LEN).unwrap());
+            assert!(memory(0, LEN).bytes(LEN).iter().all(|&byte| byte == 0));
+            std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], 0).unwrap();
+            let last = memory(LEN - 4096, 4096);
+            assert_eq!(last.read_at(file.as_raw_fd(), 0), 4096);
+            assert!(last.bytes(4096).iter().all(|&byte| byte == 7));
+        }
+    }
+
+    #[test]
+    fn a_short_region_takes_no_huge_page() {
+        assert_eq!(Buffers::new(2, 4096).unwrap().pages(), Pages::Small);
     }
 
     #[test]

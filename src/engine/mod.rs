@@ -5,17 +5,20 @@
 //! | `router` | the way of a request from the front end to its shard |
 //! | `opens`, `opener`, `metadata` | opens: which blob is it, how long, where is its metadata |
 //! | `shard`, `attached` | the event loop, and what it knows of an object |
+//! | `batch` | the answers of a turn |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
 //! | `probe` | what a sink already holds |
 //! | `io` | reads and writes: `ring` (io_uring) or `blocking` (threads) |
 //! | `fds` | the descriptor budget |
+//! | `placement` | which CPUs are whose |
 //! | `buffers` | memory that operations use |
 //! | `room` | the bell for writes that found no room |
 //! | `stats`, `trace`, `advice` | what is counted, what is shown, what is said |
 
 mod advice;
 mod attached;
+mod batch;
 pub mod blocking;
 pub mod buffers;
 mod clock;
@@ -27,6 +30,7 @@ mod mailbox;
 mod metadata;
 mod opener;
 mod opens;
+pub mod placement;
 pub mod plan;
 pub mod presence;
 mod probe;
@@ -52,7 +56,7 @@ use self::stats::{ShardStats, Snapshot};
 use crate::front::{FrontError, left_tickets, unanswered_tickets};
 
 pub use self::opens::OPENERS_MAX;
-pub use self::start::{Engine, Started, usable_cpus};
+pub use self::start::{Engine, Started};
 
 /// How reads and writes are done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize, Serialize)]
@@ -72,6 +76,8 @@ pub enum EngineKind {
 pub struct Settings {
     /// Event loops.
     pub shards: usize,
+    /// Where they run, in this order and again from the first; none: wherever the scheduler wants.
+    pub seats: Vec<placement::Seat>,
     /// How reads and writes are done.
     pub kind: EngineKind,
     /// How much is brought for a demand.

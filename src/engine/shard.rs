@@ -13,6 +13,7 @@ use nix::errno::Errno;
 
 use super::advice::{Device, advice, patience};
 use super::attached::{Attached, Target, is_whole};
+use super::batch::Batch;
 use super::buffers::{Buffers, Memory};
 use super::clock::Clock;
 use super::fds::Offer;
@@ -29,8 +30,6 @@ use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Out
 
 /// Longest sleep: a wake-up that the kernel lost costs no more than this.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
-/// Answers that wait for each other at most; in a turn with more of them they go out in between.
-const ANSWERS_MAX: usize = 64;
 /// How often a shard that cannot go on looks for the messages it has asked for: reading them never waits.
 const READ_TRIES: u32 = 3;
 
@@ -46,7 +45,7 @@ pub(super) struct Shard<I> {
     machine: Machine<Ticket>,
     tracer: Option<Tracer>,
     no_room: Option<NoRoom>,
-    answers: Vec<Answered<Ticket>>,
+    answers: Batch,
     done: Vec<Done>,
     /// Where sinks are offered when descriptors are scarce.
     offers: Sender<Offer>,
@@ -86,7 +85,7 @@ pub(super) struct Parts<I> {
 impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
         let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, no_room, io, buffers } = parts;
-        let (attached, answers, done, picked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (attached, answers, done, picked) = (Vec::new(), Batch::default(), Vec::new(), Vec::new());
         Self { index, caps, shared, clock, inbox, intake, machine, tracer, no_room, answers, done, offers, picked, io, attached, buffers }
     }
 
@@ -135,6 +134,10 @@ impl<I: Io> Shard<I> {
                 Message::Close(object) => self.machine.close(object),
                 Message::Evict(count) => self.make_room(count),
                 Message::Keep(object, sink) => self.keep(object, sink),
+            }
+            if self.answers.is_due(self.clock.now_ns()) {
+                self.act();
+                self.answer();
             }
         }
     }
@@ -250,7 +253,8 @@ impl<I: Io> Shard<I> {
     /// Does what the machine wants done.
     fn act(&mut self) {
         while let Some(action) = self.machine.pop_action() {
-            if self.answers.len() >= ANSWERS_MAX {
+            let is_answer = matches!(action, Action::Answer(_));
+            if self.answers.is_full() || !is_answer && !self.answers.is_empty() && self.answers.is_due(self.clock.now_ns()) {
                 self.answer();
             }
             match action {
@@ -323,7 +327,7 @@ impl<I: Io> Shard<I> {
 
     /// Gives this turn's answers, back to back.
     fn answer(&mut self) {
-        let mut answers = std::mem::take(&mut self.answers);
+        let mut answers = self.answers.take();
         self.stats().batch(answers.len());
         let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
         for answered in answers.drain(..) {
@@ -348,7 +352,8 @@ impl<I: Io> Shard<I> {
                 self.let_go_if_lost(object);
             }
         }
-        self.answers = answers;
+        self.answers.reuse(answers);
+        self.answers.begin(self.clock.now_ns());
         if let Some(intake) = &mut self.intake {
             intake.router.answered(given);
         }
@@ -411,6 +416,7 @@ impl<I: Io> Shard<I> {
         let mut received = Ok(());
         let mut done = std::mem::take(&mut self.done);
         let now_ns = self.clock.now_ns();
+        self.answers.begin(now_ns);
         for Done { op, mut result, copied } in done.drain(..) {
             if op.kind == Kind::Receive {
                 received = received.and(self.received(&op.memory, result));
@@ -471,7 +477,7 @@ impl<I: Io> Shard<I> {
         self.act();
         if self.shared.leaves_rest() {
             let unfinished = |answered: &mut Answered<Ticket>| answered.outcome == Outcome::Failed(Errno::ECANCELED);
-            self.answers.extract_if(.., unfinished).for_each(|answered| answered.ticket.leave());
+            self.answers.extract(unfinished).for_each(|answered| answered.ticket.leave());
         }
         self.answer();
     }

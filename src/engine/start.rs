@@ -7,11 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
-
 use super::blocking::Blocking;
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Pages};
 use super::clock::Clock;
 use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
@@ -19,6 +16,7 @@ use super::machine::{Limits, Machine};
 use super::mailbox::{Inbox, Mailbox};
 use super::opener::Opener;
 use super::opens::Opens;
+use super::placement::{self, Seat};
 use super::ring::{self, Ring};
 use super::router::{BATCH_MAX, Router};
 use super::shard::{Intake, Parts, Shard};
@@ -50,12 +48,14 @@ pub struct Started {
     pub detail: String,
     /// Event loops.
     pub shards: usize,
+    /// What their buffers lie in; of several kinds the least good one.
+    pub pages: Pages,
 }
 
 /// Everything that a shard's thread needs to build itself there.
 struct Plan {
     index: usize,
-    cpu: Option<usize>,
+    seat: Option<Seat>,
     settings: Settings,
     front: Arc<dyn FrontEnd>,
     router: Option<Router>,
@@ -90,13 +90,12 @@ impl Engine {
         opener.start()?;
         let (evictor, offers) = Evictor::new(Arc::clone(&shared));
         let mut router = Some(Router::new(Arc::clone(&shared), clock, mailboxes, opens, evictor));
-        let cpus = usable_cpus();
         let (report, reports) = sync_channel(inboxes.len());
         let mut shards = Vec::new();
         for (index, inbox) in inboxes.into_iter().enumerate() {
             let plan = Plan {
                 index,
-                cpu: cpus.get(index % cpus.len().max(1)).copied(),
+                seat: settings.seats.get(index % settings.seats.len().max(1)).cloned(),
                 settings: settings.clone(),
                 front: Arc::clone(front),
                 router: router.take(),
@@ -185,10 +184,12 @@ impl Shared {
 
 /// Waits until every shard has said how it was made.
 fn await_shards(reports: &Receiver<Result<Started, EngineError>>, shards: usize) -> Result<Started, EngineError> {
-    let mut started = None;
+    let mut started: Option<Started> = None;
     for _ in 0..shards {
         let report = reports.recv().map_err(|_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into()))?;
-        started = Some(Started { shards, ..report? });
+        let report = report?;
+        let pages = started.map_or(report.pages, |started| started.pages.max(report.pages));
+        started = Some(Started { shards, pages, ..report });
     }
     started.ok_or_else(|| EngineError::Resources(std::io::ErrorKind::InvalidInput.into()))
 }
@@ -209,8 +210,9 @@ impl Plan {
     /// In the shard's own thread: pins it, then makes its memory (so that it lies on the core's node) and its
     /// ring (which only this thread may use).
     fn run(self, report: &SyncSender<Result<Started, EngineError>>) -> Result<(), EngineError> {
-        if let Some(cpu) = self.cpu {
-            pin(cpu);
+        if let Some(seat) = &self.seat {
+            placement::pin(seat.cpu);
+            tracing::debug!(shard = self.index, cpu = seat.cpu, workers_on = ?seat.near, "placed");
         }
         let slot_bytes = usize::try_from(self.settings.slot_bytes).unwrap_or(usize::MAX);
         let buffers = Buffers::new(self.settings.slots, slot_bytes).map_err(EngineError::Resources);
@@ -221,7 +223,7 @@ impl Plan {
         match self.ring(&buffers) {
             Ok(Some(ring)) => {
                 let detail = describe(&ring);
-                self.serve(report, Started { kind: "uring", detail, shards: 0 }, ring, buffers, None)
+                self.serve(report, ("uring", detail), ring, buffers, None)
             }
             Ok(None) => self.serve_blocking(report, "as set".into(), buffers),
             Err(why) if self.settings.kind == EngineKind::Uring => drop_report(report, EngineError::NoRing(why)),
@@ -234,7 +236,9 @@ impl Plan {
         if self.settings.kind == EngineKind::Blocking {
             return Ok(None);
         }
-        let settings = ring::Settings { depth: self.settings.slots, receives: BATCH_MAX, workers: self.settings.workers };
+        let Settings { slots: depth, workers, .. } = self.settings;
+        let near = self.seat.as_ref().map_or(&[][..], |seat| &seat.near);
+        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 
@@ -250,7 +254,7 @@ impl Plan {
     ) -> Result<(), EngineError> {
         let threads = self.settings.workers;
         match Blocking::new(threads, self.watch()) {
-            Ok(io) => self.serve(report, Started { kind: "blocking", detail, shards: 0 }, io, buffers, Some(threads)),
+            Ok(io) => self.serve(report, ("blocking", detail), io, buffers, Some(threads)),
             Err(error) => drop_report(report, EngineError::Resources(error)),
         }
     }
@@ -260,7 +264,7 @@ impl Plan {
     fn serve<I: Io>(
         self,
         report: &SyncSender<Result<Started, EngineError>>,
-        started: Started,
+        (kind, detail): (&'static str, String),
         io: I,
         buffers: Buffers,
         threads: Option<u32>,
@@ -282,7 +286,7 @@ impl Plan {
             probe: caps.holes_are_absent,
         };
         // Whoever started us may have given up already; the flags then end this shard.
-        let _ = report.send(Ok(started));
+        let _ = report.send(Ok(Started { kind, detail, shards: 1, pages: buffers.pages() }));
         let parts = Parts {
             index: self.index,
             caps,
@@ -314,24 +318,10 @@ fn describe(ring: &Ring) -> String {
         (features.fixed_files, "fixed files"),
         (features.fixed_buffers, "fixed buffers"),
         (features.links, "links"),
+        (features.near, "workers kept near"),
     ] {
         text.push_str(if is_there { ", " } else { ", no " });
         text.push_str(name);
     }
     text
-}
-
-/// The CPUs that this process may use, in order.
-#[must_use]
-pub fn usable_cpus() -> Vec<usize> {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_default();
-    (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect()
-}
-
-/// Ties the calling thread to a CPU. A host that does not allow it serves all the same.
-fn pin(cpu: usize) {
-    let mut set = CpuSet::new();
-    if set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_err() {
-        tracing::warn!(cpu, "cannot pin a shard to its CPU");
-    }
 }

@@ -13,7 +13,7 @@ use crate::ops::erofs::MAGIC;
 use crate::range::ByteRange;
 
 /// Where the superblock begins (`EROFS_SUPER_OFFSET`).
-const OFFSET: usize = 1024;
+pub(super) const OFFSET: usize = 1024;
 /// How much of an image must be there to read its superblock.
 pub const HEAD_BYTES: usize = 4096;
 /// `EROFS_FEATURE_INCOMPAT_CHUNKED_FILE`.

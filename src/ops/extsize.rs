@@ -46,16 +46,12 @@ fn attributes(dir: impl AsFd) -> Result<FsXattr, Errno> {
     Ok(attributes)
 }
 
-/// Makes what will be created below an open directory take its space in pieces of `bytes`, unless the operator
-/// has set a hint already.
+/// Makes what will be created below an open directory take its space in pieces of `bytes`.
 ///
 /// # Errors
 /// The file system knows no such hint, or this process may not set it.
 pub fn hint(dir: impl AsFd, bytes: u32) -> Result<(), Errno> {
     let mut attributes = attributes(&dir)?;
-    if attributes.xflags & EXTSZINHERIT != 0 {
-        return Ok(());
-    }
     attributes.xflags |= EXTSZINHERIT;
     attributes.extsize = bytes;
     // SAFETY: the structure is the one that the kernel reads, and lives through the call.

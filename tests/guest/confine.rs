@@ -5,8 +5,9 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use crate::guest::{Guest, data, with_blob};
+use crate::guest::{DOMAIN, Guest, data, with_blob};
 use crate::readers::{How, expect_equal};
+use crate::seed::{object, wait_until};
 use crate::{Outcome, Test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -14,6 +15,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("confined_engines_and_sources_all_serve", confined_engines_and_sources),
     ("confined_as_far_as_possible_by_default", confined_by_default),
     ("confined_user_that_may_not_read_is_told_what_to_do", confined_user_that_may_not_read),
+    ("confined_user_makes_room_in_the_cache", confined_user_makes_room),
 ];
 
 /// Strictly, and as a user of no rights.
@@ -48,6 +50,38 @@ fn expect_powerless(guest: &Guest) -> Outcome {
     expect_status(guest, &["NoNewPrivs:\t1", "Seccomp:\t2"])
 }
 
+/// The kernel's directories are root's; the one thread that looks after them may enter them, and nobody else may.
+fn confined_user_makes_room(guest: &mut Guest) -> Outcome {
+    make_nobody()?;
+    let names = ["a.img", "b.img"];
+    names.iter().try_for_each(|name| guest.stock_as("plain.img", name))?;
+    let budget = format!("--cache-bytes={}", data("plain.img").metadata()?.len() * 3 / 2);
+    guest.serve(&[&STRICT[..], &[&budget]].concat())?;
+    expect_powerless(guest)?;
+    let tasks = fs::read_dir(format!("/proc/{}/task", guest.daemon_pid()?))?.flatten().map(|task| task.path());
+    for task in tasks {
+        let [comm, status] = ["comm", "status"].map(|name| fs::read_to_string(task.join(name)).unwrap_or_default());
+        // CAP_DAC_OVERRIDE and CAP_FOWNER.
+        let powers = if comm.trim_end() == "infill-space" { "000000000000000a" } else { "0000000000000000" };
+        if ["CapPrm", "CapEff"].iter().any(|set| !status.contains(&format!("{set}:\t{powers}"))) {
+            return Err(format!("the thread {comm} has other capabilities than {powers}:\n{status}").into());
+        }
+    }
+    for name in names {
+        let at = guest.mount(&format!("fsid={name},domain_id={DOMAIN}"))?;
+        expect_equal(&at, &data("tree.json"), 2, How::Read)?;
+        guest.umount(&at)?;
+        wait_until("the kernel names its object", || object(guest, name).is_ok())?;
+    }
+    wait_until("what was used longest ago goes", || object(guest, names[0]).is_err())?;
+    // A daemon that takes the cache over knows when objects were last used, which is noted in their files.
+    let ended = guest.stop()?;
+    if object(guest, names[1]).is_err() || ended.json["culled_objects"] != 1 || guest.log().contains("cannot look after") {
+        return Err(format!("{}\n{}", ended.json, guest.log()).into());
+    }
+    Ok(())
+}
+
 fn confined_to_nobody(guest: &mut Guest) -> Outcome {
     make_nobody()?;
     guest.stock(&["tree.img", "tree.blob", "one.img", "one.blob"])?;
@@ -65,7 +99,7 @@ fn confined_to_nobody(guest: &mut Guest) -> Outcome {
     // The kernel makes its directories as root, whoever binds; a new daemon finds everything there all the same.
     let owner = fs::metadata(guest.cache.join("cache"))?.uid();
     if owner != 0 {
-        return Err(format!("the kernel's directory in the cache belongs to {owner}: culling could work for that user").into());
+        return Err(format!("the kernel's directory in the cache belongs to {owner}: culling needs no capability then").into());
     }
     guest.whole_tree(&STRICT, &with_blob("tree.img", "tree.blob"), "tree.json", (4, How::Read))?;
     // As does one that is not confined.

@@ -34,6 +34,8 @@ pub(crate) const ASKED_OFTEN: [&str; 2] = ["--window=4K", "--complete=off"];
 pub(crate) const AT_WORK: u64 = 20;
 /// Lines of the daemon's log that are shown for a failed test.
 const LOG_LINES: usize = 40;
+/// How much is shown of where a thread of the daemon waits.
+const STACK_DEPTH: usize = 4;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -250,8 +252,15 @@ impl Guest {
         }
     }
 
-    /// Prints what the daemon logged, for a failed test.
+    /// Prints what the daemon logged, and where it is if it still runs, for a failed test.
     pub(crate) fn print_logs(&self) {
+        let threads = self.daemon_pid().and_then(|pid| Ok(fs::read_dir(format!("/proc/{pid}/task"))?));
+        for task in threads.into_iter().flatten().flatten() {
+            let text = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let stack: Vec<_> =
+                text("stack").lines().filter_map(|line| line.split_whitespace().nth(1)).take(STACK_DEPTH).map(str::to_owned).collect();
+            println!("thread {}: {}", text("comm").trim_end(), stack.join(" "));
+        }
         for kind in ["out", "log"] {
             let text = fs::read_to_string(format!("/tmp/{}.{kind}", self.name));
             for line in gist_of_log(&text.unwrap_or_default(), LOG_LINES).lines() {

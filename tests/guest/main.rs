@@ -5,8 +5,8 @@
 //! file system and turns what the guest prints into test results. Inside the guest it runs the tests, each
 //! in a process of its own. And it is the reader processes of those tests.
 //!
-//! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored): building the kernels takes some
-//! minutes the first time, and needs Debian's source packages.
+//! `INFILL_CONSOLE=1` shows what the guests print. `INFILL_GUEST=skip` leaves all of this out (reported as ignored):
+//! building the kernels takes some minutes the first time, and needs Debian's source packages.
 
 mod bad_disk;
 mod confine;
@@ -19,6 +19,7 @@ mod hang;
 mod host;
 mod lifecycle;
 mod matrix;
+mod mounting;
 mod readers;
 mod restart;
 mod runner;
@@ -49,6 +50,7 @@ fn tests() -> impl Iterator<Item = Test> {
         hang::TESTS,
         confine::TESTS,
         lifecycle::TESTS,
+        mounting::TESTS,
         seed::TESTS,
         restart::TESTS,
         space::TESTS,

@@ -17,6 +17,9 @@ pub(crate) const HOLDER: &str = "--hold-devnode";
 /// How long readers may take together, emulated on a busy machine.
 pub(crate) const READ_LIMIT: Duration = Duration::from_secs(120);
 
+/// A reader that has found so much has seen enough: each failed read may take its time.
+const COMPLAINTS_MAX: usize = 50;
+
 /// How long a reader may take to die.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
 
@@ -56,9 +59,10 @@ impl Readers {
         for (child, report) in &mut self.children {
             let left = deadline.saturating_duration_since(Instant::now());
             let Some(status) = crate::runner::wait_limited(child, left) else {
+                let found = fs::read_to_string(&*report).unwrap_or_default().lines().count();
                 let stack = fs::read_to_string(format!("/proc/{}/stack", child.id()));
                 return Err(format!(
-                    "a reader hangs, not done after {} s; it waits in:\n{}",
+                    "a reader hangs, not done after {} s and {found} complaints; it waits in:\n{}",
                     limit.as_secs(),
                     stack.unwrap_or_else(|e| e.to_string())
                 ));
@@ -124,17 +128,20 @@ pub(crate) fn reader_main(args: &[String]) -> ExitCode {
         }
     };
     let largest = manifest.entries.iter().map(len_bytes).max();
-    let mut code = ExitCode::SUCCESS;
+    let mut complaints = 0;
     for (n, entry) in manifest.entries.iter().enumerate() {
         if n % count != number && Some(len_bytes(entry)) != largest {
             continue;
         }
         if let Err(complaint) = check(Path::new(mount), entry, how) {
             println!("{complaint}");
-            code = ExitCode::FAILURE;
+            complaints += 1;
+        }
+        if complaints == COMPLAINTS_MAX {
+            break;
         }
     }
-    code
+    if complaints == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn len_bytes(entry: &Entry) -> u64 {

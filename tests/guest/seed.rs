@@ -50,7 +50,7 @@ const PAGE_BYTES: usize = 4096;
 
 /// Moves the store to the cache's file system and puts files of the test data into it. `false`: that file
 /// system cannot share blocks.
-fn stock_beside_cache(guest: &mut Guest, names: &[&str]) -> Result<bool> {
+pub(crate) fn stock_beside_cache(guest: &mut Guest, names: &[&str]) -> Result<bool> {
     guest.store = guest.cache.with_extension("store");
     fs::create_dir_all(&guest.store)?;
     for name in names {

@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("holes_of_a_source_become_zeros", holes_of_a_source_become_zeros),
     ("warm_sources_are_written_from_memory", warm_sources_are_written_from_memory),
     ("cold_sources_are_read_directly", cold_sources_are_read_directly),
+    ("reserved_huge_pages_hold_the_buffers", reserved_huge_pages_hold_the_buffers),
 ];
 
 const PAGE_BYTES: usize = 4096;
@@ -61,6 +62,25 @@ fn warm_sources_are_written_from_memory(guest: &mut Guest) -> Outcome {
 
 fn cold_sources_are_read_directly(guest: &mut Guest) -> Outcome {
     all_went(guest, "bytes_direct", |_| Ok(()))
+}
+
+/// Bytes that are read directly go through the buffers, whatever these lie in.
+fn reserved_huge_pages_hold_the_buffers(guest: &mut Guest) -> Outcome {
+    const RESERVED: &str = "/proc/sys/vm/nr_hugepages";
+    guest.stock(&["tree.img", "tree.blob"])?;
+    drop_caches()?;
+    fs::write(RESERVED, "40")?;
+    let ended = guest.whole_tree(&["--source=direct"], &with_blob("tree.img", "tree.blob"), "tree.json", (4, How::Read))?;
+    let (buffers, bytes) = (ended.json["buffers"].clone(), ended.json["bytes_direct"].clone());
+    // What the daemon had is free again, or this would not take it away.
+    fs::write(RESERVED, "0")?;
+    let left = fs::read_to_string(RESERVED)?;
+    guest.serve(&[])?;
+    let without = guest.stop()?.json["buffers"].clone();
+    if buffers != "reserved-huge" || bytes.as_u64().unwrap_or(0) == 0 || left.trim() != "0" || without == "reserved-huge" {
+        return Err(format!("with reserved pages {buffers} ({bytes} bytes read directly), {} left, without {without}", left.trim()).into());
+    }
+    Ok(())
 }
 
 /// Wants all bytes of an image to have gone one way, after `prepare` was done to each file that is not in memory.

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use infill::engine::placement::seats;
 use infill::engine::plan::{Completion, Window};
 use infill::engine::{Engine, EngineKind, Settings};
 use infill::front::FrontEnd;
@@ -22,12 +23,13 @@ use nix::sys::statvfs::statvfs;
 
 use crate::guest::{DOMAIN, Guest, INFILL, data, drop_caches};
 use crate::readers::{How, READ_LIMIT, Readers, expect_equal};
-use crate::seed::{object, wait_until, wait_until_unbound};
+use crate::seed::{object, stock_beside_cache, wait_until, wait_until_unbound};
 use crate::{Outcome, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     ("space_culls_least_recently_used_and_never_mounted", least_recently_used_first),
     ("space_byte_budget_is_held", byte_budget_is_held),
+    ("space_blobs_that_are_shared_take_none_and_stay", shared_stay),
     ("space_full_cache_makes_room_for_a_reader", |g| makes_room_for_a_reader(g, Full::Stop)),
     ("space_full_disk_makes_room_for_a_reader", |g| makes_room_for_a_reader(g, Full::Disk)),
     ("space_full_of_mounted_gives_eio_and_recovers", full_of_mounted),
@@ -195,6 +197,25 @@ fn byte_budget_is_held(guest: &mut Guest) -> Outcome {
     println!("{}", ended.json);
     if ended.json["culled_objects"] != 2 || ended.json["cache_objects"] != 1 || ended.json["cache_bytes"].as_u64() > Some(budget) {
         return Err(format!("the statistics do not say so: {}", ended.json).into());
+    }
+    Ok(())
+}
+
+/// To remove what shares its blocks with the store would free nothing.
+fn shared_stay(guest: &mut Guest) -> Outcome {
+    if !stock_beside_cache(guest, &["plain.img", "one.img"])? {
+        println!("not run: this file system shares no blocks");
+        return Ok(());
+    }
+    guest.serve(&["--cache-bytes=1M", "--seed=lab/plain.img"])?;
+    std::thread::sleep(TURN);
+    let at = guest.mount(&options("plain.img"))?;
+    expect_equal(&at, &data("tree.json"), 2, How::Read)?;
+    guest.umount(&at)?;
+    std::thread::sleep(TURN);
+    let ended = guest.stop()?;
+    if !is_there(guest, "plain.img") || ended.json["culled_objects"] != 0 || ended.json["cache_bytes"].as_u64() > Some(1 << 20) {
+        return Err(format!("it was removed, or counted: {}", ended.json).into());
     }
     Ok(())
 }
@@ -377,6 +398,7 @@ fn kernel_answers(guest: &mut Guest) -> Outcome {
 pub(crate) fn settings() -> Settings {
     Settings {
         shards: 1,
+        seats: seats(),
         kind: EngineKind::Auto,
         window: Window::Fixed(1 << 20),
         completion: Completion::default(),

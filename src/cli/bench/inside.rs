@@ -3,30 +3,90 @@
 use std::path::Path;
 use std::time::Duration;
 
+use clap::Args;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::cli::Failure;
 use crate::lab::disk::CacheFs;
 use crate::lab::guest::GuestPlan;
 use crate::lab::init::INIT_PROGRAM;
 use crate::lab::progress::Progress;
 use crate::lab::{LabError, Result, Trying, kernel, last_lines, qemu};
+use crate::ops::exit;
 
 /// A line of the job's progress begins like this.
 pub(super) const PROGRESS: &str = "so far: ";
 /// Console lines that are shown of a guest without a result.
 const TAIL_LINES: usize = 40;
 
+/// Flags that these benches share.
+#[derive(Debug, Args)]
+pub(super) struct InsideArgs {
+    /// End with the figures as one JSON object
+    #[arg(long)]
+    json: bool,
+    /// The guest's kernel
+    #[arg(long, default_value = kernel::SERIES[0], value_parser = kernel::SERIES)]
+    kernel: String,
+    /// File system under the cache
+    #[arg(long, value_enum, default_value_t = CacheFs::Ext4)]
+    fs: CacheFs,
+    /// Decides what is left to chance
+    #[arg(long, default_value_t = 1)]
+    pub(super) seed: u64,
+    /// Only the job itself, inside a guest
+    #[arg(long, hide = true)]
+    here: bool,
+}
+
+/// What such a bench finds.
+pub(super) trait Found: Serialize + DeserializeOwned {
+    /// Whether it is as it should be.
+    fn is_good(&self) -> bool;
+    /// It in words.
+    fn table(&self) -> String;
+    /// Notes on which file system it was found.
+    fn set_cache_fs(&mut self, name: String);
+}
+
+impl InsideArgs {
+    /// Does `job` if this is the guest; else boots one by `boot` for it and shows what was found. `bad` is said of
+    /// figures that are not good.
+    ///
+    /// # Errors
+    /// Something that is needed could not be had, or the figures are not good.
+    pub(super) fn run<T: Found>(
+        &self,
+        job: impl FnOnce() -> Result<T>,
+        boot: impl FnOnce() -> Result<T>,
+        bad: &str,
+    ) -> std::result::Result<(), Failure> {
+        let failed = |error: LabError| Failure::new(exit::FAILED, error);
+        let text = |found: &T| serde_json::to_string(found).map_err(|error| Failure::new(exit::FAILED, error));
+        if self.here {
+            println!("{}", text(&job().map_err(failed)?)?);
+            return Ok(());
+        }
+        let mut found = boot().map_err(failed)?;
+        found.set_cache_fs(self.fs.name().to_owned());
+        print!("\n{}", found.table());
+        if self.json {
+            println!("{}", text(&found)?);
+        }
+        if found.is_good() { Ok(()) } else { Err(Failure::new(exit::FAILED, bad)) }
+    }
+}
+
 /// What is done where.
 pub(super) struct Inside<'a> {
     /// What the job is, for the eye.
     pub(super) step: &'a str,
-    /// The kernel's series.
-    pub(super) series: &'a str,
-    /// File system under the cache.
-    pub(super) cache_fs: CacheFs,
+    /// Kernel and file system.
+    pub(super) args: &'a InsideArgs,
     /// See [`GuestPlan::store_disk`].
     pub(super) store_disk: &'a Path,
-    /// Arguments of `infill bench`.
+    /// Arguments of `infill bench`, but for those that all have.
     pub(super) argv: &'a [&'a str],
     /// The line with the figures, a JSON object, begins like this.
     pub(super) figures_start: &'a str,
@@ -40,22 +100,23 @@ impl Inside<'_> {
     /// # Errors
     /// The guest could not be made or ended without figures.
     pub(super) fn run<T: DeserializeOwned>(&self, scratch: &Path) -> Result<T> {
-        let kernel = kernel::ensure(self.series)?;
+        let kernel = kernel::ensure(&self.args.kernel)?;
         let accelerator = qemu::accelerator(&kernel.image)?;
         let infill = std::env::current_exe().trying(|| "cannot find this program")?;
-        let argv = [INIT_PROGRAM, "bench"].iter().chain(self.argv).map(|&word| word.to_owned()).collect();
+        let seed = format!("--seed={}", self.args.seed);
+        let argv = [INIT_PROGRAM, "bench"].iter().chain(self.argv).chain(&["--here", &seed]).map(|&word| word.to_owned()).collect();
         let plan = GuestPlan {
             kernel: &kernel,
             infill: &infill,
             programs: &[],
             files: &[],
-            cache_fs: self.cache_fs,
+            cache_fs: self.args.fs,
             store_disk: self.store_disk,
             argv,
             total_limit: self.total_limit,
         };
         let machine = plan.build(scratch)?;
-        let step = format!("{} on Linux {} ({}), the cache on {}", self.step, kernel.version, accelerator.name(), self.cache_fs.name());
+        let step = format!("{} on Linux {} ({}), the cache on {}", self.step, kernel.version, accelerator.name(), self.args.fs.name());
         let mut progress = Progress::begin(step);
         let (mut lines, mut figures, mut works) = (Vec::new(), None, false);
         let ending = machine.run(accelerator, &mut |line| {

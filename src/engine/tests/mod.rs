@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 
 mod budget;
 mod hang;
+mod pace;
 
 use super::plan::{Completion, Window};
 use super::*;
@@ -197,6 +198,7 @@ fn with_each_engine(shards: usize, test: impl Fn(Engine, &Kernel, &OneBlob)) {
 fn settings(kind: EngineKind, shards: usize) -> Settings {
     Settings {
         shards,
+        seats: placement::seats(),
         kind,
         window: Window::Fixed(65536),
         completion: Completion::default(),

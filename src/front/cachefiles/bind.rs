@@ -17,10 +17,10 @@ use super::command::{self, CommandError};
 use super::fsck;
 use super::limits::{BadLimits, CullLimits};
 use crate::ops::exit;
-use crate::ops::holder::{self, Holder};
+use crate::ops::processes::{self, Process};
 
 /// Where the kernel puts the device.
-const DEFAULT_DEVNODE: &str = "/dev/cachefiles";
+pub const DEFAULT_DEVNODE: &str = "/dev/cachefiles";
 
 /// The cache's name in `/proc/fs/fscache/caches`.
 const DEFAULT_TAG: &str = "infill";
@@ -51,6 +51,8 @@ pub struct BindOptions {
     pub secctx: Option<String>,
     /// How full the cache's file system may become.
     pub limits: CullLimits,
+    /// On XFS, the pieces in which cache files take their space; `None`: what is set, or the default.
+    pub xfs_extent_bytes: Option<u32>,
 }
 
 impl BindOptions {
@@ -63,6 +65,7 @@ impl BindOptions {
             tag: DEFAULT_TAG.to_owned(),
             secctx: None,
             limits: CullLimits::default(),
+            xfs_extent_bytes: None,
         }
     }
 
@@ -111,13 +114,13 @@ pub enum BindError {
     #[error(
         "{}: the device is in use by {}: only one daemon can serve a kernel; stop it first",
         devnode.display(),
-        holder::describe(holders)
+        processes::describe(holders)
     )]
     Busy {
         /// The device.
         devnode: PathBuf,
         /// Who has it, as far as `/proc` tells.
-        holders: Vec<Holder>,
+        holders: Vec<Process>,
     },
     /// Opening failed in some other way.
     #[error("{}: cannot open the device: {errno}", devnode.display())]
@@ -257,7 +260,7 @@ pub(super) fn bind(options: &BindOptions) -> Result<Bound, BindError> {
     options.commands(&options.cache_dir)?;
     let devnode = open(&options.devnode)?;
     // The device is ours, so no other daemon works in the directory.
-    let dir = cache_dir::prepare(&options.cache_dir)?;
+    let dir = cache_dir::prepare(&options.cache_dir, options.xfs_extent_bytes)?;
     tidy(&dir)?;
     for command in options.commands(&dir)? {
         command::give(devnode.as_fd(), &command).map_err(|errno| BindError::Setup {
@@ -387,7 +390,7 @@ fn open_error(devnode: &Path, errno: Errno) -> BindError {
     match errno {
         Errno::ENOENT | Errno::ENXIO | Errno::ENODEV => BindError::NoDevice(devnode),
         Errno::EPERM | Errno::EACCES => BindError::NotPermitted { devnode, errno },
-        Errno::EBUSY => BindError::Busy { holders: holder::find_holders(&devnode), devnode },
+        Errno::EBUSY => BindError::Busy { holders: processes::find_holders(&devnode), devnode },
         _ => BindError::Open { devnode, errno },
     }
 }
@@ -441,7 +444,7 @@ mod tests {
             "/dev/cachefiles: cannot open the device: EPERM: Operation not permitted: run as root, with CAP_SYS_ADMIN in the initial user namespace"
         );
         assert_eq!(error.exit_code(), 77);
-        let error = BindError::Busy { devnode: path.to_owned(), holders: vec![Holder { pid: 7, command: "nydusd".to_owned() }] };
+        let error = BindError::Busy { devnode: path.to_owned(), holders: vec![Process { pid: 7, command: "nydusd".to_owned() }] };
         assert_eq!(
             error.to_string(),
             "/dev/cachefiles: the device is in use by pid 7 (nydusd): only one daemon can serve a kernel; stop it first"

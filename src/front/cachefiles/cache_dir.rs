@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{self, FsType};
 use nix::unistd::{Whence, lseek};
 
+use super::tree::CACHE;
 use crate::ops::{erofs, exit, extsize, xattr};
 use crate::range::page_bytes;
 
@@ -32,9 +33,14 @@ const PROBE_BLOCK_BYTES: usize = 4096;
 const PROBE_FILE_BYTES: u64 = 1 << 20;
 
 /// `XFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
-const XFS_MAGIC: u32 = 0x5846_5342;
+pub(super) const XFS_MAGIC: u32 = 0x5846_5342;
+/// `BTRFS_SUPER_MAGIC`.
+pub(super) const BTRFS_MAGIC: u32 = 0x9123_683e;
 /// Size of the pieces in which a cache file takes its space on XFS.
 pub const EXTENT_BYTES: u32 = 1 << 20;
+
+/// Below [`CACHE`] are volumes, and in them the directories that hold the files.
+const VOLUME_LEVELS: u32 = 2;
 
 /// File systems that do not do, whatever they claim: no `sync_fs` (memory), no real direct I/O or holes (stacked
 /// ones), a server behind them that may need us to answer first. Numbers are `f_type` of statfs(2), names those
@@ -126,14 +132,15 @@ fn advice(error: &io::Error) -> &'static str {
 }
 
 /// Makes sure that `dir` can be the cache: creates it if it is not there, tries its file system, sees to it that cache
-/// files will have few extents, and returns its absolute path without symbolic links.
+/// files will have few extents (on XFS, of `xfs_extent_bytes` if that is given), and returns its absolute path without
+/// symbolic links.
 ///
 /// # Errors
 /// See [`CacheDirError`].
-pub fn prepare(dir: &Path) -> Result<PathBuf, CacheDirError> {
+pub fn prepare(dir: &Path, xfs_extent_bytes: Option<u32>) -> Result<PathBuf, CacheDirError> {
     DirBuilder::new().recursive(true).mode(CACHE_DIR_MODE).create(dir).map_err(CacheDirError::io(dir, "create the cache directory"))?;
     let dir = check(dir)?;
-    keep_unfragmented(&dir);
+    keep_unfragmented(&dir, xfs_extent_bytes);
     Ok(dir)
 }
 
@@ -163,17 +170,24 @@ fn check_kind(dir: &Path) -> Result<(), CacheDirError> {
     Ok(())
 }
 
-/// On XFS, sees to it that cache files made from now on have few extents. Only an improvement, so failing at it
-/// is no reason not to serve.
-fn keep_unfragmented(dir: &Path) {
+/// On XFS, sees to it that cache files made from now on have few extents: takes their space in pieces of `wanted_bytes`,
+/// or if nobody wants anything, and the operator has set nothing, of [`EXTENT_BYTES`]. Only an improvement, so failing
+/// at it is no reason not to serve.
+fn keep_unfragmented(dir: &Path, wanted_bytes: Option<u32>) {
     if !statfs::statfs(dir).is_ok_and(|stat| magic(stat.filesystem_type()) == XFS_MAGIC) {
         return;
     }
-    for dir in hinted_dirs(dir) {
-        let hinted = File::open(&dir)
-            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
-            .and_then(|dir| extsize::hint(dir, EXTENT_BYTES));
-        if let Err(errno) = hinted
+    let set = |dir: &Path| {
+        let dir = File::open(dir).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
+        match (wanted_bytes, extsize::hinted(&dir)?) {
+            (None, Some(_)) => Ok(()),
+            (wanted, _) => extsize::hint(dir, wanted.unwrap_or(EXTENT_BYTES)),
+        }
+    };
+    // Volumes inherited what was set when they were made.
+    let volumes = wanted_bytes.map(|_| dirs_below(&dir.join(CACHE), VOLUME_LEVELS)).unwrap_or_default();
+    for dir in hinted_dirs(dir).iter().chain(&volumes) {
+        if let Err(errno) = set(dir)
             && errno != Errno::ENOENT
         {
             tracing::warn!(
@@ -184,14 +198,25 @@ fn keep_unfragmented(dir: &Path) {
     }
 }
 
+/// The directories in `dir`, `levels` deep; those that cannot be read are as good as empty.
+fn dirs_below(dir: &Path, levels: u32) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path());
+    dirs.flat_map(|dir| {
+        let below = if levels > 1 { dirs_below(&dir, levels - 1) } else { Vec::new() };
+        std::iter::once(dir).chain(below)
+    })
+    .collect()
+}
+
 /// The directories of a cache that need the hint: one that was made before its parent had it did not inherit it.
 #[must_use]
 pub fn hinted_dirs(dir: &Path) -> [PathBuf; 2] {
-    [dir.to_owned(), dir.join("cache")]
+    [dir.to_owned(), dir.join(CACHE)]
 }
 
 /// The number in `f_type`: 32 bits, in a field that is signed and wider on most targets.
-fn magic(kind: FsType) -> u32 {
+pub(super) fn magic(kind: FsType) -> u32 {
     kind.0 as u32
 }
 
@@ -271,17 +296,17 @@ mod tests {
 
     #[test]
     fn memory_and_kernel_file_systems_are_refused() {
-        let error = prepare(Path::new("/dev/shm")).unwrap_err();
+        let error = prepare(Path::new("/dev/shm"), None).unwrap_err();
         assert_eq!(error.to_string(), "/dev/shm: cannot cache on tmpfs: use a directory on ext4 or XFS with blocks of 4 KiB");
         assert_eq!(error.exit_code(), 78);
         // Not in the list of the unfit: found out by trying.
-        assert!(prepare(Path::new("/proc/self")).is_err());
+        assert!(prepare(Path::new("/proc/self"), None).is_err());
     }
 
     #[test]
     fn a_path_that_is_no_directory_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let error = prepare(&file.path().join("cache")).unwrap_err();
+        let error = prepare(&file.path().join("cache"), None).unwrap_err();
         assert_eq!(error.exit_code(), 78, "{error}");
         assert!(error.to_string().contains("check the path"), "{error}");
     }
@@ -290,10 +315,10 @@ mod tests {
     fn a_directory_on_a_disk_is_created_and_accepted() {
         let parent = scratch_on_disk();
         let dir = parent.path().join("a/cache");
-        match prepare(&dir) {
+        match prepare(&dir, None) {
             Ok(prepared) => {
                 assert_eq!(prepared, dir.canonicalize().unwrap());
-                assert_eq!(prepare(&dir).unwrap(), prepared, "nothing is left behind");
+                assert_eq!(prepare(&dir, None).unwrap(), prepared, "nothing is left behind");
                 assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
             }
             // The checkout may itself be on a file system that does not do, such as a container's overlay.

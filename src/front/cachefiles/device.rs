@@ -138,8 +138,8 @@ impl Device {
         self.lost_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A READ that has no descriptor of its own, where the kernel has no `restore`. Kernels before 6.1.101, 6.6.42 and 6.9.11 let any descriptor
-    /// complete it; later ones refuse, and it waits until its object is opened again.
+    /// A READ that has no descriptor of its own, where the kernel has no `restore`. Kernels before 6.1.101, 6.6.42 and
+    /// 6.9.11 let any descriptor complete it; later ones refuse, and it waits until its object is opened again.
     fn unknown_object(&self, msg_id: u32, object: u32) -> FrontError {
         self.counters.unknown_objects.bump();
         let completed = match self.objects.any() {

@@ -22,7 +22,7 @@ mod device;
 mod limits;
 mod object;
 
-pub use bind::{BindError, BindOptions};
+pub use bind::{BindError, BindOptions, DEFAULT_DEVNODE};
 pub use command::CommandError;
 pub use counters::Counts;
 pub use device::Device;

@@ -222,7 +222,7 @@ mod tests {
     /// A directory that could be a cache; `None` if the checkout is on a file system that could not.
     fn scratch() -> Option<TempDir> {
         let dir = scratch_on_disk();
-        match super::super::cache_dir::prepare(dir.path()) {
+        match super::super::cache_dir::prepare(dir.path(), None) {
             Ok(_) => Some(dir),
             Err(error) => {
                 eprintln!("skipped: {error}");

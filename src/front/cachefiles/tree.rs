@@ -13,11 +13,13 @@ use nix::dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::sys::stat::{FileStat, Mode, SFlag, UtimensatFlags, fstatat, utimensat};
+use nix::sys::statfs;
 use nix::sys::time::TimeSpec;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::cache_dir::CacheDirError;
+use super::cache_dir::{BTRFS_MAGIC, CacheDirError, XFS_MAGIC, magic};
 use super::layout::{Place, VOLUME_PREFIX, fanout_of};
+use crate::ops::reflink;
 
 /// Where in a cache directory the kernel keeps volumes.
 pub const CACHE: &str = "cache";
@@ -209,7 +211,7 @@ pub fn is_fanout(entry: &Entry) -> bool {
 pub struct Object {
     /// Where it is.
     pub place: Place,
-    /// Space that it takes; blocks that it shares with other files count too.
+    /// Space that would be free without it: blocks that it shares with other files do not count.
     pub bytes: u64,
     /// When it was last looked up or filled, in seconds and nanoseconds of the epoch. Mount options may keep the
     /// kernel from noting that it was looked up.
@@ -235,8 +237,9 @@ pub struct Census {
 pub fn census(root: &Dir) -> Result<Census, CacheDirError> {
     let mut census = Census::default();
     let Some(cache) = root.sub(CACHE)? else { return Ok(census) };
+    let shares = can_share(root);
     for volume in cache.entries()?.into_iter().filter(|entry| entry.kind == Kind::Dir && is_volume(entry)) {
-        match count_volume(&cache, &volume.name, &mut census.objects) {
+        match count_volume(&cache, &volume.name, shares, &mut census.objects) {
             Ok(made_s) => census.volumes.extend(made_s.map(|made_s| (volume.name, made_s))),
             Err(error) => drop(census.unread.get_or_insert_with(|| error.to_string())),
         }
@@ -246,24 +249,38 @@ pub fn census(root: &Dir) -> Result<Census, CacheDirError> {
 
 /// Adds the objects of one volume; gives when it was made, or `None` if it is gone. All that can be counted is, also if
 /// something cannot.
-fn count_volume(cache: &Dir, volume: &OsStr, objects: &mut Vec<Object>) -> Result<Option<i64>, CacheDirError> {
+fn count_volume(cache: &Dir, volume: &OsStr, shares: bool, objects: &mut Vec<Object>) -> Result<Option<i64>, CacheDirError> {
     let (Some(stat), Some(dir)) = (cache.stat(volume)?, cache.sub(volume)?) else { return Ok(None) };
     let mut complete = Ok(());
     for entry in dir.entries()?.into_iter().filter(|entry| entry.kind == Kind::Dir) {
         let Some(fanout) = fanout_of(&entry.name) else { continue };
-        complete = complete.and(count_fanout(&dir, &entry.name, |object| Place { volume: volume.to_owned(), fanout, object }, objects));
+        let place = |object| Place { volume: volume.to_owned(), fanout, object };
+        complete = complete.and(count_fanout(&dir, &entry.name, shares, place, objects));
     }
     complete.map(|()| Some(stat.st_mtime))
 }
 
 /// Adds the objects of one of a volume's directories.
-fn count_fanout(volume: &Dir, fanout: &OsStr, place: impl Fn(OsString) -> Place, objects: &mut Vec<Object>) -> Result<(), CacheDirError> {
+fn count_fanout(
+    volume: &Dir,
+    fanout: &OsStr,
+    shares: bool,
+    place: impl Fn(OsString) -> Place,
+    objects: &mut Vec<Object>,
+) -> Result<(), CacheDirError> {
     let Some(dir) = volume.sub(fanout)? else { return Ok(()) };
     for object in dir.entries()?.into_iter().filter(|entry| entry.kind == Kind::File) {
         let Some(stat) = dir.stat(&object.name)? else { continue };
-        objects.push(Object { place: place(object.name), bytes: bytes(&stat), last_use: last_use(&stat) });
+        // What cannot be looked into counts in full.
+        let shared = if shares { dir.open_file(&object.name, OFlag::O_RDONLY).and_then(reflink::shared_bytes).unwrap_or(0) } else { 0 };
+        objects.push(Object { place: place(object.name), bytes: bytes(&stat).saturating_sub(shared), last_use: last_use(&stat) });
     }
     Ok(())
+}
+
+/// Whether files of this file system can have blocks in common.
+fn can_share(dir: &Dir) -> bool {
+    statfs::fstatfs(dir).is_ok_and(|stat| matches!(magic(stat.filesystem_type()), XFS_MAGIC | BTRFS_MAGIC))
 }
 
 /// Space that a file takes, in bytes.
@@ -326,7 +343,7 @@ mod tests {
         let mut objects = Vec::new();
         symlink("/", bad.path().join("@4b")).unwrap();
         let place = |object| Place { volume: "Ierofs,bad".into(), fanout: 0x4b, object };
-        assert!(count_fanout(&bad, "@4b".as_ref(), place, &mut objects).is_err());
+        assert!(count_fanout(&bad, "@4b".as_ref(), false, place, &mut objects).is_err());
         assert!(objects.is_empty());
         fs::set_permissions(bad.path().join("@4a"), fs::Permissions::from_mode(0o000)).unwrap();
         let found = census(&Dir::open(dir.path()).unwrap().unwrap()).unwrap();

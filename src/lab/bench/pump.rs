@@ -16,6 +16,7 @@ use nix::unistd::ftruncate;
 use super::engine::EngineFigures;
 use super::machine::{PAGE_BYTES, page};
 use super::memdisk::own_cpu_ns;
+use crate::engine::placement;
 use crate::engine::plan::{Completion, Window};
 use crate::engine::{Engine, EngineKind, Settings};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
@@ -172,6 +173,7 @@ fn source() -> Result<Arc<dyn Store>> {
 fn settings() -> Settings {
     Settings {
         shards: 1,
+        seats: placement::seats(),
         kind: EngineKind::Auto,
         window: Window::Fixed(PAGE_BYTES),
         completion: Completion::default(),

@@ -83,18 +83,38 @@ pub fn confine(mode: Mode, kept: &Kept<'_>) -> Result<Vec<Part>, Missing> {
         parts.extend(other_threads());
         // First, because it needs a capability: CAP_SETPCAP.
         let bounding = powers::empty_bounding_set();
-        parts.push(Part { name: "capabilities", outcome: powers::drop_all().and_then(|none| bounding.map(|()| none)) });
-        parts.push(Part { name: "no_new_privs", outcome: powers::gain_none() });
-        parts.push(Part { name: "landlock", outcome: files::restrict(kept.readable, kept.writable) });
+        let no_new_privs = powers::gain_none();
+        let landlock = files::restrict(kept.readable, kept.writable);
+        // Without Landlock they would be good for any file.
+        let spare_cache = kept.user.is_some() && landlock.is_ok();
+        parts.push(Part { name: "capabilities", outcome: powers::drop_all(spare_cache).and_then(|left| bounding.map(|()| left)) });
+        parts.push(Part { name: "no_new_privs", outcome: no_new_privs });
+        parts.push(Part { name: "landlock", outcome: landlock });
         parts.push(Part { name: "seccomp", outcome: calls::restrict() });
     } else if kept.user.is_some() {
-        parts.push(Part { name: "capabilities", outcome: powers::drop_all() });
+        parts.push(Part { name: "capabilities", outcome: powers::drop_all(false) });
     }
     let missing: Vec<_> = parts.iter().filter_map(|part| part.outcome.as_ref().err().map(|why| format!("{}: {why}", part.name))).collect();
     if mode == Mode::Strict && !missing.is_empty() {
         return Err(Missing(missing.join("; ")));
     }
     Ok(parts)
+}
+
+/// Makes effective what [`confine`] has left this thread, for looking after the cache; nothing, if it is root's daemon.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn take_cache_powers() -> Result<(), String> {
+    powers::regain()
+}
+
+/// Gives up the rest too: for the thread that starts all those that do not look after the cache.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn drop_cache_powers() -> Result<(), String> {
+    powers::drop_all(false).map(drop)
 }
 
 /// Threads that run already would keep everything. None if there is none, as it should be.

@@ -13,7 +13,7 @@ use crate::front::cachefiles::cache_dir::{CacheDirError, EXTENT_BYTES, check, hi
 use crate::front::cachefiles::fsck::{self, FsckReport};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
 use crate::front::cachefiles::{CullLimits, Percents};
-use crate::ops::holder::{describe, find_holders};
+use crate::ops::processes::{describe, find_holders};
 use crate::ops::space::policy::{Level, Room};
 use crate::ops::{exit, extsize, space};
 
@@ -52,7 +52,7 @@ pub fn checks(subject: &Subject<'_>) -> Vec<Check> {
     match statfs(existing) {
         Ok(stat) => {
             checks.extend(judge(&stat));
-            checks.extend(extents_check(existing, existing == dir, &stat));
+            checks.extend(extents_check(subject, existing, existing == dir, &stat));
         }
         Err(errno) => checks.push(Check::unknown("cache-fs", format!("the file system cannot be examined: {errno}"), "")),
     }
@@ -107,28 +107,29 @@ fn block_check(block_bytes: u64) -> Check {
 }
 
 /// On XFS: whether cache files will have few extents.
-fn extents_check(dir: &Path, is_cache: bool, stat: &Statfs) -> Option<Check> {
+fn extents_check(subject: &Subject<'_>, dir: &Path, is_cache: bool, stat: &Statfs) -> Option<Check> {
     if stat.filesystem_type().0 as u32 != XFS_MAGIC {
         return None;
     }
     let hint = |dir: &PathBuf| extsize::hinted(File::open(dir).ok()?).ok().flatten();
     let dirs = if is_cache { hinted_dirs(dir).into_iter().filter(|dir| dir.is_dir()).collect() } else { Vec::new() };
     let hints: Vec<_> = dirs.into_iter().map(|dir| (hint(&dir), dir)).collect();
-    Some(judge_hints(&hints))
+    Some(judge_hints(&hints, subject.xfs_extent_bytes.unwrap_or(EXTENT_BYTES)))
 }
 
-fn judge_hints(hints: &[(Option<u32>, PathBuf)]) -> Check {
+fn judge_hints(hints: &[(Option<u32>, PathBuf)], wanted_bytes: u32) -> Check {
     const ID: &str = "cache-extents";
-    let small: Vec<_> = hints.iter().filter(|(hint, _)| hint.unwrap_or(0) < EXTENT_BYTES).collect();
+    let small: Vec<_> = hints.iter().filter(|(hint, _)| hint.unwrap_or(0) < wanted_bytes).collect();
     let Some((hint, dir)) = small.first() else {
-        return Check::ok(ID, format!("cache files take their space in pieces of at least {EXTENT_BYTES} bytes"));
+        let bytes = hints.iter().filter_map(|(hint, _)| *hint).max().unwrap_or(wanted_bytes);
+        return Check::ok(ID, format!("cache files take their space in pieces of {bytes} bytes, the smallest too (--xfs-extent)"));
     };
     let state = hint.map_or_else(|| "no extent size hint".to_owned(), |bytes| format!("an extent size hint of {bytes} bytes only"));
     let dirs: Vec<_> = small.iter().map(|(_, dir)| dir.display().to_string()).collect();
     Check::warn(
         ID,
         format!("{} has {state}: cache files may come in many small extents, which makes what is cached slow to read", dir.display()),
-        format!("xfs_io -c 'extsize {EXTENT_BYTES}' {} (infill serve does it where there is no hint, if it may)", dirs.join(" ")),
+        format!("xfs_io -c 'extsize {wanted_bytes}' {} (infill serve does it where there is no hint, if it may)", dirs.join(" ")),
     )
 }
 
@@ -205,7 +206,7 @@ mod tests {
     use crate::ops::space::policy::Resource;
 
     fn subject<'a>(cache_dir: &'a Path, limits: &'a CullLimits) -> Subject<'a> {
-        Subject { cache_dir, stores: &[], limits, cache_bytes: None, shards: 1 }
+        Subject { cache_dir, stores: &[], limits, cache_bytes: None, xfs_extent_bytes: None, shards: 1 }
     }
 
     #[test]
@@ -238,12 +239,15 @@ mod tests {
     #[test]
     fn each_directory_without_a_good_hint_is_named_in_the_command() {
         let (top, below) = (PathBuf::from("/c"), PathBuf::from("/c/cache"));
-        assert_eq!(judge_hints(&[]).status, Status::Ok);
-        assert_eq!(judge_hints(&[(Some(EXTENT_BYTES), top.clone()), (Some(EXTENT_BYTES * 4), below.clone())]).status, Status::Ok);
-        let found = judge_hints(&[(Some(EXTENT_BYTES), top.clone()), (Some(4096), below.clone())]);
+        assert_eq!(judge_hints(&[], EXTENT_BYTES).status, Status::Ok);
+        assert_eq!(
+            judge_hints(&[(Some(EXTENT_BYTES), top.clone()), (Some(EXTENT_BYTES * 4), below.clone())], EXTENT_BYTES).status,
+            Status::Ok
+        );
+        let found = judge_hints(&[(Some(EXTENT_BYTES), top.clone()), (Some(4096), below.clone())], EXTENT_BYTES);
         assert_eq!(found.status, Status::Warn);
         assert!(found.remedy.starts_with("xfs_io -c 'extsize 1048576' /c/cache ("), "{}", found.remedy);
-        let found = judge_hints(&[(None, top), (None, below)]);
+        let found = judge_hints(&[(None, top), (None, below)], EXTENT_BYTES);
         assert!(found.found.starts_with("/c has no extent size hint") && found.remedy.contains("/c /c/cache ("), "{found:?}");
     }
 

@@ -9,7 +9,7 @@ use nix::unistd::{AccessFlags, access};
 
 use super::features::{Driver, Kernel};
 use super::{Check, DEVICE, Verdict, read};
-use crate::ops::holder::{Holder, describe, find_holders};
+use crate::ops::processes::{Process, describe, find_holders, find_waiting};
 
 /// `CAP_IPC_LOCK` of include/uapi/linux/capability.h.
 pub const CAP_IPC_LOCK: u32 = 14;
@@ -21,6 +21,9 @@ pub const CAP_SYS_ADMIN: u32 = 21;
 /// What `/proc/self/ns/user` leads to in the first user namespace (`PROC_USER_INIT_INO`,
 /// include/linux/proc_ns.h).
 const INITIAL_USER_NAMESPACE: &str = "user:[4026531837]";
+
+/// Processes that are named when they wait for data.
+const WAITING_SHOWN: usize = 8;
 
 /// The name of our own program, which may hold the device.
 const OWN_NAME: &str = "infill";
@@ -47,7 +50,9 @@ pub fn checks(kernel: &Kernel) -> Vec<Check> {
     };
     let mut checks = vec![node_check(&node, &kernel.cachefiles.driver)];
     if matches!(node, Node::Device(_)) {
-        checks.push(holder_check(&find_holders(path)));
+        let holders = find_holders(path);
+        checks.push(waiting_check(&find_waiting(), holders.iter().any(|holder| !holder.only_keeps())));
+        checks.push(holder_check(&holders));
     }
     let status = read("/proc/self/status").unwrap_or_default();
     let namespace = fs::read_link("/proc/self/ns/user").unwrap_or_default();
@@ -88,7 +93,19 @@ fn node_check(node: &Node, driver: &Driver) -> Check {
     }
 }
 
-fn holder_check(holders: &[Holder]) -> Check {
+/// Readers and mounts that wait for data. A few at any moment are a host at work.
+fn waiting_check(waiting: &[Process], is_served: bool) -> Check {
+    const ID: &str = "readers";
+    let shown: Vec<_> = waiting.iter().take(WAITING_SHOWN).map(ToString::to_string).collect();
+    let found = format!("{} processes wait for data at this moment: {}", waiting.len(), shown.join(", "));
+    match (waiting.is_empty(), is_served) {
+        (true, _) => Check::ok(ID, "nobody waits for data at this moment"),
+        (false, true) => Check::ok(ID, format!("{found}; if they wait for long, see the daemon's log for what hangs")),
+        (false, false) => Check::warn(ID, found, "start infill serve: nobody else answers them"),
+    }
+}
+
+fn holder_check(holders: &[Process]) -> Check {
     const ID: &str = "device-holder";
     let names = describe(holders);
     if holders.is_empty() {
@@ -158,9 +175,21 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_is_named_and_a_warning_if_nobody_answers() {
+        let waiting: Vec<_> = (0..9).map(|pid| Process { pid, command: "cat /mnt/app".to_owned() }).collect();
+        assert_eq!(waiting_check(&[], false).status, Status::Ok);
+        let served = waiting_check(&waiting[..1], true);
+        assert_eq!(served.status, Status::Ok);
+        assert!(served.found.contains("pid 0 (cat /mnt/app)"), "{}", served.found);
+        let unserved = waiting_check(&waiting, false);
+        assert!(unserved.status == Status::Warn && unserved.found.starts_with("9 processes wait"), "{unserved:?}");
+        assert_eq!(find_waiting(), []);
+    }
+
+    #[test]
     fn only_a_foreign_holder_is_in_the_way() {
-        let own = Holder { pid: 7, command: "/usr/bin/infill serve".to_owned() };
-        let other = Holder { pid: 8, command: "/sbin/cachefilesd -n".to_owned() };
+        let own = Process { pid: 7, command: "/usr/bin/infill serve".to_owned() };
+        let other = Process { pid: 8, command: "/sbin/cachefilesd -n".to_owned() };
         assert_eq!(holder_check(&[]).status, Status::Ok);
         assert_eq!(holder_check(std::slice::from_ref(&own)).status, Status::Ok);
         let busy = holder_check(&[own, other]);

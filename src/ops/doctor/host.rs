@@ -4,6 +4,7 @@ use nix::sys::resource::{Resource, getrlimit};
 
 use super::device::{CAP_IPC_LOCK, CAP_SYS_RESOURCE, capabilities, has_capability};
 use super::{Check, Verdict, read};
+use crate::engine::buffers::{self, Pages};
 use crate::engine::ring;
 use crate::ops::limits::{self, Bound, Raised};
 
@@ -31,6 +32,7 @@ pub fn checks(shards: usize) -> Vec<Check> {
     let raises = may(CAP_SYS_RESOURCE);
     vec![
         ring_check(ring::probe()),
+        pages_check(buffers::probe()),
         files_check(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises),
         budget_check(
             Raised { fds: most_fds(limit(Resource::RLIMIT_NOFILE).1, nr_open, raises), free_in_system: limits::free_in_system() },
@@ -51,6 +53,22 @@ fn ring_check(ring: Result<&str, String>) -> Check {
         Err(error) => {
             let (found, remedy) = error.split_once("; ").unwrap_or((&error, ""));
             Check::warn(ID, format!("{found}; infill serves with threads that block instead"), remedy)
+        }
+    }
+}
+
+/// What the buffers would lie in.
+fn pages_check(pages: std::io::Result<Pages>) -> Check {
+    const ID: &str = "buffer-pages";
+    match pages {
+        Ok(pages @ (Pages::ReservedHuge | Pages::TransparentHuge)) => Check::ok(ID, pages.to_string()),
+        Ok(pages @ Pages::Small) => Check::warn(
+            ID,
+            format!("{pages}; it works, and each operation costs a little more"),
+            "a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y, or huge pages with the sysctl vm.nr_hugepages",
+        ),
+        Err(error) => {
+            Check::warn(ID, format!("no memory for a buffer of 2 MiB ({error})"), "give this host, or this control group, more memory")
         }
     }
 }
@@ -150,6 +168,13 @@ mod tests {
         let refused = ring_check(Err("io_uring is switched off; allow it with: sysctl".into()));
         assert_eq!((refused.status, refused.verdict), (Status::Warn, Verdict::Ready));
         assert_eq!(refused.remedy, "allow it with: sysctl");
+    }
+
+    #[test]
+    fn any_pages_do() {
+        assert_eq!(pages_check(Ok(Pages::TransparentHuge)).status, Status::Ok);
+        let small = pages_check(Ok(Pages::Small));
+        assert_eq!((small.status, small.verdict), (Status::Warn, Verdict::Ready));
     }
 
     #[test]

@@ -156,6 +156,8 @@ pub struct Subject<'a> {
     pub limits: &'a CullLimits,
     /// How much the cache may take.
     pub cache_bytes: Option<u64>,
+    /// Pieces in which cache files are to take their space on XFS; `None`: the default.
+    pub xfs_extent_bytes: Option<u32>,
     /// Event loops, which have descriptors of their own.
     pub shards: usize,
 }

@@ -28,6 +28,7 @@ use crate::front::cachefiles::cookies::Lists;
 use crate::front::cachefiles::cull::{Culler, empty_graveyard};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
 use crate::front::cachefiles::{CullLimits, Device};
+use crate::ops::confine::take_cache_powers;
 use crate::ops::doctor::release::{Running, may_cull};
 
 /// How often the cache's room is looked at when nobody complains.
@@ -77,7 +78,7 @@ impl Settings {
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
 pub struct Statistics {
     /// Space that the objects in the cache take. Those of images that are mounted for the first time have no name yet and
-    /// are missing; blocks that are shared with a store count.
+    /// are missing; blocks that are shared with a store do not count.
     pub cache_bytes: u64,
     /// Objects that were counted.
     pub cache_objects: u64,
@@ -132,6 +133,9 @@ impl Steward {
         let (asked, shared) = (Arc::clone(&stop), Arc::clone(&statistics));
         let thread = Builder::new().name("infill-space".to_owned()).spawn(move || {
             let path = settings.cache_dir.display().to_string();
+            if let Err(why) = take_cache_powers() {
+                tracing::warn!("{path}: cannot use the capabilities that looking after the cache takes: {why}");
+            }
             match Worker::new(settings, device, no_room, shared) {
                 Ok(mut worker) => worker.work(&asked),
                 Err(error) => tracing::error!("{path}: no space will be made in the cache: {error}"),

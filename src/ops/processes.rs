@@ -1,4 +1,4 @@
-//! Which processes hold a device that only one may open.
+//! Which processes hold a device that only one may open, and which wait for data.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -14,50 +14,71 @@ const PROC: &str = "/proc";
 /// itself was closed (`cachefiles_get_unbind_pincount`).
 const OBJECT_LINK: &[u8] = b"anon_inode:[cachefiles]";
 
+/// The function in which a reader or a mount waits for the daemon (fs/cachefiles/ondemand.c), as `/proc/<pid>/wchan`
+/// tells it.
+const WAITS_IN: &[u8] = b"cachefiles_ondemand_send_req";
+
 /// Longest part of a command line that is shown, in bytes.
 const COMMAND_MAX_BYTES: usize = 80;
 
-/// A process that holds the device.
+/// A process of this host.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Holder {
+pub struct Process {
     /// Its id in our PID namespace.
     pub pid: i32,
     /// Its command line, or its name in brackets if it has none; escaped for printing, and cut.
     pub command: String,
 }
 
-impl fmt::Display for Holder {
+impl Process {
+    /// Whether it is one of ours that holds the device and answers nobody.
+    #[must_use]
+    pub fn only_keeps(&self) -> bool {
+        self.command.ends_with(" keeper")
+    }
+}
+
+impl fmt::Display for Process {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "pid {} ({})", self.pid, self.command)
     }
 }
 
-/// The holders in words, for a message.
+/// Those that hold the device in words, for a message.
 #[must_use]
-pub fn describe(holders: &[Holder]) -> String {
+pub fn describe(holders: &[Process]) -> String {
     if holders.is_empty() {
         return "a process that /proc does not show here (another PID namespace, or an io_uring)".to_owned();
     }
-    let texts: Vec<_> = holders.iter().map(Holder::to_string).collect();
+    let texts: Vec<_> = holders.iter().map(Process::to_string).collect();
     texts.join(", ")
 }
 
 /// The processes that hold the character device `path` open, by whatever name and in whatever mount namespace, or
 /// an object of it. Only processes that we may look into are found; none if there is no such device.
 #[must_use]
-pub fn find_holders(path: &Path) -> Vec<Holder> {
+pub fn find_holders(path: &Path) -> Vec<Process> {
     let Some(device) = device_number(path) else {
         return Vec::new();
     };
-    let Ok(entries) = fs::read_dir(PROC) else {
-        return Vec::new();
-    };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|pid| holds(*pid, device))
-        .map(|pid| Holder { pid, command: command(pid) })
-        .collect()
+    found(|pid| holds(pid, device))
+}
+
+/// The processes that wait in the kernel for an answer of the daemon, with any of their threads. Only processes that we
+/// may look into are found.
+#[must_use]
+pub fn find_waiting() -> Vec<Process> {
+    found(|pid| {
+        let threads = fs::read_dir(format!("{PROC}/{pid}/task")).into_iter().flatten().flatten();
+        threads.map(|thread| fs::read(thread.path().join("wchan"))).any(|place| place.is_ok_and(|place| place == WAITS_IN))
+    })
+}
+
+/// The processes that are meant.
+fn found(is_meant: impl Fn(i32) -> bool) -> Vec<Process> {
+    let entries = fs::read_dir(PROC).into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| is_meant(*pid)).map(|pid| Process { pid, command: command(pid) }).collect()
 }
 
 fn device_number(path: &Path) -> Option<u64> {

@@ -1,21 +1,24 @@
-//! The only file that names `io_uring`: reads and writes through a ring of the shard's own.
+//! The only folder that names `io_uring`: reads and writes through a ring of the shard's own.
 //!
 //! The ring is made in the thread that uses it, with the best flags the kernel takes, and is restricted to
 //! the few operations below before it is enabled. Writes to cachefiles' anonymous descriptors always go to
 //! the kernel's worker threads (the descriptor knows no non-blocking write), so their number is capped.
+
+mod setup;
 
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::errno::Errno;
 use slab::Slab;
 
 use super::buffers::Memory;
 use super::io::{DRAIN_MAX, Done, FileRef, Io, Kind, Op, Ready, Watch};
+
+pub use self::setup::{explain, probe};
 
 /// `user_data` of the poll on the front end's descriptor; operations count from 0.
 const REQUESTS: u64 = u64::MAX;
@@ -33,20 +36,17 @@ const REAP_BATCH: usize = 64;
 /// Places in the fixed-file table; files beyond it are used by number.
 const FILE_SLOTS: u32 = 16_384;
 
-// io_uring register opcodes (include/uapi/linux/io_uring.h) that stay allowed after the ring is enabled.
-const REGISTER_FILES_UPDATE: u8 = 6;
-const REGISTER_IOWQ_AFF: u8 = 17;
-const REGISTER_IOWQ_MAX_WORKERS: u8 = 19;
-
 /// How a ring is to be made.
 #[derive(Clone, Copy, Debug)]
-pub struct Settings {
+pub struct Settings<'a> {
     /// Operations in flight at most.
     pub depth: u32,
     /// Messages read at a time at most, besides those.
     pub receives: u32,
     /// Kernel worker threads that write, at most.
     pub workers: u32,
+    /// The CPUs that worker threads may use; none: all.
+    pub near: &'a [usize],
 }
 
 /// What came out of it.
@@ -62,6 +62,8 @@ pub struct Features {
     pub fixed_files: bool,
     /// A write can follow its read without the shard.
     pub links: bool,
+    /// Worker threads run where they were told to.
+    pub near: bool,
 }
 
 /// See the module's description. `!Send`: the kernel accepts only the thread that made it.
@@ -94,23 +96,25 @@ impl Ring {
     ///
     /// # Errors
     /// The kernel refuses any ring; [`explain`] says why.
-    pub fn new(settings: Settings, buffers: &Memory, watch: Watch<'_>) -> io::Result<Self> {
-        let (ring, mode) = build(2 * settings.depth + settings.receives)?;
+    pub fn new(settings: Settings<'_>, buffers: &Memory, watch: Watch<'_>) -> io::Result<Self> {
+        let (ring, mode) = setup::build(2 * settings.depth + settings.receives)?;
         let submitter = ring.submitter();
         let vec = [libc::iovec { iov_base: buffers.ptr().cast(), iov_len: buffers.len() as usize }];
         // SAFETY: the memory is alive: `buffers` keeps it so here, and the shard keeps its buffers until
         // after this ring was dropped.
         let fixed_buffers = unsafe { submitter.register_buffers(&vec) }.is_ok();
         let fixed_files = submitter.register_files_sparse(FILE_SLOTS).is_ok();
-        let restricted = submitter.register_restrictions(&mut allowed()).is_ok();
+        let restricted = submitter.register_restrictions(&mut setup::allowed()).is_ok();
         submitter.register_enable_rings()?;
+        // Before the number of them, which some kernels forget over it.
+        let near = !settings.near.is_empty() && submitter.register_iowq_aff(&setup::cpu_set(settings.near)).is_ok();
         // Operations on regular files have workers of their own, apart from those on what is none, such as the sinks
         // (`io_prep_async_work`, io_uring/io_uring.c). A read that blocks occupies one of the former, so there are as many as
         // operations: a source that hangs can take none away from another one.
         // Older kernels have no such call; then the cap is the kernel's own.
         let _ = submitter.register_iowq_max_workers(&mut [settings.depth, settings.workers]);
         let links = ring.params().is_feature_skip_cqe_on_success();
-        let features = Features { mode, restricted, fixed_buffers, fixed_files, links };
+        let features = Features { mode, restricted, fixed_buffers, fixed_files, links, near };
         let free_files = if fixed_files { (0..FILE_SLOTS).rev().collect() } else { Vec::new() };
         let mut ring = Self {
             ring: RingFd(ring),
@@ -339,261 +343,5 @@ impl Drop for Ring {
     }
 }
 
-/// The best ring that this kernel makes, disabled so that it can be restricted, and what it is called.
-fn build(depth: u32) -> io::Result<(IoUring, &'static str)> {
-    let entries = (depth + 8).next_power_of_two();
-    let base = || {
-        let mut builder = IoUring::builder();
-        builder.dontfork().setup_cqsize(entries * 4).setup_clamp().setup_r_disabled();
-        builder
-    };
-    let mut attempts: [(&str, io_uring::Builder); 5] = [
-        ("single issuer, deferred task work, no submission array", base()),
-        ("single issuer, deferred task work", base()),
-        ("single issuer, cooperative task work", base()),
-        ("cooperative task work", base()),
-        ("plain", base()),
-    ];
-    attempts[0].1.setup_submit_all().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_no_sqarray();
-    attempts[1].1.setup_submit_all().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-    attempts[2].1.setup_submit_all().setup_single_issuer().setup_coop_taskrun().setup_taskrun_flag();
-    attempts[3].1.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
-    let mut last = io::Error::from(Errno::ENOSYS);
-    for (mode, builder) in attempts {
-        match builder.build(entries) {
-            Ok(ring) => return Ok((ring, mode)),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
-            Err(error) => return Err(error),
-        }
-    }
-    Err(last)
-}
-
-/// How operations may be modified.
-const ALLOWED_FLAGS: squeue::Flags =
-    squeue::Flags::FIXED_FILE.union(squeue::Flags::ASYNC).union(squeue::Flags::IO_LINK).union(squeue::Flags::SKIP_SUCCESS);
-
-/// All that a ring may do once it is enabled.
-fn allowed() -> [Restriction; 11] {
-    [
-        Restriction::sqe_op(opcode::ReadFixed::CODE),
-        Restriction::sqe_op(opcode::Read::CODE),
-        Restriction::sqe_op(opcode::WriteFixed::CODE),
-        Restriction::sqe_op(opcode::Write::CODE),
-        Restriction::sqe_op(opcode::PollAdd::CODE),
-        Restriction::sqe_op(opcode::PollRemove::CODE),
-        Restriction::sqe_op(opcode::AsyncCancel::CODE),
-        Restriction::sqe_flags_allowed(ALLOWED_FLAGS.bits()),
-        Restriction::register_op(REGISTER_FILES_UPDATE),
-        Restriction::register_op(REGISTER_IOWQ_AFF),
-        Restriction::register_op(REGISTER_IOWQ_MAX_WORKERS),
-    ]
-}
-
-/// Says in one line who refused a ring and what to do: sysctl, seccomp, memory limit or the kernel itself.
-#[must_use]
-pub fn explain(error: &io::Error) -> String {
-    let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok();
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let seccomp = status.lines().any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2"));
-    reason(error.raw_os_error().unwrap_or(0), disabled.as_deref().map(str::trim), seccomp)
-}
-
-fn reason(errno: i32, disabled: Option<&str>, seccomp: bool) -> String {
-    match (Errno::from_raw(errno), disabled) {
-        (Errno::EPERM, Some(mode @ ("1" | "2"))) => {
-            format!("io_uring is switched off by the sysctl kernel.io_uring_disabled={mode}; allow it with: sysctl -w kernel.io_uring_disabled=0")
-        }
-        (Errno::EPERM | Errno::ENOSYS, _) if seccomp => {
-            "io_uring is refused by a seccomp filter (container runtimes' default profiles do that); allow io_uring_setup, io_uring_enter and io_uring_register in the profile".into()
-        }
-        (Errno::ENOSYS, _) => "this kernel has no io_uring; it needs CONFIG_IO_URING=y".into(),
-        (Errno::ENOMEM, _) => "no memory may be locked for io_uring; raise LimitMEMLOCK= or grant CAP_IPC_LOCK".into(),
-        (errno, _) => format!("io_uring_setup failed: {errno}"),
-    }
-}
-
-/// Tries to make a ring as a shard would. `Ok` names its flags, `Err` says who refused.
-///
-/// # Errors
-/// The text of [`explain`].
-pub fn probe() -> Result<&'static str, String> {
-    build(8).map(|(_, mode)| mode).map_err(|error| explain(&error))
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::engine::buffers::Buffers;
-    use nix::sys::eventfd::EventFd;
-    use std::os::fd::AsFd;
-    use std::os::unix::fs::FileExt;
-
-    fn ring(buffers: &Buffers, wake: &EventFd) -> Option<Ring> {
-        let watch = Watch { requests: None, wake: wake.as_fd() };
-        match Ring::new(Settings { depth: 4, receives: 4, workers: 2 }, &buffers.whole(), watch) {
-            Ok(ring) => Some(ring),
-            Err(error) => {
-                eprintln!("not run: {}", explain(&error));
-                None
-            }
-        }
-    }
-
-    fn wait_for(ring: &mut Ring, n: usize) -> Vec<(u64, i32)> {
-        let mut done = Vec::new();
-        for _ in 0..100 {
-            if done.len() >= n {
-                break;
-            }
-            ring.wait(Some(Duration::from_millis(100)), &mut done).unwrap();
-        }
-        done.iter().map(|done| (done.op.key, done.result)).collect()
-    }
-
-    #[test]
-    fn copies_a_file_through_fixed_files_and_buffers() {
-        let (buffers, wake) = (Buffers::new(4, 65536).unwrap(), EventFd::new().unwrap());
-        let Some(mut ring) = ring(&buffers, &wake) else { return };
-        let data: Vec<u8> = (0..65536u32).map(|i| (i % 251) as u8).collect();
-        let (source, sink) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        source.write_all_at(&data, 0).unwrap();
-        let (from, to) = (ring.add_file(source.as_fd()), ring.add_file(sink.as_fd()));
-        ring.push(Op { key: 7, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(1, 0, 65536), then: None });
-        assert_eq!(wait_for(&mut ring, 1), [(7, 65536)]);
-        ring.push(Op { key: 8, kind: Kind::Write, file: to, offset: 4096, memory: buffers.slot(1, 0, 65536), then: None });
-        assert_eq!(wait_for(&mut ring, 1), [(8, 65536)]);
-        let mut got = vec![0; 65536];
-        sink.read_exact_at(&mut got, 4096).unwrap();
-        assert!(got == data);
-        ring.remove_file(from);
-        ring.remove_file(to);
-    }
-
-    #[test]
-    fn a_write_follows_its_read_by_itself_if_that_gave_everything() {
-        let (buffers, wake) = (Buffers::new(4, 65536).unwrap(), EventFd::new().unwrap());
-        let Some(mut ring) = ring(&buffers, &wake) else { return };
-        let (source, sink) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        source.write_all_at(&[7; 8192], 0).unwrap();
-        let (file, to) = (FileRef::plain(source.as_fd()), FileRef::plain(sink.as_fd()));
-        for (slot, offset) in [(0, 0), (1, 4096)] {
-            let memory = buffers.slot(slot, 0, 8192);
-            ring.push(Op { key: slot.into(), kind: Kind::Read, file, offset, memory, then: Some((to, 4096)) });
-        }
-        let mut done = Vec::new();
-        while done.len() < 2 {
-            ring.wait(Some(Duration::from_millis(100)), &mut done).unwrap();
-        }
-        let mut ended: Vec<_> = done.iter().map(|done| (done.op.key, done.result, done.copied)).collect();
-        ended.sort_unstable();
-        let copied = ring.features().links;
-        assert_eq!(ended, [(0, 8192, copied), (1, 4096, false)]);
-        assert!(ring.ops.is_empty() && ring.wait(Some(Duration::from_millis(20)), &mut done).is_ok() && done.len() == 2);
-        assert_eq!(sink.metadata().unwrap().len(), if copied { 12288 } else { 0 });
-    }
-
-    #[test]
-    fn messages_come_in_order_and_an_empty_device_is_not_waited_for() {
-        let (buffers, wake) = (Buffers::new(5, 4096).unwrap(), EventFd::new().unwrap());
-        let Some(mut ring) = ring(&buffers, &wake) else { return };
-        let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        // A file that cannot say that it is empty, as cachefiles' device.
-        let plain = std::fs::File::open("/proc/version").unwrap();
-        for len in 1..=3 {
-            theirs.send(&[0; 3][..len]).unwrap();
-        }
-        let mut receive = |fd: BorrowedFd<'_>, n: u32| {
-            for key in 0..n {
-                let memory = buffers.slot(key, 0, 1024);
-                ring.push(Op { key: key.into(), kind: Kind::Receive, file: FileRef::plain(fd), offset: 0, memory, then: None });
-            }
-            let mut done = Vec::new();
-            ring.wait(Some(Duration::ZERO), &mut done).unwrap();
-            done.iter().map(|done| (done.op.key, done.result)).collect::<Vec<_>>()
-        };
-        let empty = -libc::EAGAIN;
-        assert_eq!(receive(ours.as_fd(), 5), [(0, 1), (1, 2), (2, 3), (3, empty), (4, empty)]);
-        assert_eq!(receive(plain.as_fd(), 2), [(0, -libc::EINTR), (1, -libc::EINTR)]);
-        assert!(receive(plain.as_fd(), 1)[0].1 > 0);
-    }
-
-    #[test]
-    fn a_wake_up_ends_the_wait_and_can_be_repeated() {
-        let (buffers, wake) = (Buffers::new(1, 4096).unwrap(), EventFd::new().unwrap());
-        let Some(mut ring) = ring(&buffers, &wake) else { return };
-        for _ in 0..3 {
-            wake.write(1).unwrap();
-            let mut woken = false;
-            for _ in 0..100 {
-                woken |= ring.wait(Some(Duration::from_millis(100)), &mut Vec::new()).unwrap().woken;
-                if woken {
-                    break;
-                }
-            }
-            assert!(woken);
-            wake.read().unwrap();
-        }
-    }
-
-    #[test]
-    fn an_operation_that_is_not_needed_is_forbidden() {
-        let (buffers, wake) = (Buffers::new(1, 4096).unwrap(), EventFd::new().unwrap());
-        let Some(mut ring) = ring(&buffers, &wake) else { return };
-        if !ring.features().restricted {
-            return eprintln!("not run: this kernel does not restrict rings");
-        }
-        ring.submit(opcode::Nop::new().build().user_data(3));
-        ring.enter(1, Some(Duration::from_secs(5))).unwrap();
-        let results: Vec<_> = ring.ring.0.completion().filter(|cqe| cqe.user_data() == 3).map(|cqe| cqe.result()).collect();
-        assert_eq!(results, [-libc::EACCES]);
-    }
-
-    #[test]
-    fn more_operations_than_the_queue_holds_are_all_done() {
-        let (buffers, wake) = (Buffers::new(1, 4096).unwrap(), EventFd::new().unwrap());
-        let Some(mut ring) = ring(&buffers, &wake) else { return };
-        let file = tempfile::tempfile().unwrap();
-        let to = ring.add_file(file.as_fd());
-        for key in 0..100 {
-            ring.push(Op { key, kind: Kind::Write, file: to, offset: key * 4096, memory: buffers.zeros(4096), then: None });
-        }
-        let mut keys: Vec<_> = wait_for(&mut ring, 100).iter().map(|done| done.0).collect();
-        keys.sort_unstable();
-        assert_eq!(keys, (0..100).collect::<Vec<_>>());
-    }
-
-    /// The kernel keeps completions that the queue has no room for (`IORING_FEAT_NODROP`).
-    #[test]
-    fn fault_completions_that_overflow_the_queue_are_not_lost() {
-        let (buffers, wake) = (Buffers::new(1, 4096).unwrap(), EventFd::new().unwrap());
-        let Some(mut ring) = ring(&buffers, &wake) else { return };
-        let capacity = ring.ring.0.params().cq_entries() as u64;
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(4096).unwrap();
-        let from = ring.add_file(file.as_fd());
-        let count = 4 * capacity;
-        for key in 0..count {
-            ring.push(Op { key, kind: Kind::Read, file: from, offset: 0, memory: buffers.slot(0, 0, 4096), then: None });
-        }
-        // Nothing is taken out meanwhile.
-        for _ in 0..count {
-            ring.flush_backlog();
-            ring.enter(0, None).unwrap();
-        }
-        assert!(ring.ring.0.submission().cq_overflow(), "{count} completions fit into {capacity}");
-        let mut done = wait_for(&mut ring, usize::try_from(count).unwrap());
-        done.sort_unstable();
-        assert_eq!(done, (0..count).map(|key| (key, 4096)).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn a_refusal_names_who_refused() {
-        assert!(reason(libc::EPERM, Some("2"), false).contains("kernel.io_uring_disabled=2"));
-        assert!(reason(libc::EPERM, Some("0"), true).contains("seccomp"));
-        assert!(reason(libc::ENOSYS, None, true).contains("seccomp"));
-        assert!(reason(libc::ENOSYS, None, false).contains("CONFIG_IO_URING"));
-        assert!(reason(libc::ENOMEM, Some("0"), false).contains("MEMLOCK"));
-    }
-}
+mod tests;

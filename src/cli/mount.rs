@@ -1,0 +1,178 @@
+//! `infill mount` and `infill umount`: what mount(8) does, with a look at what can be had for nothing.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use clap::Args;
+use nix::sys::uio::pread;
+use nix::unistd::geteuid;
+use serde::Serialize;
+
+use super::Failure;
+use super::place::Place;
+use crate::config::Config;
+use crate::front::cachefiles::{DEFAULT_DEVNODE, cache_dir};
+use crate::image::devices;
+use crate::key::Key;
+use crate::ops::exit;
+use crate::ops::mounting::{Image, MountError, unmount};
+use crate::ops::processes::{Process, find_holders};
+use crate::ops::seeding::{Fate, seed_key};
+use crate::store::{SourceMode, Store, Stores};
+
+/// How much of an image is read to find the names of its devices: some 500 of them.
+const HEAD_BYTES: usize = 64 << 10;
+
+/// Mount an image through the running daemon
+///
+/// Where stores and cache share an XFS or btrfs, the image's blobs are shared with the cache first (see infill
+/// prefetch --seed): nothing is copied then, and nothing is asked of the daemon. Elsewhere they are read on demand.
+///
+/// Exit code: 0 if it is mounted, 2 for names that cannot be, 69 if no daemon serves or the kernel lacks on-demand
+/// mode, 77 if this user is not permitted, 1 for anything else.
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    #[command(flatten)]
+    place: Place,
+    /// Share blobs with other images of this name (EROFS's domain_id); without it the image is by itself
+    #[arg(long)]
+    domain: Option<String>,
+    /// Names of the blobs with the image's data, in order [default: those that the image has]
+    #[arg(long = "device", value_name = "BLOB")]
+    devices: Vec<String>,
+    /// Share no blobs with the cache
+    #[arg(long)]
+    no_seed: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Name of the image's blob (EROFS's fsid)
+    image: String,
+    /// Where to
+    dir: PathBuf,
+}
+
+/// Unmount an image
+#[derive(Debug, Args)]
+pub struct UmountArgs {
+    /// Where it is mounted
+    dir: PathBuf,
+}
+
+/// What was done; `--json` prints it.
+#[derive(Debug, Default, Serialize)]
+struct Report {
+    image: String,
+    dir: PathBuf,
+    /// Blobs that are in the cache because they were shared with it, now or before, and their bytes.
+    shared_blobs: usize,
+    shared_bytes: u64,
+    /// Blobs that are read on demand, and why they are not shared.
+    on_demand: Vec<String>,
+}
+
+/// Mounts an image.
+///
+/// # Errors
+/// It is not mounted; the message says what to do.
+pub fn run(args: &MountArgs) -> Result<(), Failure> {
+    let config = args.place.find()?;
+    // Others cannot see who holds it, and may not mount either, as the kernel will say.
+    if geteuid().is_root() && find_holders(DEFAULT_DEVNODE.as_ref()).iter().all(Process::only_keeps) {
+        let message =
+            format!("no daemon serves {DEFAULT_DEVNODE}, so the mount would fail or wait; start infill serve, or see infill doctor");
+        return Err(Failure::new(exit::UNAVAILABLE, message));
+    }
+    let image = Image { name: args.image.clone(), domain: args.domain.clone(), devices: args.devices.clone() };
+    let mut report = Report { image: args.image.clone(), dir: args.dir.clone(), ..Report::default() };
+    if !args.no_seed && !config.stores.is_empty() {
+        report.share(&image, &config)?;
+    }
+    image.mount(&args.dir).map_err(failed)?;
+    let line = if args.json { serde_json::to_string(&report).unwrap_or_default() } else { report.line() };
+    // A reader that went away does not change what is done.
+    let _ = writeln!(std::io::stdout(), "{line}");
+    Ok(())
+}
+
+/// Unmounts an image.
+///
+/// # Errors
+/// It is not unmounted; the message says what to do.
+pub fn run_umount(args: &UmountArgs) -> Result<(), Failure> {
+    unmount(&args.dir).map_err(failed)
+}
+
+fn failed(error: MountError) -> Failure {
+    Failure::new(error.exit_code(), error)
+}
+
+impl Report {
+    /// Shares what can be shared. Nothing that goes wrong here keeps the image from being mounted.
+    fn share(&mut self, image: &Image, config: &Config) -> Result<(), Failure> {
+        let stores =
+            Stores::from_specs(&config.stores, SourceMode::Buffered).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+        let cache_dir = match cache_dir::check(&config.cache_dir) {
+            Ok(dir) => dir,
+            Err(error) => {
+                self.on_demand.push(error.to_string());
+                return Ok(());
+            }
+        };
+        let own = image.keys(&[]);
+        let named = own.first().map(|key| devices_of(&stores, key)).unwrap_or_default();
+        for key in image.keys(&named) {
+            let seeding = seed_key(&stores, &cache_dir, &key);
+            match seeding.fate {
+                Fate::Seeded | Fate::AlreadyThere => {
+                    self.shared_blobs += 1;
+                    self.shared_bytes += seeding.len_bytes;
+                }
+                Fate::Refused(why) | Fate::Failed(why) => self.on_demand.push(format!("{key}: {why}")),
+            }
+        }
+        Ok(())
+    }
+
+    fn line(&self) -> String {
+        let Self { image, dir, shared_blobs, shared_bytes, on_demand } = self;
+        let on = format!("{image} is mounted on {}", dir.display());
+        match (shared_blobs, on_demand.len()) {
+            (0, _) => format!("{on}; its blobs are read on demand"),
+            (_, 0) => format!("{on}; {shared_blobs} blobs are in the cache ({shared_bytes} bytes), none was copied"),
+            (_, rest) => format!("{on}; {shared_blobs} blobs are in the cache ({shared_bytes} bytes), {rest} are read on demand"),
+        }
+    }
+}
+
+/// The names that an image has for its devices; none if it cannot be read here.
+fn devices_of(stores: &dyn Store, image: &Key) -> Vec<Vec<u8>> {
+    let read = |file: &OwnedFd| {
+        let mut head = vec![0; HEAD_BYTES];
+        let len = pread(file, &mut head, 0).ok()?;
+        devices::names(&head[..len])
+    };
+    let Ok(Some(blob)) = stores.open(image) else { return Vec::new() };
+    let names = blob.whole_file().and_then(|file| read(&file.fd));
+    names.unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_says_what_is_copied() {
+        let report = |shared_blobs, on_demand: usize| Report {
+            image: "a".into(),
+            dir: "/m".into(),
+            shared_blobs,
+            shared_bytes: 9,
+            on_demand: vec!["x".to_owned(); on_demand],
+        };
+        assert_eq!(report(0, 1).line(), "a is mounted on /m; its blobs are read on demand");
+        assert_eq!(report(2, 0).line(), "a is mounted on /m; 2 blobs are in the cache (9 bytes), none was copied");
+        assert_eq!(report(2, 1).line(), "a is mounted on /m; 2 blobs are in the cache (9 bytes), 1 are read on demand");
+    }
+}

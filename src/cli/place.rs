@@ -1,0 +1,45 @@
+//! Where blobs come from and where the cache is: flags of the verbs that work beside a daemon, with its settings file.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Failure;
+use crate::config::{Config, Options};
+use crate::ops::exit;
+
+/// See the module's description.
+#[derive(Debug, Args)]
+pub struct Place {
+    /// Settings file of the daemon [default: /etc/infill/config.toml, if it exists]
+    #[arg(long, value_name = "FILE", env = "INFILL_CONFIG")]
+    config: Option<PathBuf>,
+    /// Directory where the kernel keeps its cache [default: as in the file, or /var/cache/infill]
+    #[arg(long, value_name = "DIR", env = "INFILL_CACHE_DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Where blobs come from: dir:PATH or oci:PATH; several are asked in order [default: as in the file]
+    #[arg(long = "store", value_name = "SPEC", env = "INFILL_STORE", value_delimiter = ',')]
+    stores: Vec<String>,
+}
+
+impl Place {
+    /// The settings, in which there is a store at least.
+    ///
+    /// # Errors
+    /// There is none, or the settings cannot be used.
+    pub fn with_stores(&self) -> Result<Config, Failure> {
+        self.options().resolve(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
+    }
+
+    /// The settings, perhaps without a store.
+    ///
+    /// # Errors
+    /// They cannot be used.
+    pub fn find(&self) -> Result<Config, Failure> {
+        self.options().look(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
+    }
+
+    fn options(&self) -> Options {
+        Options::of_place(self.cache_dir.clone(), self.stores.clone())
+    }
+}
