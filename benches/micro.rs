@@ -13,6 +13,7 @@ use std::process::{Command, ExitCode};
 use infill::engine::plan;
 use infill::front::cachefiles::wire::{self, Body, Message};
 use infill::key::Key;
+use infill::lab::bench::engine;
 use infill::lab::bench::machine::{Bare, PAGE_BYTES};
 use infill::lab::packages;
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,13 @@ const ROUNDS: (u64, u64) = (20_000, 40_000);
 /// A case: its name, and so many rounds of it.
 type Case = (&'static str, fn(u64));
 
-const CASES: [Case; 4] = [("parse_read", parse_read), ("parse_open", parse_open), ("plan", plan_windows), ("machine_request", machine)];
+const CASES: [Case; 5] = [
+    ("parse_read", parse_read),
+    ("parse_open", parse_open),
+    ("plan", plan_windows),
+    ("machine_request", machine),
+    ("shard_request", shard),
+];
 
 /// What was recorded.
 #[derive(Deserialize, Serialize)]
@@ -62,6 +69,11 @@ fn plan_windows(rounds: u64) {
 fn machine(rounds: u64) {
     let mut bare = Bare::default();
     assert_eq!(bare.pass(rounds), rounds);
+}
+
+/// The whole way: router, mailbox, shard, machine, with nothing behind them.
+fn shard(rounds: u64) {
+    engine::pass_of(&["nothing".to_owned(), rounds.to_string()]).unwrap();
 }
 
 fn main() -> ExitCode {

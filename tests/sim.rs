@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use infill::front::sim::timed::{Scene, play};
 use infill::front::sim::world::{self, Report, Rule, Sabotage, Seen};
 
 const SEEDS: u64 = 10_000;
@@ -99,5 +100,40 @@ fn every_mistake_is_found() {
             Sabotage::LostOperation => &[Rule::OneAnswer, Rule::NothingLeft],
         };
         assert!(expected.contains(&report.violation.rule), "{sabotage:?} was taken for {report}");
+    }
+}
+
+/// The engine's default.
+const SLOTS: u32 = 16;
+
+/// How much longer readers of a fast blob wait, at the 99th percentile, beside 32 readers of a slow one: at most, over some
+/// seeds. On a clock of its own, so the same on every machine.
+fn worst_ratio(readers: u64) -> f64 {
+    let ratios = (0..8).map(|seed| {
+        let scene = Scene { slots: SLOTS, fast: readers, slow: 0, pages_each: 1000, seed };
+        let (alone, beside) = (play(&scene), play(&Scene { slow: 32, ..scene }));
+        assert!(beside.slow > 0 && beside.fast_ns.len() == alone.fast_ns.len());
+        beside.p99_ns() as f64 / alone.p99_ns() as f64
+    });
+    let worst = ratios.fold(0.0, f64::max);
+    println!("{readers} readers: {worst:.2}");
+    worst
+}
+
+/// `infill bench engine` measures it with a real ring.
+#[test]
+fn readers_of_a_fast_blob_do_not_notice_a_slow_source() {
+    for readers in 1..=7 {
+        let worst = worst_ratio(readers);
+        assert!(worst <= 1.5, "{readers} readers wait {worst:.2} times as long");
+    }
+}
+
+/// Readers that want more slots than a slow source leaves wait for each other, but not without a bound.
+#[test]
+fn readers_of_a_fast_blob_keep_slots_beside_a_slow_source() {
+    for readers in [8, 12, 16, 32] {
+        let worst = worst_ratio(readers);
+        assert!(worst <= 2.0, "{readers} readers wait {worst:.2} times as long");
     }
 }

@@ -37,7 +37,7 @@ const DEFAULT_TAG: &str = "infill";
 /// Event loops at most; more do not help on any machine we know.
 const SHARDS_MAX: usize = 1024;
 /// Share of a blob, in percent, that may be brought on bets that nothing has confirmed (at least 4 MiB).
-const DEFAULT_AHEAD_PERCENT: u8 = 8;
+pub(crate) const DEFAULT_AHEAD_PERCENT: u8 = 8;
 /// Size of a buffer slot and longest single fill.
 const DEFAULT_SLOT_BYTES: u64 = 1 << 20;
 /// Buffer slots a shard.

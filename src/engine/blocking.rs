@@ -11,14 +11,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::edges::Edges;
 use super::io::{DRAIN_MAX, Done, FileRef, Io, Kind, Op, Ready, Watch};
-
-const REQUESTS: u64 = 0;
-const WAKE: u64 = 1;
-const COMPLETIONS: u64 = 2;
 
 /// See the module's description.
 #[derive(Debug)]
@@ -32,7 +28,7 @@ pub struct Blocking {
     ended: Arc<AtomicBool>,
     done: Receiver<Done>,
     completions: Arc<EventFd>,
-    epoll: Epoll,
+    edges: Edges,
 }
 
 impl Blocking {
@@ -42,13 +38,8 @@ impl Blocking {
     /// No thread or descriptor could be had.
     pub fn new(workers: u32, watch: Watch<'_>) -> io::Result<Self> {
         let completions = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let edge = |data| EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, data);
-        epoll.add(completions.as_fd(), edge(COMPLETIONS))?;
-        epoll.add(watch.wake, edge(WAKE))?;
-        if let Some(requests) = watch.requests {
-            epoll.add(requests, edge(REQUESTS))?;
-        }
+        let edges = Edges::new(watch)?;
+        edges.watch_also(completions.as_fd())?;
         let ((jobs, queue), (results, done)) = (channel(), channel());
         let (queue, ended) = (Arc::new(Mutex::new(queue)), Arc::<AtomicBool>::default());
         for n in 0..workers.max(1) {
@@ -60,7 +51,7 @@ impl Blocking {
             };
             std::thread::Builder::new().name(format!("infill-io-{n}")).spawn(move || worker.run())?;
         }
-        Ok(Self { jobs: Some(jobs), receives: Vec::new(), ended, done, completions, epoll })
+        Ok(Self { jobs: Some(jobs), receives: Vec::new(), ended, done, completions, edges })
     }
 }
 
@@ -144,24 +135,11 @@ impl Io for Blocking {
     }
 
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready> {
-        let mut events = [EpollEvent::empty(); 3];
         let timeout = if self.receive(done) { Some(Duration::ZERO) } else { timeout };
-        let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
-            // Rounded up, so that a deadline is over when the wait is.
-            EpollTimeout::try_from(timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32).unwrap_or(EpollTimeout::MAX)
-        });
-        let n = match self.epoll.wait(&mut events, timeout) {
-            Ok(n) => n,
-            Err(Errno::EINTR) => 0,
-            Err(errno) => return Err(errno.into()),
-        };
-        let mut ready = Ready::default();
-        for event in &events[..n] {
-            match event.data() {
-                REQUESTS => ready.requests = true,
-                WAKE => ready.woken = true,
-                _ => drop(self.completions.read()),
-            }
+        let (ready, completed) = self.edges.wait(timeout)?;
+        if completed {
+            // Nothing to take is fine: the threads' results are looked for in any case.
+            let _ = self.completions.read();
         }
         done.extend(self.done.try_iter());
         Ok(ready)

@@ -139,7 +139,7 @@ impl Drop for Region {
 
 /// A shard's buffer slots, with one more that is always zero.
 #[derive(Debug)]
-pub(super) struct Buffers {
+pub struct Buffers {
     region: Arc<Region>,
     slot_bytes: usize,
     slots: u32,
@@ -147,7 +147,10 @@ pub(super) struct Buffers {
 
 impl Buffers {
     /// Maps `slots` slots of `slot_bytes` (a multiple of the page size) and a zero slot.
-    pub(super) fn new(slots: u32, slot_bytes: usize) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// The kernel has no memory for it.
+    pub fn new(slots: u32, slot_bytes: usize) -> io::Result<Self> {
         let len = slot_bytes.checked_mul(slots as usize + 1).ok_or(Errno::ENOMEM)?;
         Ok(Self { region: Arc::new(Region::new(len)?), slot_bytes, slots })
     }
@@ -156,7 +159,8 @@ impl Buffers {
     ///
     /// # Panics
     /// If the part does not lie inside a slot, which would be a bug of the machine.
-    pub(super) fn slot(&self, slot: u32, offset: usize, len: usize) -> Memory {
+    #[must_use]
+    pub fn slot(&self, slot: u32, offset: usize, len: usize) -> Memory {
         assert!(slot <= self.slots && offset <= self.slot_bytes && len <= self.slot_bytes - offset, "part outside of a slot");
         Memory { owner: Owner::Region(Arc::clone(&self.region)), offset: slot as usize * self.slot_bytes + offset, len }
     }
@@ -180,7 +184,8 @@ impl Buffers {
     }
 
     /// The whole mapping, to be registered with a ring.
-    pub(super) fn whole(&self) -> Memory {
+    #[must_use]
+    pub fn whole(&self) -> Memory {
         Memory { owner: Owner::Region(Arc::clone(&self.region)), offset: 0, len: self.region.len }
     }
 }

@@ -8,7 +8,8 @@
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
 //! | `probe` | what a sink already holds |
-//! | `io` | reads and writes: `ring` (io_uring) or `blocking` (threads) |
+//! | `io` | reads and writes: `ring` (io_uring), `blocking` (threads), or `null` (none, to measure the rest) |
+//! | `edges` | waiting without a ring |
 //! | `fds` | the descriptor budget |
 //! | `placement` | which CPUs are whose |
 //! | `buffers` | memory that operations use |
@@ -20,12 +21,14 @@ mod attached;
 pub mod blocking;
 pub mod buffers;
 mod clock;
+mod edges;
 pub mod fds;
 pub mod fill;
 pub mod io;
 pub mod machine;
 mod mailbox;
 mod metadata;
+mod null;
 mod opener;
 mod opens;
 pub mod placement;
@@ -68,6 +71,10 @@ pub enum EngineKind {
     Uring,
     /// Threads that block.
     Blocking,
+    /// No I/O: every operation ends well and does nothing. For benchmarks; no setting leads here.
+    #[value(skip)]
+    #[serde(skip)]
+    Null,
 }
 
 /// How the engine is to run. Made and checked by [`crate::config`].

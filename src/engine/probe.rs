@@ -23,42 +23,41 @@ pub(super) fn refresh<T>(machine: &mut Machine<T>, id: ObjectId, sink: impl AsFd
     }
     if machine.believes(id, demand) {
         let mut at = demand.start;
-        for data in scan(sink, demand).1 {
+        scan(sink, demand, |data| {
             machine.forget(id, &(at..data.start));
             at = data.end;
-        }
+        });
         machine.forget(id, &(at..demand.end));
     }
 }
 
 /// Tells the machine what the sink of an object holds in `region`, and of the hole behind it, if there is one.
 pub(super) fn look<T>(machine: &mut Machine<T>, object: Handle, sink: impl AsFd + Copy, region: &ByteRange) {
-    let (probed, present) = scan(sink, region);
+    let probed = scan(sink, region, |data| machine.learn_of(object, &(0..0), [data]));
     let end = probed.end.min(region.end.saturating_add(AHEAD_BYTES));
-    machine.learn_of(object, &(probed.start..end), present);
+    machine.learn_of(object, &(probed.start..end), []);
 }
 
-/// What a sink holds inside `region`, and what that was asked about: the region, and everything behind it up
-/// to the next data. A sink that cannot be asked counts as empty.
-fn scan(sink: impl AsFd + Copy, region: &ByteRange) -> (ByteRange, Vec<ByteRange>) {
-    let mut present = Vec::new();
+/// Tells `found` what a sink holds inside `region`, part by part, and returns what that is all of: the region, and
+/// everything behind it up to the next data. A sink that cannot be asked counts as empty.
+fn scan(sink: impl AsFd + Copy, region: &ByteRange, mut found: impl FnMut(ByteRange)) -> ByteRange {
     let mut at = region.start;
     while at < region.end {
         match seek(sink, at, Whence::SeekData) {
             Ok(data) if data < region.end => {
                 let hole = seek(sink, data, Whence::SeekHole).unwrap_or(data);
                 if hole <= data {
-                    return (region.clone(), present);
+                    return region.clone();
                 }
-                present.push(data..hole.min(region.end));
+                found(data..hole.min(region.end));
                 at = hole;
             }
-            Ok(data) => return (region.start..data, present),
-            Err(Errno::ENXIO) => return (region.start..u64::MAX, present),
+            Ok(data) => return region.start..data,
+            Err(Errno::ENXIO) => return region.start..u64::MAX,
             Err(_) => break,
         }
     }
-    (region.clone(), present)
+    region.clone()
 }
 
 fn seek(sink: impl AsFd, at: u64, whence: Whence) -> Result<u64, Errno> {
@@ -75,20 +74,27 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::sync::Arc;
 
+    /// What was asked about, and what was found.
+    fn scan_all(sink: impl AsFd + Copy, region: &ByteRange) -> (ByteRange, Vec<ByteRange>) {
+        let mut present = Vec::new();
+        let probed = scan(sink, region, |data| present.push(data));
+        (probed, present)
+    }
+
     #[test]
     fn finds_data_between_holes() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[1; 65536], 131_072).unwrap();
-        let (probed, present) = scan(&file, &(65536..262_144));
+        let (probed, present) = scan_all(&file, &(65536..262_144));
         assert_eq!((probed.start, probed.end >= 262_144), (65536, true));
         if present.first().is_some_and(|first| first.start == 65536) {
             return eprintln!("not run: this file system does not report holes");
         }
         assert_eq!(present, vec![131_072..196_608]);
-        assert_eq!(scan(&file, &(196_608..200_704)), (196_608..u64::MAX, vec![]));
-        assert_eq!(scan(&file, &(0..4096)), (0..131_072, vec![]));
-        assert_eq!(scan(&file, &(135_168..139_264)).1, vec![135_168..139_264]);
+        assert_eq!(scan_all(&file, &(196_608..200_704)), (196_608..u64::MAX, vec![]));
+        assert_eq!(scan_all(&file, &(0..4096)), (0..131_072, vec![]));
+        assert_eq!(scan_all(&file, &(135_168..139_264)).1, vec![135_168..139_264]);
     }
 
     /// A blob of nothing but its length.

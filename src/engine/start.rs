@@ -14,6 +14,7 @@ use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
 use super::machine::{Limits, Machine};
 use super::mailbox::{Inbox, Mailbox};
+use super::null::Null;
 use super::opener::Opener;
 use super::opens::Opens;
 use super::placement::{self, Seat};
@@ -45,7 +46,7 @@ pub struct Engine {
 /// What a started engine is.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Started {
-    /// `uring` or `blocking`.
+    /// `uring`, `blocking` or `null`.
     pub kind: &'static str,
     /// Its flags, or why there is no ring.
     pub detail: String,
@@ -240,6 +241,12 @@ impl Plan {
             Ok(buffers) => buffers,
             Err(error) => return drop_report(report, error),
         };
+        if self.settings.kind == EngineKind::Null {
+            return match Null::new(self.watch()) {
+                Ok(null) => self.serve(report, ("null", "no I/O".into()), null, buffers, None),
+                Err(error) => drop_report(report, EngineError::Resources(error)),
+            };
+        }
         match self.ring(&buffers) {
             Ok(Some(ring)) => {
                 let detail = describe(&ring);
@@ -258,7 +265,7 @@ impl Plan {
         }
         let Settings { slots: depth, workers, .. } = self.settings;
         let near = self.seat.as_ref().map_or(&[][..], |seat| &seat.near);
-        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near };
+        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near, sinks_block: self.front.caps().sinks_block };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 

@@ -30,6 +30,14 @@ impl Histogram {
         bump(&self.buckets[bucket(value_ns)], 1);
     }
 
+    /// Value below which a share of the durations lies, known to an eighth.
+    #[must_use]
+    pub fn percentile_ns(&self, share: f64) -> u64 {
+        let mut buckets = [0; BUCKETS];
+        self.add_to(&mut buckets);
+        percentile(&buckets, share)
+    }
+
     fn add_to(&self, sums: &mut [u64]) {
         for (sum, bucket) in sums.iter_mut().zip(self.buckets.iter()) {
             *sum += bucket.load(Ordering::Relaxed);

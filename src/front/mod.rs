@@ -171,6 +171,8 @@ pub struct Caps {
     pub align_bytes: u64,
     /// A hole in the sink means "not there", so `SEEK_DATA` and `SEEK_HOLE` on it tell what is present.
     pub holes_are_absent: bool,
+    /// A write to a sink always blocks: it is not even tried without a thread that may.
+    pub sinks_block: bool,
     /// The kernel opens an object again when its sink was closed and data is missing (`restore` exists).
     pub reopens: bool,
 }

@@ -25,9 +25,12 @@ pub enum Bench {
         /// End with the figures as one JSON object
         #[arg(long)]
         json: bool,
-        /// Only one run with so many requests
-        #[arg(long, hide = true)]
-        pass: Option<u64>,
+        /// Numbers of shards to measure [default: one, and one for each processor]
+        #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
+        shards: Vec<u16>,
+        /// Only one run with this behind the engine and so many requests
+        #[arg(long, hide = true, num_args = 2, value_names = ["BEHIND", "REQUESTS"])]
+        pass: Vec<String>,
     },
     /// What readers notice when the daemon is killed and started anew, again and again, on a real kernel
     Restart(restart::RestartArgs),
@@ -57,9 +60,10 @@ pub fn run(bench: &Bench) -> Result<(), Failure> {
     let failed = |error| Failure::new(exit::FAILED, error);
     match bench {
         Bench::Guest(args) => guest::run(args),
-        Bench::Engine { pass: Some(requests), .. } => engine::pass(*requests).map_err(failed),
-        Bench::Engine { json, pass: None } => {
-            let report = engine::measure(None, &["bench", "engine", "--pass"]).map_err(failed)?;
+        Bench::Engine { pass, .. } if !pass.is_empty() => engine::pass_of(pass).map_err(failed),
+        Bench::Engine { json, shards, .. } => {
+            let shards: Vec<usize> = shards.iter().copied().map(usize::from).collect();
+            let report = engine::measure(None, &["bench", "engine", "--pass"], &shards).map_err(failed)?;
             print!("{}", report.table());
             if *json {
                 let text = serde_json::to_string(&report).map_err(|error| Failure::new(exit::FAILED, error))?;

@@ -47,6 +47,8 @@ pub struct Settings<'a> {
     pub workers: u32,
     /// The CPUs that worker threads may use; none: all.
     pub near: &'a [usize],
+    /// Every write goes to such a thread at once.
+    pub sinks_block: bool,
 }
 
 /// What came out of it.
@@ -76,6 +78,7 @@ pub struct Ring {
     free_files: Vec<u32>,
     /// The file of the messages has not refused `RWF_NOWAIT`.
     receive_nowait: bool,
+    sinks_block: bool,
     requests: Option<RawFd>,
     wake: RawFd,
     features: Features,
@@ -122,6 +125,7 @@ impl Ring {
             backlog: Vec::new(),
             free_files,
             receive_nowait: true,
+            sinks_block: settings.sinks_block,
             requests: watch.requests.map(|fd| fd.as_raw_fd()),
             wake: watch.wake.as_raw_fd(),
             features,
@@ -209,8 +213,8 @@ impl Ring {
             Some(slot) => build!(types::Fixed(slot)),
             None => build!(types::Fd(file.fd)),
         };
-        // A sink takes no non-blocking write, so the first attempt would only be lost time.
-        if kind == Kind::Write { entry.flags(squeue::Flags::ASYNC) } else { entry }
+        // Where a sink takes no non-blocking write the first attempt would only be lost time.
+        if kind == Kind::Write && self.sinks_block { entry.flags(squeue::Flags::ASYNC) } else { entry }
     }
 
     /// Enters the kernel once: submits, and waits for `want` completions.
@@ -235,8 +239,9 @@ impl Ring {
         }
     }
 
-    /// Takes what has completed.
-    fn reap(&mut self, done: &mut Vec<Done>, ready: &mut Ready) {
+    /// Takes what has completed; whether anything had.
+    fn reap(&mut self, done: &mut Vec<Done>, ready: &mut Ready) -> bool {
+        let mut any = false;
         loop {
             let mut cqes = std::mem::take(&mut self.cqes);
             cqes.clear();
@@ -245,9 +250,10 @@ impl Ring {
                 self.complete(cqe, done, ready);
             }
             let more = cqes.len() == REAP_BATCH;
+            any |= !cqes.is_empty();
             self.cqes = cqes;
             if !more {
-                return;
+                return any;
             }
         }
     }
@@ -316,10 +322,14 @@ impl Io for Ring {
         let entered = self.enter(usize::from(idle), timeout);
         self.reap(done, &mut ready);
         entered?;
-        // The kernel runs at most 20 deferred completions beyond those waited for in one call.
+        // The kernel runs at most 20 deferred completions beyond those waited for in one call. Its flag may also be stale:
+        // another CPU adds work first and sets the flag then, when the work may be done already (`io_req_local_work_add`).
+        // So a call that brings nothing is the last; work that is left all the same is done by the next wait.
         while self.ring.0.submission().taskrun() {
             self.enter(0, None)?;
-            self.reap(done, &mut ready);
+            if !self.reap(done, &mut ready) {
+                break;
+            }
         }
         Ok(ready)
     }

@@ -130,7 +130,7 @@ impl FrontEnd for Reopening {
     }
 
     fn caps(&self) -> Caps {
-        Caps { align_bytes: 4096, holes_are_absent: false, reopens: self.reopens }
+        Caps { align_bytes: 4096, holes_are_absent: false, sinks_block: true, reopens: self.reopens }
     }
 
     fn requests(&self) -> BorrowedFd<'_> {

@@ -72,7 +72,7 @@ impl FrontEnd for Kernel {
     }
 
     fn caps(&self) -> Caps {
-        Caps { align_bytes: 4096, holes_are_absent: false, reopens: true }
+        Caps { align_bytes: 4096, holes_are_absent: false, sinks_block: true, reopens: true }
     }
 
     fn requests(&self) -> BorrowedFd<'_> {

@@ -78,7 +78,12 @@ impl Device {
             devnode: Arc::new(Devnode { fd: bound.devnode, counters: Arc::clone(&counters), unanswered: AtomicU64::new(0) }),
             objects: Objects::default(),
             counters,
-            caps: Caps { align_bytes: range::page_bytes().max(ALIGN_MIN_BYTES), holes_are_absent: true, reopens: bound.reopens },
+            caps: Caps {
+                align_bytes: range::page_bytes().max(ALIGN_MIN_BYTES),
+                holes_are_absent: true,
+                sinks_block: true,
+                reopens: bound.reopens,
+            },
             lost_at: Mutex::default(),
         })
     }

@@ -16,4 +16,5 @@ pub mod readers;
 pub mod rng;
 pub mod sink;
 pub mod socket;
+pub mod timed;
 pub mod world;

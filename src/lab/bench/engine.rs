@@ -5,15 +5,24 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use clap::ValueEnum;
 use serde::Serialize;
 
-use super::{machine, pump};
+use super::bare::{self, LimitFigures};
+use super::machine;
+use super::rig::{self, Load};
+pub use super::rig::{Behind, RunFigures, Waits};
+use crate::config::DEFAULT_AHEAD_PERCENT;
+use crate::engine::placement::usable_cpus;
+use crate::engine::plan::Window;
 use crate::lab::{LabError, Result, Trying, cache_dir, packages, run};
 
-/// Requests of one measured run of the whole engine.
-pub const REQUESTS: u64 = 1 << 16;
 /// Runs; the fastest counts.
 const RUNS: u32 = 3;
+/// Longest that readers of a fast blob may wait beside a slow one, at the 99th percentile, in units of what they wait alone.
+const APART_MAX: f64 = 1.5;
+/// Calls a request that are worth a line; fewer belong to the beginning and the end.
+const CALLS_MIN: f64 = 0.005;
 /// Two runs under strace: what the second has more is that of its requests.
 const TRACED: (u64, u64) = (2048, 10_240);
 
@@ -28,69 +37,137 @@ pub struct MachineFigures {
     pub allocations_per_request: Option<f64>,
 }
 
-/// The whole engine with files in memory.
-#[derive(Clone, Debug, Serialize)]
-pub struct EngineFigures {
-    /// `uring` or `blocking`.
-    pub kind: String,
-    /// Requests of 4 KiB, 32 at a time, each with a fill of its own.
-    pub requests: u64,
-    /// In a second, with all cores there are.
-    pub requests_per_s: f64,
-    /// In a second of CPU time, the kernel's worker threads included.
-    pub requests_per_cpu_s: f64,
-    /// Half of the requests were answered within this time of being read.
-    pub p50_us: u64,
-    /// 99 of 100.
-    pub p99_us: u64,
-    /// 999 of 1,000.
-    pub p999_us: u64,
-    /// Turns of the event loop; at most one entry into the ring each.
-    pub turns_per_request: f64,
-    /// Reads and writes.
-    pub operations_per_request: f64,
+/// Whether readers of a fast blob notice a slow one on the same shard.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Isolation {
+    /// They alone.
+    pub alone: Waits,
+    /// As many readers of a slow blob beside them.
+    pub beside: Waits,
+    /// How much longer they wait beside it, at the 99th percentile.
+    pub ratio_p99: f64,
+    /// What that may be.
+    pub limit: f64,
 }
 
 /// All of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct EngineReport {
+    /// `uname -r`.
+    pub kernel: String,
+    /// Processors that may be used.
+    pub cpus: usize,
     /// See [`MachineFigures`].
     pub machine: MachineFigures,
-    /// See [`EngineFigures`].
-    pub engine: EngineFigures,
-    /// System calls a request by name, and `total`, as strace counts them; none without strace. `read` and `write`
-    /// stand for the device's read(2) and ioctl(2).
-    pub system_calls_per_request: Option<BTreeMap<String, f64>>,
+    /// One shard with nothing, devices and files behind it.
+    pub runs: Vec<RunFigures>,
+    /// The kernel's part alone of the run with devices.
+    pub limit: Option<LimitFigures>,
+    /// Some numbers of shards, with nothing and with devices behind them: requests spread over many objects, and so over all
+    /// shards; and all of them for one, which one shard owns.
+    pub scale: Vec<RunFigures>,
+    /// With files in memory, and a slow source beside them.
+    pub isolation: Isolation,
+    /// System calls a request by what is behind the engine and by name, and `total`, as strace counts them; none without
+    /// strace. `write` stands for the device's ioctl(2).
+    pub system_calls_per_request: BTreeMap<String, BTreeMap<String, f64>>,
 }
 
-/// Measures. `allocations` tells how often memory was allocated so far, if the program counts that; `one_pass` is the
-/// command by which this program does [`pass`], to be followed by the number of requests.
+/// Measures. `allocations` tells how often its thread has allocated memory so far, if the program counts that; `one_pass` is the
+/// command by which this program does [`pass`], to be followed by what is behind the engine and the number of requests.
+/// Scaling is measured for each number in `shards`, or, if there is none, for one and one for each processor.
 ///
 /// # Errors
 /// The engine cannot be had, or a request was not answered.
-pub fn measure(allocations: Option<fn() -> u64>, one_pass: &[&str]) -> Result<EngineReport> {
+pub fn measure(allocations: Option<fn() -> u64>, one_pass: &[&str], shards: &[usize]) -> Result<EngineReport> {
     let machine = machine::measure(allocations)?;
-    let mut best: Option<EngineFigures> = None;
-    for _ in 0..RUNS {
-        let figures = pump::run(REQUESTS)?;
-        if best.as_ref().is_none_or(|best| best.requests_per_cpu_s < figures.requests_per_cpu_s) {
-            best = Some(figures);
+    let all = [Behind::Nothing, Behind::Devices, Behind::Files];
+    let runs = all.iter().map(|&behind| best_of(&Load { allocations, ..Load::plain(behind) })).collect::<Result<_>>()?;
+    let usual = [1, usable_cpus().len().max(1)];
+    let shards = if shards.is_empty() { &usual[..if usual[1] == 1 { 1 } else { 2 }] } else { shards };
+    let mut scale = Vec::new();
+    for behind in [Behind::Nothing, Behind::Devices] {
+        for &shards in shards {
+            for many in [true, false] {
+                scale.push(best_of(&Load { shards, many, ..Load::plain(behind) })?);
+            }
         }
     }
-    let engine = best.ok_or_else(|| LabError::Failed("nothing was measured".into()))?;
-    Ok(EngineReport { machine, engine, system_calls_per_request: system_calls(one_pass)? })
+    let mut system_calls_per_request = BTreeMap::new();
+    for behind in [Behind::Devices, Behind::Files] {
+        system_calls_per_request.extend(system_calls(one_pass, behind)?.map(|calls| (name(behind), calls)));
+    }
+    Ok(EngineReport {
+        kernel: nix::sys::utsname::uname().map(|uname| uname.release().to_string_lossy().into_owned()).unwrap_or_default(),
+        cpus: usable_cpus().len(),
+        machine,
+        runs,
+        limit: bare::measure()?,
+        scale,
+        isolation: isolation()?,
+        system_calls_per_request,
+    })
 }
 
-/// One run of the whole engine, for whoever watches from outside.
+/// The run of several that did most in a second of CPU time.
+fn best_of(load: &Load) -> Result<RunFigures> {
+    let mut best = rig::run(load)?;
+    for _ in 1..RUNS {
+        let figures = rig::run(load)?;
+        if best.requests_per_cpu_s < figures.requests_per_cpu_s {
+            best = figures;
+        }
+    }
+    Ok(best)
+}
+
+/// The best of several runs of each kind, in turn: what else this machine does disturbs both.
+fn isolation() -> Result<Isolation> {
+    let (mut alone, mut beside) = (rig::apart(false)?, rig::apart(true)?);
+    let better = |a: Waits, b: Waits| if b.p99_us < a.p99_us { b } else { a };
+    for _ in 1..RUNS {
+        (alone, beside) = (better(alone, rig::apart(false)?), better(beside, rig::apart(true)?));
+    }
+    Ok(Isolation { alone, beside, ratio_p99: beside.p99_us / alone.p99_us, limit: APART_MAX })
+}
+
+/// One run of the whole engine, for whoever watches from outside: what is behind it, and the number of requests.
+///
+/// # Errors
+/// See [`measure`]; or these are not two such words.
+pub fn pass_of(words: &[String]) -> Result<()> {
+    match words {
+        [behind, requests] => match (Behind::from_str(behind, false), requests.parse()) {
+            (Ok(behind), Ok(requests)) => pass(behind, requests),
+            _ => Err(LabError::Failed(format!("no such run: {behind} {requests}"))),
+        },
+        _ => Err(LabError::Failed("a run has two words: what is behind the engine, and a number of requests".into())),
+    }
+}
+
+fn pass(behind: Behind, requests: u64) -> Result<()> {
+    rig::run(&Load { requests, ..Load::plain(behind) }).map(drop)
+}
+
+/// Memory allocations of the shard in the later three quarters of so many requests, with the default window, which adapts,
+/// or each with a fill of its own.
 ///
 /// # Errors
 /// See [`measure`].
-pub fn pass(requests: u64) -> Result<()> {
-    pump::run(requests).map(drop)
+pub fn allocations(behind: Behind, requests: u64, adapts: bool, count: fn() -> u64) -> Result<u64> {
+    let plain = Load::plain(behind);
+    let window = if adapts { Window::Adaptive { budget_percent: DEFAULT_AHEAD_PERCENT } } else { plain.window };
+    let run = rig::run(&Load { requests, window, allocations: Some(count), ..plain })?;
+    run.allocations.ok_or_else(|| LabError::Failed("nothing was counted".into()))
+}
+
+/// As it is written on the command line.
+fn name(behind: Behind) -> String {
+    behind.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 /// Runs this program under strace, with few requests and with more.
-fn system_calls(one_pass: &[&str]) -> Result<Option<BTreeMap<String, f64>>> {
+fn system_calls(one_pass: &[&str], behind: Behind) -> Result<Option<BTreeMap<String, f64>>> {
     let Some(strace) = packages::find("strace") else {
         eprintln!("infill: strace is not installed: system calls are not counted");
         return Ok(None);
@@ -99,7 +176,8 @@ fn system_calls(one_pass: &[&str]) -> Result<Option<BTreeMap<String, f64>>> {
     let path = cache_dir()?.join(format!("strace-{}", std::process::id()));
     let count = |requests: u64| -> Result<BTreeMap<String, u64>> {
         let mut command = Command::new(&strace);
-        command.args(["-f", "-qq", "-c", "-U", "name,calls", "-o"]).arg(&path).arg(&program).args(one_pass).arg(requests.to_string());
+        command.args(["-f", "-qq", "-c", "-U", "name,calls", "-o"]).arg(&path).arg(&program).args(one_pass);
+        command.args([name(behind), requests.to_string()]);
         run(&mut command)?;
         calls(&path)
     };
@@ -113,10 +191,12 @@ fn system_calls(one_pass: &[&str]) -> Result<Option<BTreeMap<String, f64>>> {
         }
     };
     let more = |(name, calls): (&String, &u64)| {
-        let extra = calls.saturating_sub(few.get(name).copied().unwrap_or(0));
-        (extra > 0).then(|| (name.clone(), extra as f64 / (TRACED.1 - TRACED.0) as f64))
+        let extra = calls.saturating_sub(few.get(name).copied().unwrap_or(0)) as f64 / (TRACED.1 - TRACED.0) as f64;
+        (name != "total" && extra >= CALLS_MIN).then(|| (name.clone(), extra))
     };
-    Ok(Some(many.iter().filter_map(more).collect()))
+    let mut each: BTreeMap<String, f64> = many.iter().filter_map(more).collect();
+    each.insert("total".into(), each.values().sum());
+    Ok(Some(each))
 }
 
 /// Names and numbers of strace's summary, its total among them.
@@ -133,27 +213,55 @@ impl EngineReport {
     /// The figures as a table.
     #[must_use]
     pub fn table(&self) -> String {
-        let Self { machine, engine, system_calls_per_request } = self;
-        let mut rows = vec![
-            ("machine alone", format!("{:.2} million requests/s of one core", machine.requests_per_s / 1e6)),
-            ("", format!("{:.0} ns a request", machine.ns_per_request)),
-        ];
-        if let Some(allocations) = machine.allocations_per_request {
+        let mut rows = vec![("Linux", format!("{}, {} CPUs", self.kernel, self.cpus))];
+        rows.push(("machine alone", format!("{:.2} million requests/s of one core", self.machine.requests_per_s / 1e6)));
+        rows.push(("", format!("{:.0} ns a request", self.machine.ns_per_request)));
+        if let Some(allocations) = self.machine.allocations_per_request {
             rows.push(("", format!("{allocations:.6} allocations a request")));
         }
-        rows.extend([
-            (
-                "whole engine",
-                format!("{:.0} requests/s, {:.0} a second of CPU time ({})", engine.requests_per_s, engine.requests_per_cpu_s, engine.kind),
-            ),
-            ("", format!("latency p50 {} us, p99 {} us, p999 {} us", engine.p50_us, engine.p99_us, engine.p999_us)),
-            ("", format!("{:.3} turns and {:.2} operations a request", engine.turns_per_request, engine.operations_per_request)),
-        ]);
-        for (name, calls) in system_calls_per_request.iter().flatten() {
-            rows.push(("system calls", format!("{calls:.3} {name} a request")));
+        for run in &self.runs {
+            rows.extend(run_rows(run, self.system_calls_per_request.get(&name(run.behind))));
         }
+        if let Some(limit) = &self.limit {
+            rows.push((
+                "bare ring",
+                format!("{:.0} requests/s a second of CPU time: devices, without an engine", limit.requests_per_cpu_s),
+            ));
+        }
+        for run in &self.scale {
+            let objects = if run.objects == 1 { "one object".into() } else { format!("{} objects", run.objects) };
+            let figures = format!("{:.0} requests/s, {:.0} a second of CPU time", run.requests_per_s, run.requests_per_cpu_s);
+            rows.push(("shards", format!("{}, {objects}: {figures} ({})", run.shards, name(run.behind))));
+        }
+        let Isolation { alone, beside, ratio_p99, limit } = self.isolation;
+        for (waits, what) in [(alone, "alone"), (beside, "beside a slow one")] {
+            rows.push(("a fast blob", format!("{what}: p50 {:.0} us, p99 {:.0} us", waits.p50_us, waits.p99_us)));
+        }
+        rows.push(("", format!("{ratio_p99:.2} times as long; {limit} at most")));
         rows.iter().map(|(name, value)| format!("  {name:<14} {value}\n")).collect()
     }
+}
+
+fn run_rows(run: &RunFigures, system_calls: Option<&BTreeMap<String, f64>>) -> Vec<(&'static str, String)> {
+    let mut rows = vec![
+        (
+            "whole engine",
+            format!(
+                "{:.0} requests/s, {:.0} a second of CPU time ({}, {})",
+                run.requests_per_s,
+                run.requests_per_cpu_s,
+                name(run.behind),
+                run.kind
+            ),
+        ),
+        ("", format!("latency p50 {} us, p99 {} us, p999 {} us", run.p50_us, run.p99_us, run.p999_us)),
+        ("", format!("{:.3} turns and {:.2} operations a request", run.turns_per_request, run.operations_per_request)),
+    ];
+    rows.extend(
+        run.allocations.map(|allocations| ("", format!("{allocations} allocations in the later {} requests", run.requests / 4 * 3))),
+    );
+    rows.extend(system_calls.into_iter().flatten().map(|(name, calls)| ("system calls", format!("{calls:.3} {name} a request"))));
+    rows
 }
 
 #[cfg(test)]
@@ -171,6 +279,17 @@ mod tests {
 
     #[test]
     fn every_request_of_a_pass_is_answered() {
-        pass(300).expect("an engine");
+        for behind in [Behind::Nothing, Behind::Devices, Behind::Files] {
+            pass(behind, 300).expect("an engine");
+        }
+    }
+
+    #[test]
+    fn shards_share_the_objects() {
+        // With a ring so many that a wake-up that is lost or left over on the way from core to core shows.
+        for (behind, many, requests) in [(Behind::Nothing, true, 3000), (Behind::Nothing, false, 3000), (Behind::Devices, true, 200_000)] {
+            let figures = rig::run(&Load { shards: 2, many, requests, ..Load::plain(behind) }).expect("an engine");
+            assert_eq!((figures.shards, figures.requests), (2, requests));
+        }
     }
 }

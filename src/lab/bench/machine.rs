@@ -80,7 +80,7 @@ impl Bare {
             let batch = asked..(asked + DEPTH).min(requests);
             asked = batch.end;
             for ticket in batch {
-                let start = page(ticket) * PAGE_BYTES;
+                let start = page(ticket, PAGES) * PAGE_BYTES;
                 self.machine.need(OBJECT, start..start + PAGE_BYTES, ticket, self.now_ns);
             }
             good += self.turns();
@@ -113,9 +113,9 @@ impl Bare {
     }
 }
 
-/// The page that a request asks for: each once.
-pub(super) const fn page(request: u64) -> u64 {
-    request.wrapping_mul(STRIDE) % PAGES
+/// The page of so many (a power of two) that a request asks for: each once.
+pub(super) const fn page(request: u64, pages: u64) -> u64 {
+    request.wrapping_mul(STRIDE) % pages
 }
 
 /// Measures the machine. `allocations` tells how often memory was allocated so far, if the program counts that.
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn every_page_is_asked_for_once_and_answered() {
-        let mut pages: Vec<u64> = (0..PAGES).map(page).collect();
+        let mut pages: Vec<u64> = (0..PAGES).map(|request| page(request, PAGES)).collect();
         pages.sort_unstable();
         assert!(pages.iter().copied().eq(0..PAGES));
         assert_eq!(Bare::default().pass(1000), 1000);

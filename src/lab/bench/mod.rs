@@ -24,6 +24,7 @@
 //! A *cell* is one daemon, one scenario, one file system under the cache: one boot. "Present" is the read after a
 //! second mount, everything in the cache and nothing in memory: what the kernel alone costs, and the limit.
 
+mod bare;
 pub mod cell;
 mod corpus;
 mod daemon;
@@ -41,6 +42,8 @@ mod pump;
 mod readers;
 pub mod report;
 pub mod restart;
+mod rig;
+mod sources;
 mod stages;
 pub mod targets;
 

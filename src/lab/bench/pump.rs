@@ -1,65 +1,196 @@
-//! The whole engine with real files: a front end that always keeps a number of requests waiting.
+//! A front end without a kernel: crowds of readers that ask for one page after the other, always so many at a time.
 //!
-//! Its device is an eventfd that counts: each request is one read of it and each answer one write(2), as it is one
-//! ioctl(2) on cachefiles' device. So the system calls of the process are those of a daemon.
+//! Its device is an eventfd. Where it counts, each request is one read of it and each answer one write(2), as it is one
+//! ioctl(2) on cachefiles' device: so the system calls of the process are those of a daemon. Otherwise it only wakes the
+//! engine when that has found nobody waiting, and what is left is the engine's own cost.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::ftruncate;
 
-use super::engine::EngineFigures;
 use super::machine::{PAGE_BYTES, page};
-use super::memdisk::own_cpu_ns;
-use crate::engine::placement;
-use crate::engine::plan::{Completion, Window};
-use crate::engine::{Engine, EngineKind, Settings};
+use crate::engine::stats::Histogram;
 use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
-use crate::key::Key;
 use crate::lab::{LabError, Result, Trying};
-use crate::store::{Blob, FileBlob, SourceFile, SourceMode, Store, StoreError};
 
-/// Requests that wait at a time.
-pub(super) const DEPTH: u64 = 32;
-/// Pages of the object, 256 MiB; a request each.
-const PAGES: u64 = 1 << 16;
 /// Longest wait for all answers.
 const PATIENCE: Duration = Duration::from_secs(300);
-const OBJECT: ObjectId = ObjectId(7);
-/// Tokens below it are those of requests for data.
+/// The token of every open.
 const OPEN_TOKEN: u64 = u64::MAX;
+/// A token of a request has the number of its crowd above this bit, and below it the time at which it was asked.
+const CROWD_SHIFT: u32 = 56;
 
-/// The front end, and who answers go to.
-struct Pump {
-    device: EventFd,
-    open: Mutex<Option<Request>>,
-    requests: u64,
+/// Readers that ask alike.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Crowd {
+    /// Objects that they read in turn; their numbers count from [`Crowd::first`].
+    pub(super) objects: u32,
+    /// Number of the first object.
+    pub(super) first: u32,
+    /// Pages of each object; a power of two. Each is asked for once, then all of them again.
+    pub(super) pages: u64,
+    /// How many requests wait at a time.
+    pub(super) readers: u64,
+    /// How many there are in all; `None`: until the first crowd is done.
+    pub(super) requests: Option<u64>,
+}
+
+impl Crowd {
+    /// The object and first byte of a request.
+    fn place(&self, request: u64) -> (ObjectId, u64) {
+        let objects = u64::from(self.objects);
+        let object = self.first + u32::try_from(request % objects).unwrap_or(0);
+        (ObjectId(object), page(request / objects, self.pages) * PAGE_BYTES)
+    }
+}
+
+/// How far a crowd is.
+#[derive(Default)]
+struct Progress {
+    /// Readers that are about to ask.
+    ready: AtomicU64,
     asked: AtomicU64,
     answered: AtomicU64,
     failed: AtomicU64,
-    /// How many steps are done: the open, everything.
-    steps: Mutex<u32>,
+    /// How long answers took, if that is measured. Of one shard: it has one writer.
+    took: Histogram,
+}
+
+/// Counts something of the thread that answers, at two moments; of one shard.
+pub(super) struct Probe {
+    read: fn() -> u64,
+    /// After so many answers of the first crowd.
+    from: u64,
+    before: AtomicU64,
+    after: AtomicU64,
+}
+
+impl Probe {
+    /// Compares what `read` gives after `from` answers with what it gives after the last one.
+    pub(super) const fn new(read: fn() -> u64, from: u64) -> Self {
+        Self { read, from, before: AtomicU64::new(0), after: AtomicU64::new(0) }
+    }
+
+    fn look(&self, answered: u64, requests: u64) {
+        if answered == self.from {
+            self.before.store((self.read)(), Ordering::Relaxed);
+        } else if answered == requests {
+            self.after.store((self.read)(), Ordering::Relaxed);
+        }
+    }
+}
+
+/// See the module's description. The first crowd is the one that is measured.
+pub(super) struct Pump {
+    device: EventFd,
+    /// Each request is a read of the device, each answer a write to it.
+    counts: bool,
+    holes_are_absent: bool,
+    crowds: Vec<(Crowd, Progress)>,
+    /// When it was made, if the time of each answer is to be measured.
+    clock: Option<Instant>,
+    probe: Option<Probe>,
+    opens: Mutex<Vec<Request>>,
+    unopened: AtomicU64,
+    /// The engine has found nobody.
+    idle: AtomicBool,
+    /// How many steps are done: each open, then everything.
+    steps: Mutex<usize>,
     news: Condvar,
 }
 
+/// What a pump is made of.
+#[derive(Default)]
+pub(super) struct Parts {
+    /// Who asks.
+    pub(super) crowds: Vec<Crowd>,
+    /// The device counts requests and answers.
+    pub(super) counts: bool,
+    /// Sinks are files that can be asked what they hold.
+    pub(super) holes_are_absent: bool,
+    /// The time of each answer is measured.
+    pub(super) timed: bool,
+    /// What else is counted.
+    pub(super) probe: Option<Probe>,
+}
+
 impl Pump {
-    fn new(requests: u64) -> Result<Arc<Self>> {
-        let flags = EfdFlags::EFD_SEMAPHORE | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+    pub(super) fn new(parts: Parts) -> Result<Arc<Self>> {
+        let Parts { crowds, counts, holes_are_absent, timed, probe } = parts;
+        let mut flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        flags.set(EfdFlags::EFD_SEMAPHORE, counts);
         Ok(Arc::new(Self {
             device: EventFd::from_flags(flags).trying(|| "cannot make an eventfd")?,
-            open: Mutex::default(),
-            requests,
-            asked: AtomicU64::new(0),
-            answered: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
+            counts,
+            holes_are_absent,
+            crowds: crowds.into_iter().map(|crowd| (crowd, Progress::default())).collect(),
+            clock: timed.then(Instant::now),
+            probe,
+            opens: Mutex::default(),
+            unopened: AtomicU64::new(0),
+            idle: AtomicBool::new(true),
             steps: Mutex::default(),
             news: Condvar::new(),
         }))
+    }
+
+    /// The pump as the engine sees it; tickets need it shared.
+    pub(super) fn front(self: &Arc<Self>) -> Arc<dyn FrontEnd> {
+        Arc::new(Front(Arc::clone(self)))
+    }
+
+    /// A ticket for an open.
+    pub(super) fn open_ticket(self: &Arc<Self>) -> Ticket {
+        Ticket::new(Arc::clone(self) as Arc<dyn Answer>, OPEN_TOKEN)
+    }
+
+    /// Has objects opened, and waits until they are.
+    ///
+    /// # Errors
+    /// One was refused, or nothing comes.
+    pub(super) fn open(&self, opens: Vec<OpenRequest>) -> Result<()> {
+        let count = opens.len();
+        self.opens.lock().unwrap_or_else(PoisonError::into_inner).extend(opens.into_iter().map(Request::Open));
+        self.unopened.store(count as u64, Ordering::SeqCst);
+        self.tell(count as u64).trying(|| "cannot ask")?;
+        self.wait_for(count)
+    }
+
+    /// Lets all crowds ask, and waits until the first one has its answers.
+    ///
+    /// # Errors
+    /// A request of the first crowd failed, or no answer comes.
+    pub(super) fn run(&self) -> Result<()> {
+        let opened = *self.steps.lock().unwrap_or_else(PoisonError::into_inner);
+        for (crowd, progress) in &self.crowds {
+            self.ask(progress, crowd.readers).trying(|| "cannot ask")?;
+        }
+        self.wait_for(opened + 1)?;
+        let failed = self.crowds[0].1.failed.load(Ordering::Relaxed);
+        if failed > 0 {
+            return Err(LabError::Failed(format!("{failed} requests failed")));
+        }
+        Ok(())
+    }
+
+    /// Value that a share of the first crowd's answers took at most, in nanoseconds, if that was measured.
+    pub(super) fn took_ns(&self, share: f64) -> u64 {
+        self.crowds[0].1.took.percentile_ns(share)
+    }
+
+    /// Answers that a crowd has.
+    pub(super) fn answered(&self, crowd: usize) -> u64 {
+        self.crowds[crowd].1.answered.load(Ordering::Relaxed)
+    }
+
+    /// By how much that which is counted has grown.
+    pub(super) fn counted(&self) -> Option<u64> {
+        let probe = self.probe.as_ref()?;
+        Some(probe.after.load(Ordering::Relaxed) - probe.before.load(Ordering::Relaxed))
     }
 
     fn step(&self) {
@@ -67,22 +198,54 @@ impl Pump {
         self.news.notify_all();
     }
 
-    fn wait_for(&self, step: u32) -> Result<()> {
+    fn wait_for(&self, step: usize) -> Result<()> {
         let steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.news.wait_timeout_while(steps, PATIENCE, |steps| *steps < step);
         if waited.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
-            let answered = self.answered.load(Ordering::Relaxed);
-            return Err(LabError::Failed(format!("{answered} of {} requests had their answer in {} s", self.requests, PATIENCE.as_secs())));
+            return Err(LabError::Failed(format!("{} requests had their answer in {} s", self.answered(0), PATIENCE.as_secs())));
         }
         Ok(())
     }
 
-    fn ask(&self, count: u64) -> std::io::Result<()> {
-        self.device.write(count).map(drop).map_err(Into::into)
+    fn ask(&self, progress: &Progress, readers: u64) -> std::io::Result<()> {
+        progress.ready.fetch_add(readers, Ordering::SeqCst);
+        self.tell(readers)
+    }
+
+    /// Makes the device readable for so many requests.
+    fn tell(&self, requests: u64) -> std::io::Result<()> {
+        if self.counts {
+            self.device.write(requests)?;
+        } else if self.idle.swap(false, Ordering::SeqCst) {
+            self.device.write(1)?;
+        }
+        Ok(())
+    }
+
+    /// What is asked next, if anybody is ready. Only the engine's receiving shard calls it.
+    fn next(self: &Arc<Self>) -> Option<Request> {
+        if self.unopened.load(Ordering::SeqCst) > 0 {
+            self.unopened.fetch_sub(1, Ordering::SeqCst);
+            return self.opens.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        }
+        let ready = |(_, progress): &(Crowd, Progress)| progress.ready.load(Ordering::SeqCst) > 0;
+        let number = self.crowds.iter().position(ready)?;
+        let (crowd, progress) = &self.crowds[number];
+        progress.ready.fetch_sub(1, Ordering::SeqCst);
+        let request = progress.asked.load(Ordering::Relaxed);
+        progress.asked.store(request + 1, Ordering::Relaxed);
+        let (object, start) = crowd.place(request);
+        let ticket = Ticket::new(Arc::clone(self) as Arc<dyn Answer>, (number as u64) << CROWD_SHIFT | self.now_ns());
+        Some(Request::Need(NeedRequest { object, range: start..start + PAGE_BYTES, ticket }))
+    }
+
+    /// Time since the beginning, if it is measured.
+    fn now_ns(&self) -> u64 {
+        self.clock.map_or(0, |clock| u64::try_from(clock.elapsed().as_nanos()).unwrap_or(0))
     }
 }
 
-/// The pump as the engine sees it; tickets need it shared.
+/// See [`Pump::front`].
 struct Front(Arc<Pump>);
 
 impl FrontEnd for Front {
@@ -91,7 +254,9 @@ impl FrontEnd for Front {
     }
 
     fn caps(&self) -> Caps {
-        Caps { align_bytes: PAGE_BYTES, holes_are_absent: true, reopens: true }
+        let holes_are_absent = self.0.holes_are_absent;
+        // Files that are written like cachefiles' descriptors; devices take everything at once.
+        Caps { align_bytes: PAGE_BYTES, holes_are_absent, sinks_block: holes_are_absent, reopens: true }
     }
 
     fn requests(&self) -> BorrowedFd<'_> {
@@ -104,15 +269,13 @@ impl FrontEnd for Front {
             Err(errno) => return Err(FrontError::Broken(errno.into())),
             Ok(_) => {}
         }
-        if self.0.asked.load(Ordering::Relaxed) == 0
-            && let Some(open) = self.0.open.lock().unwrap_or_else(PoisonError::into_inner).take()
-        {
-            return Ok(Some(open));
+        let next = self.0.next();
+        if next.is_some() || self.0.counts {
+            return Ok(next);
         }
-        let token = self.0.asked.fetch_add(1, Ordering::Relaxed);
-        let start = page(token) % PAGES * PAGE_BYTES;
-        let ticket = Ticket::new(Arc::clone(&self.0) as Arc<dyn Answer>, token);
-        Ok(Some(Request::Need(NeedRequest { object: OBJECT, range: start..start + PAGE_BYTES, ticket })))
+        // In this order: who becomes ready after the second look sees that it must wake us.
+        self.0.idle.store(true, Ordering::SeqCst);
+        Ok(self.0.next())
     }
 }
 
@@ -122,110 +285,27 @@ impl Answer for Pump {
             self.step();
             return Ok(true);
         }
+        let number = usize::try_from(token >> CROWD_SHIFT).unwrap_or(0);
+        let (crowd, progress) = &self.crowds[number];
         if outcome != Outcome::Done {
-            self.failed.fetch_add(1, Ordering::Relaxed);
+            progress.failed.fetch_add(1, Ordering::Relaxed);
         }
-        let answered = self.answered.fetch_add(1, Ordering::Relaxed) + 1;
-        // A reader goes on: as many requests wait as before.
-        if answered + DEPTH <= self.requests {
-            self.ask(1)?;
-        } else if answered == self.requests {
+        if self.clock.is_some() {
+            progress.took.record(self.now_ns() - (token & ((1 << CROWD_SHIFT) - 1)));
+        }
+        let answered = progress.answered.fetch_add(1, Ordering::Relaxed) + 1;
+        let requests = crowd.requests.unwrap_or(u64::MAX);
+        if number == 0
+            && let Some(probe) = &self.probe
+        {
+            probe.look(answered, requests);
+        }
+        // The reader goes on: as many requests wait as before.
+        if answered.saturating_add(crowd.readers) <= requests {
+            self.ask(progress, 1)?;
+        } else if answered == requests {
             self.step();
         }
         Ok(true)
     }
-}
-
-/// A store of one blob in memory.
-#[derive(Debug)]
-struct Memory(Arc<dyn Blob>);
-
-impl Store for Memory {
-    fn name(&self) -> &'static str {
-        "memory"
-    }
-
-    fn open(&self, _: &Key) -> std::result::Result<Option<Arc<dyn Blob>>, StoreError> {
-        Ok(Some(Arc::clone(&self.0)))
-    }
-}
-
-fn memory_file(len_bytes: u64) -> Result<OwnedFd> {
-    let fd = memfd_create(c"bench", MFdFlags::MFD_CLOEXEC).trying(|| "cannot make a file in memory")?;
-    let len = i64::try_from(len_bytes).map_err(|_| LabError::Failed("a file too long".into()))?;
-    ftruncate(&fd, len).trying(|| "cannot make a file in memory longer")?;
-    Ok(fd)
-}
-
-/// A source whose pages are there, so that reading it is a copy.
-fn source() -> Result<Arc<dyn Store>> {
-    let fd = memory_file(0)?;
-    let chunk = vec![0xA5; 1 << 20];
-    for n in 0..PAGES * PAGE_BYTES / chunk.len() as u64 {
-        let offset = i64::try_from(n).unwrap_or(i64::MAX) << 20;
-        nix::sys::uio::pwrite(&fd, &chunk, offset).trying(|| "cannot fill a file in memory")?;
-    }
-    let source = SourceFile::new(fd, SourceMode::Buffered).map_err(|e| LabError::Failed(format!("no source in memory: {e:?}")))?;
-    Ok(Arc::new(Memory(Arc::new(FileBlob::new(source)))))
-}
-
-/// As `infill serve` has it, but one shard, and only what is asked: every request has a fill of its own.
-fn settings() -> Settings {
-    Settings {
-        shards: 1,
-        seats: placement::seats(),
-        kind: EngineKind::Auto,
-        window: Window::Fixed(PAGE_BYTES),
-        completion: Completion::default(),
-        slot_bytes: 1 << 20,
-        slots: 16,
-        workers: 8,
-        fd_budget: 1000,
-        open_timeout: Duration::from_secs(10),
-        request_timeout: Duration::from_secs(30),
-        no_room: None,
-        tracer: None,
-        remembered: Arc::default(),
-        leave_rest: false,
-    }
-}
-
-/// Lets an engine answer so many requests (at most [`PAGES`]).
-///
-/// # Errors
-/// The engine cannot be had, a request failed, or the answers do not come.
-pub(super) fn run(requests: u64) -> Result<EngineFigures> {
-    let store = source()?;
-    let requests = requests.min(PAGES);
-    let pump = Pump::new(requests)?;
-    let front: Arc<dyn FrontEnd> = Arc::new(Front(Arc::clone(&pump)));
-    let engine = Engine::start(&front, &store, &settings()).map_err(|e| LabError::Failed(e.to_string()))?;
-    let ticket = Ticket::new(Arc::clone(&pump) as Arc<dyn Answer>, OPEN_TOKEN);
-    let sink = Arc::new(memory_file(PAGES * PAGE_BYTES)?);
-    let open = OpenRequest { object: OBJECT, key: Key::new(b"bench", b"blob"), ticket, sink };
-    *pump.open.lock().unwrap_or_else(PoisonError::into_inner) = Some(Request::Open(open));
-    pump.ask(1).trying(|| "cannot ask")?;
-    pump.wait_for(1)?;
-    let turns = engine.snapshot().turns;
-    let (began, began_cpu_ns) = (Instant::now(), own_cpu_ns()?);
-    pump.ask(DEPTH).trying(|| "cannot ask")?;
-    pump.wait_for(2)?;
-    let (wall_s, cpu_s) = (began.elapsed().as_secs_f64(), (own_cpu_ns()? - began_cpu_ns) as f64 / 1e9);
-    let kind = engine.started().kind.to_owned();
-    let counts = engine.stop(Duration::from_secs(10), || false).map_err(|e| LabError::Failed(e.to_string()))?;
-    let failed = pump.failed.load(Ordering::Relaxed);
-    if failed > 0 {
-        return Err(LabError::Failed(format!("{failed} of {requests} requests failed")));
-    }
-    Ok(EngineFigures {
-        kind,
-        requests,
-        requests_per_s: requests as f64 / wall_s,
-        requests_per_cpu_s: requests as f64 / cpu_s,
-        p50_us: counts.p50_us,
-        p99_us: counts.p99_us,
-        p999_us: counts.p999_us,
-        turns_per_request: (counts.turns - turns) as f64 / requests as f64,
-        operations_per_request: counts.operations as f64 / requests as f64,
-    })
 }

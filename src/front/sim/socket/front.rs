@@ -88,7 +88,7 @@ impl FrontEnd for SocketFront {
     }
 
     fn caps(&self) -> Caps {
-        Caps { align_bytes: ALIGN_BYTES, holes_are_absent: true, reopens: true }
+        Caps { align_bytes: ALIGN_BYTES, holes_are_absent: true, sinks_block: true, reopens: true }
     }
 
     fn requests(&self) -> BorrowedFd<'_> {
