@@ -7,7 +7,7 @@ use infill::lab::bench::engine::{Behind, allocations};
 mod counting;
 
 /// Requests of a run, or as many as fit into memory; the later three quarters are counted.
-const REQUESTS: u64 = 100_000;
+const REQUESTS: u64 = 20_000;
 /// Lists of fills that are ahead of the readers have a bound, but reach it late, and grow by doubling: a few times in all.
 const GROWTHS_MAX: u64 = 8;
 
