@@ -91,7 +91,7 @@ pub(super) struct Parts<I> {
 impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
         let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, no_room, io, buffers } = parts;
-        let (attached, answers, done, picked) = (Vec::new(), Batch::default(), Vec::new(), Vec::new());
+        let (attached, answers, done, picked) = (Vec::new(), Batch::default(), Vec::with_capacity(2 * BATCH_MAX as usize), Vec::new());
         let is_ending = false;
         Self {
             index,
