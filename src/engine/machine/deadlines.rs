@@ -82,8 +82,16 @@ impl<T> Machine<T> {
         self.arrivals.front().and_then(|&(key, _)| self.needs.get(key)).map(|need| need.since_ns)
     }
 
-    /// Operations that were in flight for longer than any request may wait when it was looked at last, at most a
-    /// second ago.
+    /// An operation that began then has ended: it is not stuck any more, if it was counted.
+    pub(super) const fn unstick(&mut self, begun_ns: u64) {
+        let looked_ns = self.look_ns.saturating_sub(LOOK_NS);
+        if self.stuck > 0 && begun_ns < looked_ns.saturating_sub(self.limits.timeout_ns) {
+            self.stuck -= 1;
+        }
+    }
+
+    /// Operations that are in flight and were so for longer than any request may wait when it was looked at last, at most
+    /// a second ago.
     #[must_use]
     pub const fn stuck(&self) -> usize {
         self.stuck

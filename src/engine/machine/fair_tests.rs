@@ -41,13 +41,12 @@ fn fault_request_that_waits_too_long_fails_once_and_its_late_fill_is_used() {
     assert_eq!(driver.machine.stuck(), 12);
     driver.end_all(&(0..0));
     assert_eq!((driver.answers.len(), driver.machine.fill_count(), driver.machine.in_flight()), (40, 0, 0));
+    assert_eq!(driver.machine.stuck(), 0);
     driver.answers.clear();
     needs(&mut driver, 1, 0..20);
     assert_eq!(driver.answers.iter().filter(|answer| answer.1 == Outcome::Done).count(), 12);
     driver.end_all(&(0..0));
     assert!(driver.answers.len() == 20 && driver.answers.iter().all(|answer| answer.1 == Outcome::Done));
-    driver.tick(TIMEOUT + 4_000_000_000);
-    assert_eq!(driver.machine.stuck(), 0);
 }
 
 #[test]

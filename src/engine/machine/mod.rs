@@ -409,7 +409,9 @@ impl<T> Machine<T> {
         if !self.waits_for_room {
             job.fill.give_up_waiting();
         }
-        if self.objects[job.object.0].closed {
+        let (begun_ns, object) = (job.begun_ns, job.object);
+        self.unstick(begun_ns);
+        if self.objects[object.0].closed {
             return self.retire(key, Err(Errno::ECANCELED));
         }
         self.step(key);
