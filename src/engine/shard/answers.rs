@@ -20,11 +20,17 @@ const ANSWERS_MAX: usize = 64;
 pub(in crate::engine) const ANSWER_WAIT_MAX_US: u64 = 100;
 
 /// See the module's description.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Batch {
     answers: Vec<Answered<Ticket>>,
     /// Nothing in it, or about to come into it, has waited since an earlier time.
     since_ns: u64,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { answers: Vec::with_capacity(ANSWERS_MAX), since_ns: 0 }
+    }
 }
 
 impl Batch {
