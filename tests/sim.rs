@@ -123,17 +123,8 @@ fn worst_ratio(readers: u64) -> f64 {
 /// `infill bench engine` measures it with a real ring.
 #[test]
 fn readers_of_a_fast_blob_do_not_notice_a_slow_source() {
-    for readers in 1..=7 {
+    for readers in [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32] {
         let worst = worst_ratio(readers);
         assert!(worst <= 1.5, "{readers} readers wait {worst:.2} times as long");
-    }
-}
-
-/// Readers that want more slots than a slow source leaves wait for each other, but not without a bound.
-#[test]
-fn readers_of_a_fast_blob_keep_slots_beside_a_slow_source() {
-    for readers in [8, 12, 16, 32] {
-        let worst = worst_ratio(readers);
-        assert!(worst <= 2.0, "{readers} readers wait {worst:.2} times as long");
     }
 }

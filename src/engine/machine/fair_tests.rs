@@ -79,7 +79,8 @@ fn fault_hanging_source_leaves_the_others_their_slots_again_and_again() {
             assert_eq!(good.count(), 40, "round {round}");
         }
         driver.tick((round + 1) * TIMEOUT);
-        assert_eq!((driver.machine.pending(), driver.machine.fill_count()), (0, 12), "round {round}");
+        // Of a source that has given nothing yet nobody knows how long it keeps its slots.
+        assert_eq!((driver.machine.pending(), driver.machine.fill_count()), (0, 6), "round {round}");
     }
     let queued: usize = driver.machine.objects.iter().flat_map(|(_, object)| object.queues.iter().map(VecDeque::len)).sum();
     assert!(queued < 200, "{queued} entries are left of fills that are gone");

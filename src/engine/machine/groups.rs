@@ -3,15 +3,24 @@
 //! A source that hangs keeps the slots of its operations, for nobody can take back what the kernel holds. So a group
 //! gets another slot only while it has fewer than [`ALPHA`] times as many as are free: the dynamic threshold by which
 //! network switches share their buffers (Choudhury and Hahne, 1998). One group alone gets three quarters of the slots, and what
-//! hangs leaves the others some. Inside a group objects take turns, fill by fill, so that no long queue starves a short one.
+//! hangs leaves the others some. A group that keeps its slots for much longer than another one that is at work gets fewer: it would gain
+//! little by more, and the other one would lose what they could have done meanwhile. Inside a group objects take turns, fill by fill, so that no long queue starves a short one.
 
 use std::collections::VecDeque;
 
 use super::background::IN_FLIGHT_MAX;
 use super::{Handle, Machine, Object, State};
 
-/// How many times as many slots as are free a group may have.
-const ALPHA: u32 = 3;
+/// How many times as many slots as are free a group may have, in halves: 3.
+const ALPHA_HALVES: u32 = 6;
+/// The same for a slow one: a half.
+const ALPHA_HALVES_SLOW: u32 = 1;
+/// A group is slow beside one that keeps its slots for this part of the time.
+const SLOW_RATIO: u64 = 8;
+/// A group is at work if it gave a slot back so recently.
+const AT_WORK_NS: u64 = 1_000_000_000;
+/// The newest value's part in an average, one in so many as a power of two.
+const AVERAGE_SHIFT: u32 = 3;
 /// Entries of a queue whose fills are gone, beyond as many as there are fills: then they are cleared away.
 const STALE_MAX: usize = 64;
 
@@ -37,6 +46,10 @@ pub(super) struct Group {
     in_use: u32,
     /// Of them, in the background.
     background: u32,
+    /// How long it keeps a slot on the average; 0: not known.
+    held_ns: u64,
+    /// When it last gave one back.
+    freed_ns: u64,
     /// Objects with something to start, by class; they take turns.
     turns: [VecDeque<Handle>; 3],
 }
@@ -45,10 +58,13 @@ pub(super) struct Group {
 pub(super) type Queues = [VecDeque<(usize, u32)>; 2];
 
 impl Group {
-    /// Whether it has something of a class to start and may take one of `free` slots. The last one is for a group
+    /// Whether it has something of a class to start and may take one of `free` slots, if any is limited for being slow, or not
+    /// known not to be, when the quickest one that is at work keeps its slots for so long. The last one is for a group
     /// that has none.
-    fn may_start(&self, class: Class, free: u32) -> bool {
-        let fair = free > 0 && (self.in_use == 0 || free > 1 && self.in_use < ALPHA.saturating_mul(free));
+    fn may_start(&self, class: Class, free: u32, quickest_ns: Option<u64>) -> bool {
+        let is_slow = quickest_ns.is_some_and(|quickest_ns| self.held_ns == 0 || self.held_ns / SLOW_RATIO > quickest_ns);
+        let alpha_halves = if is_slow { ALPHA_HALVES_SLOW } else { ALPHA_HALVES };
+        let fair = free > 0 && (self.in_use == 0 || free > 1 && 2 * self.in_use < alpha_halves.saturating_mul(free));
         fair && self.wants(class)
     }
 
@@ -61,9 +77,13 @@ impl Group {
         self.background += background as u32;
     }
 
-    pub(super) const fn freed_slot(&mut self, background: bool) {
+    pub(super) const fn freed_slot(&mut self, background: bool, started_ns: u64, now_ns: u64) {
         self.in_use -= 1;
         self.background -= background as u32;
+        let held_ns = now_ns.saturating_sub(started_ns);
+        self.held_ns =
+            if self.held_ns == 0 { held_ns } else { self.held_ns - (self.held_ns >> AVERAGE_SHIFT) + (held_ns >> AVERAGE_SHIFT) };
+        self.freed_ns = now_ns;
     }
 }
 
@@ -71,7 +91,7 @@ impl<T> Machine<T> {
     /// Makes an object whose source is on `device` a member of its group.
     pub(super) fn join_group(&mut self, device: u64) -> usize {
         let found = self.groups.iter().find(|(_, group)| group.device == device).map(|(key, _)| key);
-        let new = || Group { device, objects: 0, in_use: 0, background: 0, turns: Default::default() };
+        let new = || Group { device, objects: 0, in_use: 0, background: 0, held_ns: 0, freed_ns: 0, turns: Default::default() };
         let key = found.unwrap_or_else(|| self.groups.insert(new()));
         self.groups[key].objects += 1;
         key
@@ -121,7 +141,9 @@ impl<T> Machine<T> {
     /// The group whose turn it is to start something of a class, if one may.
     fn whose_turn(&mut self, class: Class) -> Option<usize> {
         let free = self.limits.slots - self.in_flight;
-        let mut ready = self.groups.iter().filter(|(_, group)| group.may_start(class, free)).map(|(key, _)| key);
+        let at_work = self.groups.iter().filter(|(_, group)| group.held_ns > 0 && group.freed_ns + AT_WORK_NS > self.now_ns);
+        let quickest_ns = (self.groups.len() > 1).then(|| at_work.map(|(_, group)| group.held_ns).min().unwrap_or(u64::MAX));
+        let mut ready = self.groups.iter().filter(|(_, group)| group.may_start(class, free, quickest_ns)).map(|(key, _)| key);
         let first = ready.next()?;
         let last = self.last_turn;
         self.last_turn = if first > last { first } else { ready.find(|&key| key > last).unwrap_or(first) };

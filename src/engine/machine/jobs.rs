@@ -30,6 +30,7 @@ impl<T> Machine<T> {
             links: NONE,
             background: false,
             begun_ns: self.now_ns,
+            started_ns: self.now_ns,
         };
         let key = self.jobs.insert(job);
         let at = object.jobs.partition_point(|&(start, _)| start < range.start);
@@ -54,6 +55,7 @@ impl<T> Machine<T> {
         if job.fill.needs_slot() {
             job.slot = self.free_slots.pop();
         }
+        job.started_ns = self.now_ns;
         self.in_flight += 1;
         self.groups[self.objects[job.object.0].group].took_slot(job.background);
         self.run(key);
@@ -137,7 +139,7 @@ impl<T> Machine<T> {
         let job = self.jobs.remove(key);
         if job.state != State::Queued {
             self.in_flight -= 1;
-            self.groups[self.objects[job.object.0].group].freed_slot(job.background);
+            self.groups[self.objects[job.object.0].group].freed_slot(job.background, job.started_ns, self.now_ns);
         }
         self.free_slots.extend(job.slot);
     }

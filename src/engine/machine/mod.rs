@@ -126,6 +126,8 @@ struct Job {
     background: bool,
     /// When its last operation was given to the driver.
     begun_ns: u64,
+    /// When it got its slot.
+    started_ns: u64,
 }
 
 #[derive(Debug)]
