@@ -22,7 +22,7 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// it cannot. Not every C library knows it.
 const MADV_COLLAPSE: libc::c_int = 25;
 
-/// What a region lies in, the best first. Huge pages spare the processor look-ups of addresses, and the kernel
+/// What a region lies in. Huge pages spare the processor look-ups of addresses, and the kernel
 /// pages to count in each operation; small ones work as well.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -75,7 +75,9 @@ impl Region {
             Self::map(len.next_multiple_of(usize::try_from(page_bytes()).unwrap_or(HUGE_PAGE_BYTES)), MapFlags::MAP_NORESERVE)?
         } else {
             let len = len.next_multiple_of(HUGE_PAGE_BYTES);
-            Self::reserved(len).map_or_else(|| Self::transparent(len), Ok)?
+            let transparent = Self::transparent(len)?;
+            // Somebody may have reserved the others for a purpose.
+            if transparent.pages == Pages::TransparentHuge { transparent } else { Self::reserved(len).unwrap_or(transparent) }
         };
         region.advise(libc::MADV_DONTFORK);
         Ok(region)

@@ -8,6 +8,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 
+/// `FS_XFLAG_EXTSIZE` (include/uapi/linux/fs.h).
+const EXTSIZE: u32 = 0x800;
 /// `FS_XFLAG_EXTSZINHERIT` (include/uapi/linux/fs.h).
 const EXTSZINHERIT: u32 = 0x1000;
 
@@ -44,6 +46,18 @@ fn attributes(dir: impl AsFd) -> Result<FsXattr, Errno> {
     // SAFETY: the structure is the one that the kernel fills, and lives through the call.
     unsafe { sys::get(dir.as_fd().as_raw_fd(), &raw mut attributes) }?;
     Ok(attributes)
+}
+
+/// Frees a new and empty file from the hint of its directory: it takes its space as it needs it.
+///
+/// # Errors
+/// The file system knows no such hint, or the file has data.
+pub fn unhint(file: impl AsFd) -> Result<(), Errno> {
+    let mut attributes = attributes(&file)?;
+    attributes.xflags &= !EXTSIZE;
+    attributes.extsize = 0;
+    // SAFETY: the structure is the one that the kernel reads, and lives through the call.
+    unsafe { sys::set(file.as_fd().as_raw_fd(), &raw const attributes) }.map(drop)
 }
 
 /// Makes what will be created below an open directory take its space in pieces of `bytes`.

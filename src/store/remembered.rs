@@ -21,6 +21,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use super::{FileIdentity, Identity};
 use crate::key::Key;
+use crate::ops::extsize;
 
 /// The file's name in the cache directory.
 pub const FILE: &str = "blobs.seen";
@@ -257,6 +258,10 @@ fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     let found = file.metadata()?;
     if !found.is_file() || found.nlink() != 1 {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a file of its own; remove it"));
+    }
+    if found.len() == 0 {
+        // On XFS it would take as large a piece of the disk as each of the cache's files; elsewhere there is no such hint.
+        let _ = extsize::unhint(&file);
     }
     Ok(file)
 }
