@@ -63,7 +63,7 @@ pub struct Options {
     #[arg(long, value_name = "SIZE", env = "INFILL_CACHE_BYTES")]
     pub(super) cache_bytes: Option<Bytes>,
     /// On XFS, the pieces in which cache files take their space: a power of two. Small ones make blobs that are read here
-    /// and there slow to read again; large ones waste space where there are many small blobs [default: 1M, or what the
+    /// and there slow to read again; large ones waste space where there are many small blobs [default: 2M, or what the
     /// cache directory has]
     #[arg(long, value_name = "SIZE", env = "INFILL_XFS_EXTENT")]
     pub(super) xfs_extent: Option<Bytes>,

@@ -74,7 +74,7 @@ fn fault_hanging_source_fails_its_readers_in_time_and_no_other() {
         std::thread::sleep(TIMEOUT / 20);
     }
     assert!((0..20).all(|n| kernel.answers.of(100 + n) == LATE));
-    wait_until(|| engine.snapshot().stuck == 3);
+    wait_until(|| engine.snapshot().stuck == 2);
     let snapshot = engine.snapshot();
     assert_eq!((snapshot.needs_timed_out, snapshot.pending, snapshot.oldest_ms), (20, 0, 0));
     let mut got = vec![0; 24 * 4096];

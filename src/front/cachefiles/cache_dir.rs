@@ -37,7 +37,7 @@ pub(super) const XFS_MAGIC: u32 = 0x5846_5342;
 /// `BTRFS_SUPER_MAGIC`.
 pub(super) const BTRFS_MAGIC: u32 = 0x9123_683e;
 /// Size of the pieces in which a cache file takes its space on XFS.
-pub const EXTENT_BYTES: u32 = 1 << 20;
+pub const EXTENT_BYTES: u32 = 2 << 20;
 
 /// Below [`CACHE`] are volumes, and in them the directories that hold the files.
 const VOLUME_LEVELS: u32 = 2;

@@ -246,7 +246,7 @@ mod tests {
         );
         let found = judge_hints(&[(Some(EXTENT_BYTES), top.clone()), (Some(4096), below.clone())], EXTENT_BYTES);
         assert_eq!(found.status, Status::Warn);
-        assert!(found.remedy.starts_with("xfs_io -c 'extsize 1048576' /c/cache ("), "{}", found.remedy);
+        assert!(found.remedy.starts_with("xfs_io -c 'extsize 2097152' /c/cache ("), "{}", found.remedy);
         let found = judge_hints(&[(None, top), (None, below)], EXTENT_BYTES);
         assert!(found.found.starts_with("/c has no extent size hint") && found.remedy.contains("/c /c/cache ("), "{found:?}");
     }
