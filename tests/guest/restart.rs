@@ -435,9 +435,9 @@ fn other_limits(guest: &mut Guest) -> Outcome {
     let mounts = names.iter().map(|name| guest.mount(&options(name))).collect::<Result<Vec<_>>>()?;
     guest.kill()?;
 
-    // Enough for the one, and not for the other limits.
+    // Enough for the one, and not for the other limits; on XFS the objects give back a few percent when they are closed.
     let ballast = Ballast::new()?;
-    ballast.leave(50 * percent()?, Full::Stop)?;
+    ballast.leave(40 * percent()?, Full::Stop)?;
     let budget = format!("--fd-budget={FD_BUDGET}");
     let others = guest.serve_arguments(&["--keep=keeper", "--bstop=1", "--bcull=60", "--brun=70", &budget]);
     guest.serve_with(&others)?;
