@@ -98,6 +98,7 @@ impl Opener {
                 self.finish(pending, found);
             }
             self.remembered.sync(SYNC_PAUSE);
+            self.opens.ready();
         }
         self.remembered.sync(Duration::ZERO);
     }

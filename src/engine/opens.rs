@@ -63,8 +63,10 @@ struct State {
     later: Vec<(Instant, Pending)>,
     /// What a thread is looking up; `None`: it took too long and was refused.
     running: Slab<Option<Pending>>,
-    idle: usize,
+    /// Threads, also those that are about to start.
     threads: usize,
+    /// Of them, those that have taken an open and are not ready for another one.
+    busy: usize,
     no_threads_before: Option<Instant>,
     ended: bool,
 }
@@ -99,12 +101,17 @@ impl State {
         deadlines.chain(self.later.iter().map(|(at, open)| open.deadline.min(*at))).chain(spawn).min()
     }
 
+    /// Threads that wait for work, or will when they have started.
+    const fn idle(&self) -> usize {
+        self.threads - self.busy
+    }
+
     /// Threads that are missing so that everything queued is looked up at once.
     fn missing_threads(&self, now: Instant) -> usize {
         if self.no_threads_before.is_some_and(|at| now < at) {
             return 0;
         }
-        self.queued.len().saturating_sub(self.idle).min(OPENERS_MAX.saturating_sub(self.threads))
+        self.queued.len().saturating_sub(self.idle()).min(OPENERS_MAX.saturating_sub(self.threads))
     }
 }
 
@@ -131,20 +138,24 @@ impl Opens {
         Ok(())
     }
 
-    /// The next open to look up, for a thread that does that: its place and its key. `None`: the thread is not
-    /// needed any more.
+    /// The next open to look up, for a thread that does that: its place and its key. When all is done about it, the thread
+    /// is [`Opens::ready`] again. `None`: it is not needed any more.
     pub(super) fn take(&self) -> Option<(usize, Key)> {
-        let mut state = self.lock();
-        state.idle += 1;
+        let state = self.lock();
         let wait = |state: &mut State| state.queued.is_empty() && !state.ended;
         let (mut state, _) = self.work.wait_timeout_while(state, IDLE_MAX, wait).unwrap_or_else(PoisonError::into_inner);
-        state.idle -= 1;
         let Some(pending) = state.queued.pop_front() else {
             state.threads -= 1;
             return None;
         };
+        state.busy += 1;
         let key = pending.open.key.clone();
         Some((state.running.insert(Some(pending)), key))
+    }
+
+    /// A thread has done all about the open that it took.
+    pub(super) fn ready(&self) {
+        self.lock().busy -= 1;
     }
 
     /// The lookup of the open at `place` came to an end. `None`: it was refused meanwhile.
@@ -185,7 +196,7 @@ impl Opens {
                 return News { overdue, threads, ended: state.ended };
             }
             // What became due goes to whoever is idle.
-            (0..state.queued.len().min(state.idle)).for_each(|_| self.work.notify_one());
+            (0..state.queued.len().min(state.idle())).for_each(|_| self.work.notify_one());
             let until = state.next_event(now).map(|at| at.saturating_duration_since(now));
             state = match until {
                 Some(timeout) => self.news.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0,
@@ -207,4 +218,47 @@ fn drain(state: &mut State) -> Vec<Pending> {
     let mut rest: Vec<_> = std::mem::take(&mut state.queued).into();
     rest.extend(std::mem::take(&mut state.later).into_iter().map(|(_, open)| open));
     rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fds::Budget;
+    use super::*;
+    use crate::front::{Answer, ObjectId, Outcome, Ticket};
+    use std::sync::Arc;
+
+    struct Nobody;
+
+    impl Answer for Nobody {
+        fn answer(&self, _: u64, _: Outcome) -> std::io::Result<bool> {
+            Ok(true)
+        }
+    }
+
+    /// It takes its open some time after it was wanted, and who watches looks again at once.
+    #[test]
+    fn a_thread_that_is_about_to_start_is_not_started_twice() {
+        let (opens, budget) = (Opens::new(Duration::from_millis(300)), Budget::new(100));
+        let push = |token| {
+            let ticket = Ticket::new(Arc::new(Nobody) as Arc<dyn Answer>, token);
+            let sink = Arc::new(tempfile::tempfile().unwrap());
+            let open = OpenRequest { object: ObjectId(1), key: Key::new(b"dom", b"blob"), ticket, sink };
+            opens.push(open, budget.charge_open()).unwrap();
+        };
+        push(1);
+        push(2);
+        assert_eq!(opens.watch().threads, 2);
+        push(3);
+        assert_eq!(opens.watch().threads, 1);
+        let (place, _) = opens.take().unwrap();
+        let taken = opens.give_back(place).unwrap();
+        opens.ready();
+        // Two are left for three threads; the next thing that happens is that they have had their time.
+        let News { threads, mut overdue, .. } = opens.watch();
+        assert_eq!((threads, overdue.len()), (0, 2));
+        overdue.push(taken);
+        for pending in overdue {
+            pending.open.ticket.answer(Outcome::Done).unwrap();
+        }
+    }
 }
