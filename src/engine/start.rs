@@ -25,7 +25,7 @@ use super::router::{BATCH_MAX, Router, owner};
 use super::shard::{Intake, Parts, Shard};
 use super::stats::Snapshot;
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
-use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, ObjectId, OpenRequest, Outcome};
+use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, OpenRequest, Outcome};
 use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
@@ -155,6 +155,16 @@ impl Engine {
             Shared::count(&self.shared.opens_failed);
             // Who asked hears of it by the answer, whatever becomes of that.
             let _ = open.ticket.answer(Outcome::Failed(errno));
+        }
+    }
+
+    /// Has data brought of an object that was opened with [`Engine::open`]; its ticket is answered in any case.
+    pub fn need(&self, need: NeedRequest) {
+        let owner = self.owner(need.object);
+        let refused = self.mailboxes[owner].send(Message::Need(need, self.shared.clock.now_ns()));
+        // The shard has ended.
+        if let Err(Message::Need(need, _)) = refused {
+            let _ = need.ticket.answer(Outcome::Failed(Errno::ECANCELED));
         }
     }
 

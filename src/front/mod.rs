@@ -5,6 +5,7 @@
 //! between the two, so a second kernel interface is a second implementation of [`FrontEnd`].
 
 pub mod cachefiles;
+pub mod fanotify;
 pub mod sim;
 
 use std::fmt;
