@@ -200,6 +200,7 @@ pub fn boot_id() -> io::Result<String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
 mod tests {
     use super::*;
     use crate::engine::presence::PageSet;
