@@ -76,18 +76,21 @@ impl Host {
 
     /// Serves, mounts, and unmounts behind `use_it`.
     fn mounted(&self, kind: EngineKind, shards: usize, use_it: impl FnOnce(&Path, &Engine)) {
-        let blobs = Blobs::new(&self.dir.path().join("cache"), shards).unwrap();
+        let blobs = Arc::new(Blobs::new(&self.dir.path().join("cache"), shards).unwrap());
         let engine = Engine::start_all(&blobs.fronts(), &self.store, &settings(kind, shards)).unwrap();
         let attach = |name: &str, whole| {
             let key = Key::new(b"dom", name.as_bytes());
-            blobs.attach(&engine, &*self.store, &key, whole, PATIENCE).unwrap()
+            blobs.attach(&engine.entry(), &*self.store, &key, whole, PATIENCE).unwrap()
         };
         let (image, blob) = (attach(demo::IMAGE, true), attach(demo::BLOB, false));
-        assert!(image.map().is_full());
-        let source = Source { image: image.path().to_owned(), devices: vec![blob.path().to_owned()], direct: false };
+        assert!(image.file().map().is_full());
+        let source = Source { image: image.file().path().to_owned(), devices: vec![blob.file().path().to_owned()], direct: false };
         mount::mount(&source, &self.at()).unwrap();
+        drop((image, blob));
+        assert_eq!(blobs.release(&engine.entry()), 0, "they are mounted");
         use_it(&self.at(), &engine);
         nix::mount::umount(&self.at()).unwrap();
+        assert_eq!(blobs.release(&engine.entry()), 2, "they are not mounted any more");
         let snapshot = engine.stop(PATIENCE, || false).unwrap();
         println!("{}", serde_json::to_string(&snapshot).unwrap());
         assert_eq!((snapshot.needs_failed, snapshot.unanswered), (0, 0));

@@ -22,6 +22,7 @@ pub mod blocking;
 pub mod buffers;
 mod clock;
 mod edges;
+mod entry;
 pub mod fds;
 pub mod fill;
 pub mod io;
@@ -57,6 +58,7 @@ use self::stats::{ShardStats, Snapshot};
 use crate::front::{FrontError, left_tickets, unanswered_tickets};
 use crate::store::remembered::Remembered;
 
+pub use self::entry::Entry;
 pub use self::opens::OPENERS_MAX;
 pub use self::start::{Engine, Started};
 

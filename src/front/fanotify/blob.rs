@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,6 +27,7 @@ pub struct BlobFile {
     /// Who is asked for it, when it is served.
     group: Arc<Inner>,
     object: ObjectId,
+    len_bytes: u64,
 }
 
 impl BlobFile {
@@ -45,7 +46,7 @@ impl BlobFile {
             file.set_len(0)?;
         }
         let map = PresenceMap::open(map, len_bytes, boot_id)?;
-        Ok(Self { path, file, map, group: group.inner(), object })
+        Ok(Self { path, file, map, group: group.inner(), object, len_bytes })
     }
 
     /// Gives the file its length.
@@ -68,10 +69,32 @@ impl BlobFile {
         self.object
     }
 
+    /// Length of the blob.
+    #[must_use]
+    pub const fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
     /// What is in it.
     #[must_use]
     pub const fn map(&self) -> &PresenceMap {
         &self.map
+    }
+
+    /// Whether nobody but us has the file open: no mount of it is left anywhere, in no namespace, and no event of it is
+    /// under way. (Only such a file can be leased for writing: `check_conflicting_open`, fs/locks.c.)
+    #[must_use]
+    pub fn is_unused(&self) -> bool {
+        let lease = |kind: libc::c_int| {
+            // SAFETY: the descriptor is open as long as `self`; the argument is a plain number.
+            Errno::result(unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_SETLEASE, kind) })
+        };
+        lease(libc::F_WRLCK).is_ok() && lease(libc::F_UNLCK).is_ok()
+    }
+
+    /// The kernel asks for it no more: when it [`BlobFile::is_unused`], or could not be served.
+    pub fn unwatch(&self) {
+        self.group.forget(self.file.as_fd(), self.object);
     }
 
     /// Makes durable what it holds. `false`: there was nothing to do.
@@ -80,13 +103,6 @@ impl BlobFile {
     /// The disk.
     pub fn save(&self) -> io::Result<bool> {
         self.map.save(&self.file)
-    }
-}
-
-impl Drop for BlobFile {
-    /// Its last user is gone: nobody can answer for it any more.
-    fn drop(&mut self) {
-        self.group.forget(self.file.as_fd());
     }
 }
 

@@ -5,8 +5,10 @@
 //! that no other event gets the same name.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -21,6 +23,9 @@ use crate::range::{ByteRange, align_up};
 /// Events that one read gives at most.
 #[expect(clippy::cast_possible_truncation, reason = "a few")]
 const EVENTS_PER_READ: u32 = (MESSAGE_MAX_BYTES / wire::EVENT_BYTES) as u32;
+
+/// A file that is made and removed again to see what the kernel does with it.
+const PROBE_FILE: &str = ".probe";
 
 /// A file, by its number and its file system's: what an event's descriptor says of itself.
 type Inode = (u64, u64);
@@ -71,7 +76,19 @@ impl Group {
     /// `EOPNOTSUPP`: its file system has no such events; `EINVAL`: the kernel has none (before Linux 6.14).
     pub fn mark(&self, file: BorrowedFd<'_>, object: ObjectId, len_bytes: u64) -> Result<(), Errno> {
         self.0.objects().insert(inode(file)?, Known { object, len_bytes: align_up(len_bytes, PAGE_BYTES), complete: false });
-        self.0.set_mark(MarkFlags::FAN_MARK_ADD, file).inspect_err(|_| self.0.forget(file))
+        self.0.set_mark(MarkFlags::FAN_MARK_ADD, file).inspect_err(|_| self.0.forget(file, object))
+    }
+
+    /// Whether the kernel would watch a file in `dir`, by trying.
+    ///
+    /// # Errors
+    /// No file can be made there.
+    pub fn can_watch(&self, dir: &Path) -> io::Result<Result<(), Errno>> {
+        let path = dir.join(PROBE_FILE);
+        let file = File::create(&path)?;
+        let watched = self.mark(file.as_fd(), ObjectId(0), 0);
+        self.0.forget(file.as_fd(), ObjectId(0));
+        std::fs::remove_file(&path).map(|()| watched)
     }
 
     /// What tickets and sinks hold of it.
@@ -90,17 +107,19 @@ impl Inner {
         self.set_mark(MarkFlags::FAN_MARK_REMOVE, file)
     }
 
-    /// A file that nobody reads any more is no object.
-    pub(super) fn forget(&self, file: BorrowedFd<'_>) {
-        // There is none on a file that is complete.
-        let _ = self.set_mark(MarkFlags::FAN_MARK_REMOVE, file);
-        if let Ok(inode) = inode(file) {
-            self.objects().remove(&inode);
+    /// A file that nobody reads any more is no object, if it is this one still.
+    pub(super) fn forget(&self, file: BorrowedFd<'_>, object: ObjectId) {
+        let Ok(inode) = inode(file) else { return };
+        let mut objects = self.objects();
+        if objects.get(&inode).is_some_and(|known| known.object == object) {
+            objects.remove(&inode);
+            // There is none on a file that is complete.
+            let _ = self.set_mark(MarkFlags::FAN_MARK_REMOVE, file);
         }
     }
 
     fn set_mark(&self, flags: MarkFlags, file: BorrowedFd<'_>) -> Result<(), Errno> {
-        self.fanotify.mark(flags, MaskFlags::from_bits_retain(wire::PRE_ACCESS), file, None::<&std::path::Path>)
+        self.fanotify.mark(flags, MaskFlags::from_bits_retain(wire::PRE_ACCESS), file, None::<&Path>)
     }
 
     fn objects(&self) -> MutexGuard<'_, HashMap<Inode, Known>> {
