@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use infill::lab::bench::Findings;
 use infill::lab::bench::restart::Storm;
 use infill::lab::tree::{Content, Entry, Manifest};
 use infill::ops::passing;

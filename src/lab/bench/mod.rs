@@ -49,6 +49,7 @@ pub mod targets;
 
 use std::collections::BTreeMap;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::disk::CacheFs;
@@ -76,6 +77,14 @@ pub const MOUNT_DIR: &str = "/mnt";
 pub const MANY: usize = 8;
 /// The line with this beginning ends with the cell's result.
 const RESULT_MARK: &str = "lab: result ";
+
+/// What a bench that is done inside a guest finds; as JSON it comes out of there.
+pub trait Findings: Serialize + DeserializeOwned {
+    /// Whether it is as it should be.
+    fn is_good(&self) -> bool;
+    /// It in words.
+    fn table(&self) -> String;
+}
 
 /// What is read, and by how many.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum, Serialize, Deserialize)]
