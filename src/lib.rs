@@ -10,7 +10,7 @@
 //! | `image` | EROFS images as they lie on disk |
 //! | `ops`, `config`, `cli` | the host, the settings, the verbs |
 //! | `lab` | real kernels in virtual machines, for the demo, the tests and the benchmarks |
-//! | `key`, `range` | words that all of them use |
+//! | `key`, `range`, `hex` | words that all of them use |
 //!
 //! The way of one request, file by file, is drawn in docs/architecture.md.
 
@@ -18,6 +18,7 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod front;
+pub mod hex;
 pub mod image;
 pub mod key;
 pub mod lab;
