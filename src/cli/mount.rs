@@ -122,9 +122,7 @@ impl Report {
             }
         };
         let remembered = Remembered::open(&cache_dir);
-        let own = image.keys(&[]);
-        let named = own.first().map(|key| devices_of(&stores, key)).unwrap_or_default();
-        for key in image.keys(&named) {
+        for key in image.keys(&devices_of(&stores, &image.key())) {
             let seeding = seed_key(&stores, &cache_dir, &remembered, &key);
             match seeding.fate {
                 Fate::Seeded | Fate::AlreadyThere => {
