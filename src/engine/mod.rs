@@ -45,7 +45,7 @@ pub mod stats;
 pub mod trace;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -142,8 +142,8 @@ struct Shared {
     bells: Vec<Arc<Bell>>,
     /// Take nothing new.
     stopping: AtomicBool,
-    /// The receiving shard has handed on everything it will ever hand on.
-    received_all: AtomicBool,
+    /// Shards that may still hand something on that they received.
+    receivers: AtomicUsize,
     /// Fail what is left.
     out_of_time: AtomicBool,
     /// Do not fail it: another daemon gets it.
@@ -169,7 +169,7 @@ impl Shared {
             shards: bells.iter().map(|_| ShardStats::default()).collect(),
             bells,
             stopping: AtomicBool::new(false),
-            received_all: AtomicBool::new(false),
+            receivers: AtomicUsize::new(0),
             out_of_time: AtomicBool::new(false),
             leaves_rest: AtomicBool::new(false),
             look_again: AtomicBool::new(false),
@@ -189,7 +189,7 @@ impl Shared {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Makes the receiving shard read from the front end once more.
+    /// Makes the first receiving shard read from the front end once more.
     fn look_again(&self) {
         self.look_again.store(true, Ordering::Release);
         self.bells[0].wake();

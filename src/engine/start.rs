@@ -7,23 +7,25 @@ use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+
 use super::blocking::Blocking;
 use super::buffers::{Buffers, Pages};
 use super::clock::Clock;
 use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
 use super::machine::{Limits, Machine};
-use super::mailbox::{Inbox, Mailbox};
+use super::mailbox::{Inbox, Mailbox, Message};
 use super::null::Null;
 use super::opener::Opener;
 use super::opens::Opens;
 use super::placement::{self, Seat};
 use super::ring::{self, Ring};
-use super::router::{BATCH_MAX, Router};
+use super::router::{BATCH_MAX, Router, owner};
 use super::shard::{Intake, Parts, Shard};
 use super::stats::Snapshot;
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
-use crate::front::{FrontEnd, MESSAGE_MAX_BYTES};
+use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, OpenRequest, Outcome};
 use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
@@ -40,6 +42,8 @@ type ShardThread = JoinHandle<Result<(), EngineError>>;
 pub struct Engine {
     shared: Arc<Shared>,
     shards: Vec<ShardThread>,
+    mailboxes: Vec<Mailbox>,
+    opens: Arc<Opens>,
     started: Started,
 }
 
@@ -61,8 +65,9 @@ struct Plan {
     index: usize,
     seat: Option<Seat>,
     settings: Settings,
-    front: Arc<dyn FrontEnd>,
-    router: Option<Router>,
+    caps: Caps,
+    /// What it receives from, if it does.
+    source: Option<(Arc<dyn FrontEnd>, Router)>,
     shared: Arc<Shared>,
     clock: Clock,
     inbox: Inbox,
@@ -75,14 +80,28 @@ impl Engine {
     /// # Errors
     /// No ring where the settings want one; no threads, memory or descriptors.
     pub fn start(front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, settings: &Settings) -> Result<Self, EngineError> {
+        Self::start_all(std::slice::from_ref(front), store, settings)
+    }
+
+    /// Starts serving several sources of requests of one kind from `store`. There are at least as many shards as sources, and
+    /// each source is read by the shard of its place, which owns the objects whose requests come from there
+    /// ([`Engine::owner`]).
+    ///
+    /// # Errors
+    /// As [`Engine::start`]; no source at all.
+    pub fn start_all(fronts: &[Arc<dyn FrontEnd>], store: &Arc<dyn Store>, settings: &Settings) -> Result<Self, EngineError> {
+        let none = || EngineError::Resources(std::io::ErrorKind::InvalidInput.into());
+        let caps = fronts.first().ok_or_else(none)?.caps();
         let clock = Clock::start();
         let mut pairs = Vec::new();
-        for _ in 0..settings.shards.max(1) {
+        for _ in 0..settings.shards.max(fronts.len()) {
             pairs.push(Inbox::pair().map_err(EngineError::Resources)?);
         }
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
-        let shared = Arc::new(Shared::new(clock, bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
+        let budget = Budget::new(settings.fd_budget, caps.needs_hold_fds);
+        let shared = Arc::new(Shared::new(clock, bells, budget).map_err(EngineError::Resources)?);
+        shared.receivers.store(fronts.len(), Ordering::Release);
         shared.leaves_rest.store(settings.leave_rest, Ordering::Release);
         let opens = Arc::new(Opens::new(settings.open_timeout));
         let opener = Opener {
@@ -94,24 +113,66 @@ impl Engine {
         };
         opener.start()?;
         let (evictor, offers) = Evictor::new(Arc::clone(&shared));
-        let router = Router::new(Arc::clone(&shared), clock, mailboxes, Arc::clone(&opens), evictor);
-        let plan = |index, inbox, router| Plan {
+        let mut evictor = Some(evictor);
+        let mut plan = |(index, inbox): (usize, Inbox)| Plan {
             index,
             seat: settings.seats.get(index % settings.seats.len().max(1)).cloned(),
             settings: settings.clone(),
-            front: Arc::clone(front),
-            router,
+            caps,
+            source: fronts.get(index).map(|front| {
+                let router = Router::new(index, Arc::clone(&shared), clock, mailboxes.clone(), Arc::clone(&opens), evictor.take());
+                (Arc::clone(front), router)
+            }),
             shared: Arc::clone(&shared),
             clock,
             inbox,
             offers: offers.clone(),
         };
-        let started = start_shards(inboxes, router, plan).inspect_err(|_| {
+        let plans = inboxes.into_iter().enumerate().map(&mut plan).collect();
+        let started = start_shards(plans).inspect_err(|_| {
             shared.abandon();
             opens.end();
         });
         let (shards, started) = started?;
-        Ok(Self { shared, shards, started })
+        Ok(Self { shared, shards, mailboxes, opens, started })
+    }
+
+    /// The shard that owns an object, and so the place of the source of its requests.
+    #[must_use]
+    pub fn owner(&self, object: ObjectId) -> usize {
+        owner(object, self.shards.len())
+    }
+
+    /// Opens an object that somebody else than the kernel wants open: as if the front end had said so. Its ticket is
+    /// answered in any case.
+    pub fn open(&self, open: OpenRequest) {
+        Shared::count(&self.shared.opens);
+        let refused = match self.shared.budget.has_room_for_open() {
+            false => Some((open, Errno::ENFILE)),
+            true => self.opens.push(open, self.shared.budget.charge_open()).err().map(|(open, _)| (open, Errno::EAGAIN)),
+        };
+        if let Some((open, errno)) = refused {
+            Shared::count(&self.shared.opens_failed);
+            // Who asked hears of it by the answer, whatever becomes of that.
+            let _ = open.ticket.answer(Outcome::Failed(errno));
+        }
+    }
+
+    /// Has data brought of an object that was opened with [`Engine::open`]; its ticket is answered in any case.
+    pub fn need(&self, need: NeedRequest) {
+        let owner = self.owner(need.object);
+        let refused = self.mailboxes[owner].send(Message::Need(need, self.shared.clock.now_ns()));
+        // The shard has ended.
+        if let Err(Message::Need(need, _)) = refused {
+            let _ = need.ticket.answer(Outcome::Failed(Errno::ECANCELED));
+        }
+    }
+
+    /// Closes an object that was opened with [`Engine::open`].
+    pub fn close(&self, object: ObjectId) {
+        Shared::count(&self.shared.closes);
+        // A shard that has ended has closed all of its objects.
+        drop(self.mailboxes[self.owner(object)].send(Message::Close(object)));
     }
 
     /// What it is.
@@ -178,41 +239,38 @@ impl Engine {
 impl Shared {
     /// Ends all shards at once, when not all of them could be started.
     fn abandon(&self) {
-        for flag in [&self.stopping, &self.received_all, &self.out_of_time] {
+        for flag in [&self.stopping, &self.out_of_time] {
             flag.store(true, Ordering::Release);
         }
+        self.receivers.store(0, Ordering::Release);
         self.wake_all();
     }
 }
 
-/// Starts a shard for each inbox. The first, which reads the kernel's requests, only when all others stand: a start that
-/// fails has taken nothing from the kernel, and the next daemon finds all of it.
-fn start_shards(
-    inboxes: Vec<Inbox>,
-    router: Router,
-    plan: impl Fn(usize, Inbox, Option<Router>) -> Plan,
-) -> Result<(Vec<ShardThread>, Started), EngineError> {
-    let mut inboxes = inboxes.into_iter().enumerate();
-    let first = inboxes.next().map(|(index, inbox)| plan(index, inbox, Some(router)));
-    let (others, mut started) = stand(inboxes.map(|(index, inbox)| plan(index, inbox, None)))?;
-    let (first, its) = stand(first.into_iter())?;
-    started.extend(its);
-    let shards: Vec<_> = first.into_iter().chain(others).collect();
+/// Starts the shards. Those that read the kernel's requests come last, the first of all at the end: a start that fails has
+/// as a rule taken nothing from the kernel, and the next daemon finds all of it.
+fn start_shards(mut plans: Vec<Plan>) -> Result<(Vec<ShardThread>, Started), EngineError> {
+    plans.reverse();
+    let (mut shards, mut started) = (Vec::new(), Vec::new());
+    for plan in plans {
+        let (shard, its) = stand(plan)?;
+        shards.push(shard);
+        started.push(its);
+    }
+    shards.reverse();
     let (count, pages) = (shards.len(), started.iter().map(|shard| shard.pages).max());
     // There is one at least.
     let last = started.pop().zip(pages).ok_or_else(|| EngineError::Resources(std::io::ErrorKind::InvalidInput.into()));
     last.map(|(shard, pages)| (shards, Started { shards: count, pages, ..shard }))
 }
 
-/// Starts shards, and waits until each has said how it was made.
-fn stand(plans: impl Iterator<Item = Plan>) -> Result<(Vec<ShardThread>, Vec<Started>), EngineError> {
+/// Starts a shard, and waits until it has said how it was made.
+fn stand(plan: Plan) -> Result<(ShardThread, Started), EngineError> {
     let (report, reports) = sync_channel(1);
-    let shards = plans.map(|plan| plan.spawn(report.clone())).collect::<Result<Vec<_>, _>>()?;
-    // If a thread dies without a word, there is nobody left who could say something.
-    drop(report);
+    let shard = plan.spawn(report)?;
+    // A thread that dies without a word drops its end.
     let died = |_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into());
-    let started = shards.iter().map(|_| reports.recv().map_err(died)?).collect::<Result<_, _>>()?;
-    Ok((shards, started))
+    Ok((shard, reports.recv().map_err(died)??))
 }
 
 impl Plan {
@@ -265,12 +323,12 @@ impl Plan {
         }
         let Settings { slots: depth, workers, .. } = self.settings;
         let near = self.seat.as_ref().map_or(&[][..], |seat| &seat.near);
-        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near, sinks_block: self.front.caps().sinks_block };
+        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near, sinks_block: self.caps.sinks_block };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 
     fn watch(&self) -> Watch<'_> {
-        Watch { requests: self.router.as_ref().map(|_| self.front.requests()), wake: self.inbox.fd() }
+        Watch { requests: self.source.as_ref().map(|(front, _)| front.requests()), wake: self.inbox.fd() }
     }
 
     fn serve_blocking(
@@ -296,12 +354,12 @@ impl Plan {
         buffers: Buffers,
         threads: Option<u32>,
     ) -> Result<(), EngineError> {
-        let intake = match self.router.map(|router| (router, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
+        let intake = match self.source.map(|source| (source, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
             None => None,
-            Some((router, Ok(messages))) => Some(Intake { front: Arc::clone(&self.front), router, messages }),
+            Some(((front, router), Ok(messages))) => Some(Intake { front, router, messages }),
             Some((_, Err(error))) => return drop_report(report, EngineError::Resources(error)),
         };
-        let caps = self.front.caps();
+        let caps = self.caps;
         let limits = Limits {
             page_bytes: caps.align_bytes,
             fill_max_bytes: self.settings.slot_bytes,

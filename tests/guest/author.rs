@@ -42,12 +42,14 @@ impl FrontEnd for Holding {
         self.device.requests()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
-        let request = self.device.parse(read)?;
-        if let Some(Request::Open(open)) = &request {
-            self.sinks.lock().map_err(|_| FrontError::Malformed("a thread died".to_owned()))?.push(Arc::clone(&open.sink));
-        }
-        Ok(request)
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+        let found = self.device.parse(read, requests)?;
+        let mut sinks = self.sinks.lock().map_err(|_| FrontError::Malformed("a thread died".to_owned()))?;
+        sinks.extend(requests.iter().filter_map(|request| match request {
+            Request::Open(open) => Some(Arc::clone(&open.sink)),
+            _ => None,
+        }));
+        Ok(found)
     }
 
     fn settle(&self) -> bool {
