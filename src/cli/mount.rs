@@ -175,8 +175,7 @@ impl Report {
             }
         };
         let remembered = Remembered::open(&cache_dir);
-        let own = image.keys(&[]);
-        let named = own.first().and_then(|key| stores.open(key).ok().flatten()).map(|image| devices::names_of(&*image)).unwrap_or_default();
+        let named = stores.open(&image.key()).ok().flatten().map(|image| devices::names_of(&*image)).unwrap_or_default();
         for key in image.keys(&named) {
             let seeding = seed_key(&stores, &cache_dir, &remembered, &key);
             match seeding.fate {

@@ -112,6 +112,14 @@ pub enum AttachError {
     /// No store has it.
     #[error("no store has the blob {0}; look at the stores that infill was started with")]
     NotFound(Key),
+    /// It does not say which blobs its devices are.
+    #[error("the image {image} has {devices} devices, and does not name all of them; say which blobs they are, in order, with --device")]
+    Nameless {
+        /// Which image.
+        image: String,
+        /// How many it has.
+        devices: usize,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),

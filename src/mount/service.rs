@@ -102,11 +102,12 @@ impl Service {
     /// # Errors
     /// See [`AttachError`].
     pub fn attach(&self, image: &Image) -> Result<(Prepared, Vec<Pinned>), AttachError> {
-        let own = image.keys(&[]);
-        let named = match own.first() {
-            None => Vec::new(),
-            Some(key) => devices::names_of(&*self.store.open(key)?.ok_or_else(|| AttachError::NotFound(key.clone()))?),
-        };
+        let own = image.key();
+        let found = self.store.open(&own)?.ok_or(AttachError::NotFound(own))?;
+        let named = devices::names_of(&*found);
+        if image.devices.is_empty() && named.iter().any(Vec::is_empty) {
+            return Err(AttachError::Nameless { image: image.name.clone(), devices: named.len() });
+        }
         let pin = |(at, key): (usize, &Key)| self.blobs.attach(&self.entry, &*self.store, key, at == 0, self.patience);
         let pins = image.keys(&named).iter().enumerate().map(pin).collect::<Result<Vec<_>, _>>()?;
         let mut paths = pins.iter().map(|pin| pin.file().path().to_owned());
