@@ -290,7 +290,14 @@ impl Plan {
         }
         let Settings { slots: depth, workers, .. } = self.settings;
         let near = self.seat.as_ref().map_or(&[][..], |seat| &seat.near);
-        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near, sinks_block: self.caps.sinks_block };
+        let settings = ring::Settings {
+            depth,
+            receives: BATCH_MAX,
+            workers,
+            near,
+            sinks_block: self.caps.sinks_block,
+            receives_aside: self.caps.ring_reads_wait,
+        };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 

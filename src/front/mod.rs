@@ -195,12 +195,22 @@ pub struct Caps {
     pub events_per_read: u32,
     /// Each request for data brings a descriptor, which is open until its answer.
     pub needs_hold_fds: bool,
+    /// A read by a ring waits for a message, `O_NONBLOCK` or not: one that can be polled, and knows no `RWF_NOWAIT`.
+    pub ring_reads_wait: bool,
 }
 
 impl Default for Caps {
     /// Those of cachefiles' descriptors where `restore` exists.
     fn default() -> Self {
-        Self { align_bytes: 4096, holes_are_absent: true, sinks_block: true, reopens: true, events_per_read: 1, needs_hold_fds: false }
+        Self {
+            align_bytes: 4096,
+            holes_are_absent: true,
+            sinks_block: true,
+            reopens: true,
+            events_per_read: 1,
+            needs_hold_fds: false,
+            ring_reads_wait: false,
+        }
     }
 }
 

@@ -163,6 +163,7 @@ impl FrontEnd for Group {
             reopens: false,
             events_per_read: EVENTS_PER_READ,
             needs_hold_fds: true,
+            ring_reads_wait: true,
         }
     }
 
