@@ -250,7 +250,7 @@ impl Blobs {
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
         let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
         let file = Arc::new(file);
-        if file.map().is_full() {
+        if file.map().is_full() || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed)? {
             return Ok(file);
         }
         let ask = |ticket| engine.open(OpenRequest { object, key: key.clone(), ticket, sink: Arc::clone(&file) as Arc<dyn Sink> });

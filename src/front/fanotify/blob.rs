@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use super::group::{Group, Inner};
 use super::map::{PAGE_BYTES, PresenceMap};
 use crate::front::{ObjectId, Sink};
+use crate::ops::reflink;
 use crate::range::{ByteRange, align_up};
 
 /// Name of a blob's map: its own with this.
@@ -47,6 +48,24 @@ impl BlobFile {
         }
         let map = PresenceMap::open(map, len_bytes, boot_id)?;
         Ok(Self { path, file, map, group: group.inner(), object, len_bytes })
+    }
+
+    /// Makes an empty file whole by sharing all blocks of `source`, which has exactly the blob's bytes: where both lie on one
+    /// XFS or btrfs nothing is copied. `false`: not possible, or something is there already.
+    ///
+    /// # Errors
+    /// The file system.
+    pub fn share(&self, source: BorrowedFd<'_>) -> io::Result<bool> {
+        if self.map.present_bytes() > 0 {
+            return Ok(false);
+        }
+        match reflink::clone_whole(self.file.as_fd(), source) {
+            Err(Errno::EOPNOTSUPP | Errno::EXDEV | Errno::EINVAL | Errno::ENOTTY | Errno::EPERM | Errno::EACCES) => return Ok(false),
+            result => result?,
+        }
+        self.stretch(self.len_bytes)?;
+        self.map.insert(&(0..align_up(self.len_bytes, PAGE_BYTES)));
+        Ok(true)
     }
 
     /// Gives the file its length.
