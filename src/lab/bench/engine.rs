@@ -131,22 +131,25 @@ fn isolation() -> Result<Isolation> {
     Ok(Isolation { alone, beside, ratio_p99: beside.p99_us / alone.p99_us, limit: APART_MAX })
 }
 
-/// One run of the whole engine, for whoever watches from outside: what is behind it, and the number of requests.
+/// One run of the whole engine, for whoever watches from outside (strace, perf): what is behind it, the number of requests,
+/// and, if there is a third word, that many shards with requests for many objects.
 ///
 /// # Errors
-/// See [`measure`]; or these are not two such words.
+/// See [`measure`]; or these are not such words.
 pub fn pass_of(words: &[String]) -> Result<()> {
-    match words {
-        [behind, requests] => match (Behind::from_str(behind, false), requests.parse()) {
-            (Ok(behind), Ok(requests)) => pass(behind, requests),
-            _ => Err(LabError::Failed(format!("no such run: {behind} {requests}"))),
-        },
-        _ => Err(LabError::Failed("a run has two words: what is behind the engine, and a number of requests".into())),
-    }
-}
-
-fn pass(behind: Behind, requests: u64) -> Result<()> {
-    rig::run(&Load { requests, ..Load::plain(behind) }).map(drop)
+    let load = |behind: &str, requests: &str, shards: Option<&String>| {
+        let plain = Load::plain(Behind::from_str(behind, false).ok()?);
+        let shards = shards.map_or(Some(plain.shards), |shards| shards.parse().ok())?;
+        Some(Load { requests: requests.parse().ok()?, shards, many: shards > 1, ..plain })
+    };
+    let load = match words {
+        [behind, requests, rest @ ..] => load(behind, requests, rest.first()),
+        _ => None,
+    };
+    let load = load.ok_or_else(|| LabError::Failed(format!("no such run: {}", words.join(" "))))?;
+    let figures = rig::run(&load)?;
+    run_rows(&figures, None).iter().for_each(|(_, row)| println!("{row}"));
+    Ok(())
 }
 
 /// Memory allocations of the shard in the later three quarters of so many requests, with the default window, which adapts,
@@ -280,7 +283,7 @@ mod tests {
     #[test]
     fn every_request_of_a_pass_is_answered() {
         for behind in [Behind::Nothing, Behind::Devices, Behind::Files] {
-            pass(behind, 300).expect("an engine");
+            pass_of(&[name(behind), "300".into()]).expect("an engine");
         }
     }
 
