@@ -36,6 +36,9 @@ pub(super) struct Router {
     shared: Arc<Shared>,
     clock: Clock,
     shards: Vec<Mailbox>,
+    /// Which of them have messages for which they were not woken: that is done once for a batch, because a wake-up on
+    /// another core costs as much as several requests.
+    unrung: Vec<bool>,
     opens: Arc<Opens>,
     evictor: Evictor,
     /// There are no descriptors for what may come, or the front end must settle first.
@@ -109,8 +112,9 @@ enum Held {
 }
 
 impl Router {
-    pub(super) const fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, opens: Arc<Opens>, evictor: Evictor) -> Self {
-        Self { shared, clock, shards, opens, evictor, starved: false, held: VecDeque::new(), batch: Batch::new() }
+    pub(super) fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, opens: Arc<Opens>, evictor: Evictor) -> Self {
+        let unrung = vec![false; shards.len()];
+        Self { shared, clock, shards, unrung, opens, evictor, starved: false, held: VecDeque::new(), batch: Batch::new() }
     }
 
     /// The kernel may have requests.
@@ -150,8 +154,12 @@ impl Router {
         while let Some(held) = self.held.pop_front() {
             if let Err(held) = self.deliver(held) {
                 self.held.push_front(held);
-                return 0;
+                break;
             }
+        }
+        self.ring();
+        if !self.held.is_empty() {
+            return 0;
         }
         if !front.settle() {
             (self.starved, self.batch.more) = (true, true);
@@ -166,12 +174,20 @@ impl Router {
         self.batch.begin(credits)
     }
 
-    /// What one read gave. Requests for the shard on which this runs go through its mailbox too: only so does a
-    /// request find the object that an opener put there just before it told the kernel that it is open.
+    /// What one read gave, which had ended at `now_ns`. Requests for the shard on which this runs go through its mailbox
+    /// too: only so does a request find the object that an opener put there just before it told the kernel that it is open.
     ///
     /// # Errors
     /// The front end is broken.
-    pub(super) fn take(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>) -> Result<(), FrontError> {
+    pub(super) fn take(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>, now_ns: u64) -> Result<(), FrontError> {
+        let taken = self.take_one(front, read, now_ns);
+        if !self.is_reading() {
+            self.ring();
+        }
+        taken
+    }
+
+    fn take_one(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>, now_ns: u64) -> Result<(), FrontError> {
         if matches!(read, Err(Errno::EINTR | Errno::ECANCELED)) {
             self.batch.end(Found::Unknown);
             return Ok(());
@@ -180,7 +196,7 @@ impl Router {
         self.batch.end(if matches!(parsed, Ok(None)) { Found::Nothing } else { Found::Message });
         match parsed {
             Ok(None) => {}
-            Ok(Some(request)) => self.route(request),
+            Ok(Some(request)) => self.route(request, now_ns),
             Err(FrontError::Malformed(what)) => {
                 Shared::count(&self.shared.malformed);
                 if self.shared.may_log_failure() {
@@ -240,14 +256,14 @@ impl Router {
         self.shared.shards.iter().map(super::stats::ShardStats::pending).sum::<u64>() < PENDING_MAX
     }
 
-    fn route(&mut self, request: Request) {
+    fn route(&mut self, request: Request, now_ns: u64) {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
-                let Some(charge) = self.evictor.admit(self.clock.now_ns()) else { return self.refuse(open) };
+                let Some(charge) = self.evictor.admit(now_ns) else { return self.refuse(open) };
                 Held::Open(open, charge)
             }
-            Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, self.clock.now_ns())),
+            Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, now_ns)),
             Request::Close(object) => {
                 Shared::count(&self.shared.closes);
                 Held::Message(owner(object, self.shards.len()), Message::Close(object))
@@ -258,11 +274,24 @@ impl Router {
         self.held.extend(delivered.err());
     }
 
-    /// Hands it on, or gives it back if there is no room.
-    fn deliver(&self, held: Held) -> Result<(), Held> {
+    /// Hands it on, or gives it back if there is no room; [`Router::ring`] must follow.
+    fn deliver(&mut self, held: Held) -> Result<(), Held> {
         match held {
             Held::Open(open, charge) => self.opens.push(open, charge).map_err(|(open, charge)| Held::Open(open, charge)),
-            Held::Message(shard, message) => self.shards[shard].try_send(message).map_err(|message| Held::Message(shard, message)),
+            Held::Message(shard, message) => {
+                self.shards[shard].put(message).map_err(|message| Held::Message(shard, message))?;
+                self.unrung[shard] = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Wakes the shards that have got messages.
+    fn ring(&mut self) {
+        for (mailbox, unrung) in self.shards.iter().zip(&mut self.unrung) {
+            if std::mem::take(unrung) {
+                mailbox.ring();
+            }
         }
     }
 }

@@ -216,7 +216,7 @@ impl Pump {
     fn tell(&self, requests: u64) -> std::io::Result<()> {
         if self.counts {
             self.device.write(requests)?;
-        } else if self.idle.swap(false, Ordering::SeqCst) {
+        } else if self.idle.load(Ordering::SeqCst) && self.idle.swap(false, Ordering::SeqCst) {
             self.device.write(1)?;
         }
         Ok(())
