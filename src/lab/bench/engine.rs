@@ -63,8 +63,11 @@ pub struct EngineReport {
     pub runs: Vec<RunFigures>,
     /// The kernel's part alone of the run with devices.
     pub limit: Option<LimitFigures>,
+    /// CPU time of the bench's own part of a request with nothing behind the engine: it runs in the shards' threads.
+    pub own_ns_per_request: f64,
     /// Some numbers of shards, with nothing and with devices behind them: requests spread over many objects, and so over all
-    /// shards; and all of them for one, which one shard owns.
+    /// shards; all of them for one, which one shard owns; and, as what this machine can do at most, as many engines of one
+    /// shard side by side.
     pub scale: Vec<RunFigures>,
     /// With files in memory, and a slow source beside them.
     pub isolation: Isolation,
@@ -85,14 +88,7 @@ pub fn measure(allocations: Option<fn() -> u64>, one_pass: &[&str], shards: &[us
     let runs = all.iter().map(|&behind| best_of(&Load { allocations, ..Load::plain(behind) })).collect::<Result<_>>()?;
     let usual = [1, usable_cpus().len().max(1)];
     let shards = if shards.is_empty() { &usual[..if usual[1] == 1 { 1 } else { 2 }] } else { shards };
-    let mut scale = Vec::new();
-    for behind in [Behind::Nothing, Behind::Devices] {
-        for &shards in shards {
-            for many in [true, false] {
-                scale.push(best_of(&Load { shards, many, ..Load::plain(behind) })?);
-            }
-        }
-    }
+    let scale = scale(shards)?;
     let mut system_calls_per_request = BTreeMap::new();
     for behind in [Behind::Devices, Behind::Files] {
         system_calls_per_request.extend(system_calls(one_pass, behind)?.map(|calls| (name(behind), calls)));
@@ -103,10 +99,27 @@ pub fn measure(allocations: Option<fn() -> u64>, one_pass: &[&str], shards: &[us
         machine,
         runs,
         limit: bare::measure()?,
+        own_ns_per_request: rig::own_ns_per_request()?,
         scale,
         isolation: isolation()?,
         system_calls_per_request,
     })
+}
+
+/// See [`EngineReport::scale`].
+fn scale(numbers: &[usize]) -> Result<Vec<RunFigures>> {
+    let mut scale = Vec::new();
+    for behind in [Behind::Nothing, Behind::Devices] {
+        for &shards in numbers {
+            let plain = Load::plain(behind);
+            scale.push(best_of(&Load { shards, many: true, ..plain })?);
+            scale.push(best_of(&Load { shards, ..plain })?);
+            if shards > 1 {
+                scale.push(best_of(&Load { engines: shards, many: true, ..plain })?);
+            }
+        }
+    }
+    Ok(scale)
 }
 
 /// The run of several that did most in a second of CPU time.
@@ -231,11 +244,8 @@ impl EngineReport {
                 format!("{:.0} requests/s a second of CPU time: devices, without an engine", limit.requests_per_cpu_s),
             ));
         }
-        for run in &self.scale {
-            let objects = if run.objects == 1 { "one object".into() } else { format!("{} objects", run.objects) };
-            let figures = format!("{:.0} requests/s, {:.0} a second of CPU time", run.requests_per_s, run.requests_per_cpu_s);
-            rows.push(("shards", format!("{}, {objects}: {figures} ({})", run.shards, name(run.behind))));
-        }
+        rows.push(("bench's own", format!("{:.0} ns a request, in the figures with nothing behind the engine", self.own_ns_per_request)));
+        rows.extend(self.scale.iter().map(scale_row));
         let Isolation { alone, beside, ratio_p99, limit } = self.isolation;
         for (waits, what) in [(alone, "alone"), (beside, "beside a slow one")] {
             rows.push(("a fast blob", format!("{what}: p50 {:.0} us, p99 {:.0} us", waits.p50_us, waits.p99_us)));
@@ -243,6 +253,13 @@ impl EngineReport {
         rows.push(("", format!("{ratio_p99:.2} times as long; {limit} at most")));
         rows.iter().map(|(name, value)| format!("  {name:<14} {value}\n")).collect()
     }
+}
+
+fn scale_row(run: &RunFigures) -> (&'static str, String) {
+    let objects = if run.objects == 1 { "one object".into() } else { format!("{} objects", run.objects) };
+    let who = if run.engines > 1 { format!("1, {} engines apart", run.engines) } else { run.shards.to_string() };
+    let figures = format!("{:.0} requests/s, {:.0} a second of CPU time", run.requests_per_s, run.requests_per_cpu_s);
+    ("shards", format!("{who}, {objects}: {figures} ({})", name(run.behind)))
 }
 
 fn run_rows(run: &RunFigures, system_calls: Option<&BTreeMap<String, f64>>) -> Vec<(&'static str, String)> {
