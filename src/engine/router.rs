@@ -25,9 +25,13 @@ const PENDING_MAX: u64 = 65_536;
 /// needs its core, and this one may share it.
 const FULL_PAUSE: Duration = Duration::from_millis(1);
 
-/// Which shard owns an object. The kernel counts ids up, so neighbours spread.
+/// Which shard owns an object. The kernel counts ids up, and an image has several in a row (itself and its blobs), so a
+/// remainder could put all blobs on one shard. Multiples of the golden ratio lie apart from each other whatever the step.
 pub(super) const fn owner(object: ObjectId, shards: usize) -> usize {
-    object.0 as usize % shards
+    /// The ratio's fraction, of 32 bits.
+    const GOLDEN: u32 = 0x9E37_79B9;
+    let place = object.0.wrapping_mul(GOLDEN);
+    ((place as u64 * shards as u64) >> u32::BITS) as usize
 }
 
 /// See the module's description.
@@ -299,6 +303,17 @@ impl Router {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn objects_spread_over_the_shards_whatever_the_step_of_their_ids() {
+        for shards in 1..=64 {
+            for step in 1..=4 {
+                let mut owned = vec![0; shards];
+                (1..=64 * shards).for_each(|n| owned[owner(ObjectId((n * step).try_into().unwrap()), shards)] += 1);
+                assert!(owned.iter().all(|owned| (48..=80).contains(owned)), "{shards} shards, step {step}: {owned:?}");
+            }
+        }
+    }
 
     fn run(batch: &mut Batch, waiting: u32, max: u32) -> u32 {
         let reads = batch.begin(max);

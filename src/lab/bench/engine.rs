@@ -8,7 +8,7 @@ use std::process::Command;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use super::bare::{self, LimitFigures};
+use super::bare::{self, LimitFigures, WakeFigures};
 use super::machine;
 use super::rig::{self, Load};
 pub use super::rig::{Behind, RunFigures, Waits};
@@ -63,6 +63,8 @@ pub struct EngineReport {
     pub runs: Vec<RunFigures>,
     /// The kernel's part alone of the run with devices.
     pub limit: Option<LimitFigures>,
+    /// A wake-up on another core; none where there is one core.
+    pub wake: Option<WakeFigures>,
     /// CPU time of the bench's own part of a request with nothing behind the engine: it runs in the shards' threads.
     pub own_ns_per_request: f64,
     /// Some numbers of shards, with nothing and with devices behind them: requests spread over many objects, and so over all
@@ -99,6 +101,7 @@ pub fn measure(allocations: Option<fn() -> u64>, one_pass: &[&str], shards: &[us
         machine,
         runs,
         limit: bare::measure()?,
+        wake: bare::wake()?,
         own_ns_per_request: rig::own_ns_per_request()?,
         scale,
         isolation: isolation()?,
@@ -243,6 +246,9 @@ impl EngineReport {
                 "bare ring",
                 format!("{:.0} requests/s a second of CPU time: devices, without an engine", limit.requests_per_cpu_s),
             ));
+        }
+        if let Some(WakeFigures { hop_us, cpu_us }) = self.wake {
+            rows.push(("wake-up", format!("{hop_us:.1} us from a core to another, {cpu_us:.1} us of CPU time")));
         }
         rows.push(("bench's own", format!("{:.0} ns a request, in the figures with nothing behind the engine", self.own_ns_per_request)));
         rows.extend(self.scale.iter().map(scale_row));
