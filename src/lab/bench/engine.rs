@@ -264,7 +264,8 @@ impl EngineReport {
 fn scale_row(run: &RunFigures) -> (&'static str, String) {
     let objects = if run.objects == 1 { "one object".into() } else { format!("{} objects", run.objects) };
     let who = if run.engines > 1 { format!("1, {} engines apart", run.engines) } else { run.shards.to_string() };
-    let figures = format!("{:.0} requests/s, {:.0} a second of CPU time", run.requests_per_s, run.requests_per_cpu_s);
+    let (rate, cpu_rate, sleeps) = (run.requests_per_s, run.requests_per_cpu_s, run.sleeps_per_request * 1e3);
+    let figures = format!("{rate:.0} requests/s, {cpu_rate:.0} a second of CPU time, {sleeps:.1} wake-ups in 1,000 requests");
     ("shards", format!("{who}, {objects}: {figures} ({})", name(run.behind)))
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::time::ClockId;
 use serde::Serialize;
 
@@ -16,7 +17,7 @@ use crate::engine::plan::{Completion, Window};
 use crate::engine::stats::Snapshot;
 use crate::engine::{Engine, EngineKind, Settings};
 use crate::front::OpenRequest;
-use crate::lab::{LabError, Result};
+use crate::lab::{LabError, Result, Trying};
 use crate::store::{Blob, Store};
 
 /// Requests that wait at a time, for each shard.
@@ -76,6 +77,8 @@ pub struct RunFigures {
     pub p999_us: u64,
     /// Turns of the event loop; at most one entry into the ring each.
     pub turns_per_request: f64,
+    /// How often a thread slept and was woken again.
+    pub sleeps_per_request: f64,
     /// Reads and writes.
     pub operations_per_request: f64,
     /// Memory allocations of the shard after the first quarter of the requests, if the program counts them.
@@ -190,13 +193,14 @@ pub(super) fn run(load: &Load) -> Result<RunFigures> {
     };
     let rigs = (0..load.engines).map(start).collect::<Result<Vec<Rig>>>()?;
     let turns: u64 = rigs.iter().map(|rig| rig.engine.snapshot().turns).sum();
-    let (began, began_cpu_ns) = (Instant::now(), own_cpu_ns()?);
+    let (began, began_cpu_ns, slept) = (Instant::now(), own_cpu_ns()?, sleeps()?);
     thread::scope(|scope| -> Result<()> {
         let pumps: Vec<_> = rigs.iter().map(|rig| scope.spawn(|| rig.pump.run())).collect();
         let failed = |_| Err(LabError::Failed("a thread of the bench died".into()));
         pumps.into_iter().try_for_each(|pump| pump.join().unwrap_or_else(failed))
     })?;
     let (wall_s, cpu_s) = (began.elapsed().as_secs_f64(), (own_cpu_ns()? - began_cpu_ns) as f64 / 1e9);
+    let slept = sleeps()? - slept;
     let kind = rigs.first().map_or("none", |rig| rig.engine.started().kind).to_owned();
     let allocations = rigs.iter().map(|rig| rig.pump.counted()).sum();
     let stop = |rig: Rig| rig.engine.stop(STOP_MAX, || false).map_err(|e| LabError::Failed(e.to_string()));
@@ -217,9 +221,15 @@ pub(super) fn run(load: &Load) -> Result<RunFigures> {
         p99_us: most(|counts| counts.p99_us),
         p999_us: most(|counts| counts.p999_us),
         turns_per_request: (sum(|counts| counts.turns) - turns) as f64 / requests as f64,
+        sleeps_per_request: slept as f64 / requests as f64,
         operations_per_request: sum(|counts| counts.operations) as f64 / requests as f64,
         allocations,
     })
+}
+
+/// How often threads of this process have slept so far.
+fn sleeps() -> Result<i64> {
+    Ok(getrusage(UsageWho::RUSAGE_SELF).trying(|| "cannot read what this process used")?.voluntary_context_switches())
 }
 
 /// CPU time that the bench itself takes for a question and its answer, without an engine between.
