@@ -8,9 +8,10 @@
 //! | `engine` | what to do for a request, and doing it |
 //! | `store` | where the bytes of blobs are |
 //! | `image` | EROFS images as they lie on disk |
+//! | `mount` | images that infill mounts itself, from files |
 //! | `ops`, `config`, `cli` | the host, the settings, the verbs |
 //! | `lab` | real kernels in virtual machines, for the demo, the tests and the benchmarks |
-//! | `key`, `range` | words that all of them use |
+//! | `key`, `range`, `hex` | words that all of them use |
 //!
 //! The way of one request, file by file, is drawn in docs/architecture.md.
 
@@ -18,9 +19,11 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod front;
+pub mod hex;
 pub mod image;
 pub mod key;
 pub mod lab;
+pub mod mount;
 pub mod ops;
 pub mod range;
 pub mod store;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::Failure;
+use super::{Failure, print_json};
 use crate::front::cachefiles::{BindOptions, Device};
 use crate::lab::demo::{self, Report};
 use crate::lab::disk::{self, CacheFs};
@@ -57,8 +57,7 @@ pub struct DemoArgs {
 pub fn run(args: &DemoArgs) -> std::result::Result<(), Failure> {
     let report = show(args).map_err(|error| Failure::new(exit::FAILED, error))?;
     if args.json {
-        let text = serde_json::to_string(&report).map_err(|error| Failure::new(exit::FAILED, error))?;
-        println!("{text}");
+        print_json(&report)?;
     }
     if report.verdict == "equal" {
         return Ok(());

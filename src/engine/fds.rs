@@ -22,6 +22,8 @@ use crate::front::{ObjectId, Sink};
 const FDS_PER_OPEN: u64 = 2;
 /// The part of the budget, one in so many, below which room is made.
 const RESERVE_DIVISOR: u64 = 8;
+/// The part of the budget, one in so many, that is for requests where each brings a descriptor.
+const REQUESTS_DIVISOR: u64 = 4;
 /// What may be used beyond the budget, slowly, when every shard says that nothing can be closed: the kernel's closes come in the same
 /// queue as its opens, so not to read at all could last for ever.
 pub const EMERGENCY_FDS: u64 = 64;
@@ -36,6 +38,8 @@ const ASK_PAUSE_MAX_NS: u64 = 1_000_000_000;
 #[derive(Debug)]
 pub struct Budget {
     limit: u64,
+    /// Of them, those of requests.
+    for_requests: u64,
     used: AtomicU64,
     peak: AtomicU64,
 }
@@ -48,10 +52,21 @@ pub struct Charge {
 }
 
 impl Budget {
-    /// A budget of `limit` descriptors, none of which is used.
+    /// A budget of `limit` descriptors, none of which is used. Where `needs_hold_fds` a part of them is set aside for requests.
     #[must_use]
-    pub fn new(limit: u64) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicU64::new(0), peak: AtomicU64::new(0) })
+    pub fn new(limit: u64, needs_hold_fds: bool) -> Arc<Self> {
+        let for_requests = if needs_hold_fds { limit / REQUESTS_DIVISOR } else { 0 };
+        Arc::new(Self { limit: limit - for_requests, for_requests, used: AtomicU64::new(0), peak: AtomicU64::new(0) })
+    }
+
+    /// Whether another object may be opened.
+    pub(super) fn has_room_for_open(&self) -> bool {
+        self.room() >= FDS_PER_OPEN
+    }
+
+    /// How many requests may wait for their answer at each of some `receivers`, because each holds a descriptor.
+    pub(super) const fn requests_max(&self, receivers: u64) -> u64 {
+        self.for_requests / receivers
     }
 
     /// Counts what an open may take.

@@ -2,9 +2,10 @@
 //!
 //! | file | its subject |
 //! |---|---|
-//! | `router` | the way of a request from the front end to its shard |
+//! | `start` | starting all of it, and stopping it |
+//! | `router`, `mailbox` | the way of a request from the front end to its shard |
 //! | `opens`, `opener`, `metadata` | opens: which blob is it, how long, where is its metadata |
-//! | `shard`, `attached` | the event loop, and what it knows of an object |
+//! | `shard`, `attached` | the event loop and its answers, and what it knows of an object |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
 //! | `probe` | what a sink already holds |
@@ -14,7 +15,7 @@
 //! | `placement` | which CPUs are whose |
 //! | `buffers` | memory that operations use |
 //! | `room` | the bell for writes that found no room |
-//! | `stats`, `trace`, `advice` | what is counted, what is shown, what is said |
+//! | `stats`, `trace`, `advice`, `clock` | what is counted, what is shown, what is said, and when |
 
 mod advice;
 mod attached;
@@ -22,6 +23,7 @@ pub mod blocking;
 pub mod buffers;
 mod clock;
 mod edges;
+mod entry;
 pub mod fds;
 pub mod fill;
 pub mod io;
@@ -44,7 +46,7 @@ pub mod stats;
 pub mod trace;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -57,6 +59,7 @@ use self::stats::{ShardStats, Snapshot};
 use crate::front::{FrontError, left_tickets, unanswered_tickets};
 use crate::store::remembered::Remembered;
 
+pub use self::entry::Entry;
 pub use self::opens::OPENERS_MAX;
 pub use self::start::{Engine, Started};
 
@@ -141,8 +144,8 @@ struct Shared {
     bells: Vec<Arc<Bell>>,
     /// Take nothing new.
     stopping: AtomicBool,
-    /// The receiving shard has handed on everything it will ever hand on.
-    received_all: AtomicBool,
+    /// Shards that may still hand something on that they received.
+    receivers: AtomicUsize,
     /// Fail what is left.
     out_of_time: AtomicBool,
     /// Do not fail it: another daemon gets it.
@@ -168,7 +171,7 @@ impl Shared {
             shards: bells.iter().map(|_| ShardStats::default()).collect(),
             bells,
             stopping: AtomicBool::new(false),
-            received_all: AtomicBool::new(false),
+            receivers: AtomicUsize::new(0),
             out_of_time: AtomicBool::new(false),
             leaves_rest: AtomicBool::new(false),
             look_again: AtomicBool::new(false),
@@ -188,7 +191,7 @@ impl Shared {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Makes the receiving shard read from the front end once more.
+    /// Makes the first receiving shard read from the front end once more.
     fn look_again(&self) {
         self.look_again.store(true, Ordering::Release);
         self.bells[0].wake();

@@ -278,7 +278,7 @@ mod tests {
             [(false, true, Some(lost)), (true, false, Some(Outcome::Failed(Errno::ETIMEDOUT))), (true, true, None)]
         {
             let (mailbox, mut inbox) = Inbox::pair().unwrap();
-            let budget = Budget::new(100);
+            let budget = Budget::new(100, false);
             let shared = Shared::new(Clock::start(), vec![Arc::clone(mailbox.bell())], Arc::clone(&budget)).unwrap();
             shared.stopping.store(stopping, Ordering::Release);
             shared.leaves_rest.store(kept, Ordering::Release);

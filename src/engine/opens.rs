@@ -238,7 +238,7 @@ mod tests {
     /// It takes its open some time after it was wanted, and who watches looks again at once.
     #[test]
     fn a_thread_that_is_about_to_start_is_not_started_twice() {
-        let (opens, budget) = (Opens::new(Duration::from_millis(300)), Budget::new(100));
+        let (opens, budget) = (Opens::new(Duration::from_millis(300)), Budget::new(100, false));
         let push = |token| {
             let ticket = Ticket::new(Arc::new(Nobody) as Arc<dyn Answer>, token);
             let sink = Arc::new(tempfile::tempfile().unwrap());

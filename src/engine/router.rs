@@ -4,13 +4,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::fds::{Charge, Evictor};
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
 use super::{Shared, clock::Clock};
-use crate::front::{FrontEnd, FrontError, ObjectId, OpenRequest, Outcome, Request};
+use crate::front::{Caps, FrontEnd, FrontError, ObjectId, OpenRequest, Outcome, Request};
 use nix::errno::Errno;
 
 /// Messages read at a time at most.
@@ -37,6 +38,8 @@ pub(super) const fn owner(object: ObjectId, shards: usize) -> usize {
 /// See the module's description.
 #[derive(Debug)]
 pub(super) struct Router {
+    /// The shard on which it runs.
+    index: usize,
     shared: Arc<Shared>,
     clock: Clock,
     shards: Vec<Mailbox>,
@@ -44,12 +47,15 @@ pub(super) struct Router {
     /// another core costs as much as several requests.
     unrung: Vec<bool>,
     opens: Arc<Opens>,
-    evictor: Evictor,
+    /// On the first shard only.
+    evictor: Option<Evictor>,
     /// There are no descriptors for what may come, or the front end must settle first.
     starved: bool,
     /// What found its receiver's queue full, and what was read behind it; nothing else is read before it is delivered.
     held: VecDeque<Held>,
     batch: Batch,
+    /// Room for the requests of one read.
+    requests: Vec<Request>,
 }
 
 /// How many messages to read at a time. A read that finds none costs little; a turn for one message costs a lot.
@@ -116,9 +122,28 @@ enum Held {
 }
 
 impl Router {
-    pub(super) fn new(shared: Arc<Shared>, clock: Clock, shards: Vec<Mailbox>, opens: Arc<Opens>, evictor: Evictor) -> Self {
+    pub(super) fn new(
+        index: usize,
+        shared: Arc<Shared>,
+        clock: Clock,
+        shards: Vec<Mailbox>,
+        opens: Arc<Opens>,
+        evictor: Option<Evictor>,
+    ) -> Self {
         let unrung = vec![false; shards.len()];
-        Self { shared, clock, shards, unrung, opens, evictor, starved: false, held: VecDeque::new(), batch: Batch::new() }
+        Self {
+            index,
+            shared,
+            clock,
+            shards,
+            unrung,
+            opens,
+            evictor,
+            starved: false,
+            held: VecDeque::new(),
+            batch: Batch::new(),
+            requests: Vec::new(),
+        }
     }
 
     /// The kernel may have requests.
@@ -154,7 +179,9 @@ impl Router {
             return 0;
         }
         let now_ns = self.clock.now_ns();
-        self.evictor.turn(now_ns, |shard, message| self.held.push_back(Held::Message(shard, message)));
+        if let Some(evictor) = &mut self.evictor {
+            evictor.turn(now_ns, |shard, message| self.held.push_back(Held::Message(shard, message)));
+        }
         while let Some(held) = self.held.pop_front() {
             if let Err(held) = self.deliver(held) {
                 self.held.push_front(held);
@@ -173,9 +200,20 @@ impl Router {
         if !self.batch.more || !self.has_room() {
             return 0;
         }
-        let credits = self.evictor.credits(now_ns).min(max);
+        let credits = self.credits(front.caps(), now_ns).min(max);
         self.starved = credits == 0;
         self.batch.begin(credits)
+    }
+
+    /// How many messages may be read, because of the descriptors that they may bring.
+    fn credits(&mut self, caps: Caps, now_ns: u64) -> u32 {
+        let for_opens = self.evictor.as_mut().map_or(u32::MAX, |evictor| evictor.credits(now_ns));
+        if !caps.needs_hold_fds {
+            return for_opens;
+        }
+        let receivers = self.shared.receivers.load(Ordering::Relaxed).max(1);
+        let room = self.shared.budget.requests_max(receivers as u64).saturating_sub(self.shared.shards[self.index].pending());
+        u32::try_from(room / u64::from(caps.events_per_read)).unwrap_or(u32::MAX)
     }
 
     /// What one read gave, which had ended at `now_ns`. Requests for the shard on which this runs go through its mailbox
@@ -196,11 +234,13 @@ impl Router {
             self.batch.end(Found::Unknown);
             return Ok(());
         }
-        let parsed = front.parse(read);
-        self.batch.end(if matches!(parsed, Ok(None)) { Found::Nothing } else { Found::Message });
+        let mut requests = std::mem::take(&mut self.requests);
+        let parsed = front.parse(read, &mut requests);
+        self.batch.end(if matches!(parsed, Ok(false)) { Found::Nothing } else { Found::Message });
+        requests.drain(..).for_each(|request| self.route(request, now_ns));
+        self.requests = requests;
         match parsed {
-            Ok(None) => {}
-            Ok(Some(request)) => self.route(request, now_ns),
+            Ok(_) => {}
             Err(FrontError::Malformed(what)) => {
                 Shared::count(&self.shared.malformed);
                 if self.shared.may_log_failure() {
@@ -222,7 +262,9 @@ impl Router {
     /// Answers what it still holds, or leaves it, when the engine stops.
     pub(super) fn give_up(&mut self) {
         self.opens.end();
-        self.evictor.give_back(|shard, message| self.held.push_back(Held::Message(shard, message)));
+        if let Some(evictor) = &self.evictor {
+            evictor.give_back(|shard, message| self.held.push_back(Held::Message(shard, message)));
+        }
         for held in self.held.drain(..) {
             let ticket = match held {
                 Held::Open(open, _) => open.ticket,
@@ -264,7 +306,7 @@ impl Router {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
-                let Some(charge) = self.evictor.admit(now_ns) else { return self.refuse(open) };
+                let Some(charge) = self.evictor.as_mut().and_then(|evictor| evictor.admit(now_ns)) else { return self.refuse(open) };
                 Held::Open(open, charge)
             }
             Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, now_ns)),

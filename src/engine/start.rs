@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::blocking::Blocking;
 use super::buffers::{Buffers, Pages};
 use super::clock::Clock;
+use super::entry::Entry;
 use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
 use super::machine::{Limits, Machine};
@@ -23,7 +24,7 @@ use super::router::{BATCH_MAX, Router};
 use super::shard::{Intake, Parts, Shard};
 use super::stats::Snapshot;
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
-use crate::front::{FrontEnd, MESSAGE_MAX_BYTES};
+use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES};
 use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
@@ -40,6 +41,7 @@ type ShardThread = JoinHandle<Result<(), EngineError>>;
 pub struct Engine {
     shared: Arc<Shared>,
     shards: Vec<ShardThread>,
+    entry: Entry,
     started: Started,
 }
 
@@ -61,8 +63,9 @@ struct Plan {
     index: usize,
     seat: Option<Seat>,
     settings: Settings,
-    front: Arc<dyn FrontEnd>,
-    router: Option<Router>,
+    caps: Caps,
+    /// What it receives from, if it does.
+    source: Option<(Arc<dyn FrontEnd>, Router)>,
     shared: Arc<Shared>,
     clock: Clock,
     inbox: Inbox,
@@ -75,14 +78,28 @@ impl Engine {
     /// # Errors
     /// No ring where the settings want one; no threads, memory or descriptors.
     pub fn start(front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, settings: &Settings) -> Result<Self, EngineError> {
+        Self::start_all(std::slice::from_ref(front), store, settings)
+    }
+
+    /// Starts serving several sources of requests of one kind from `store`. There are at least as many shards as sources, and
+    /// each source is read by the shard of its place, which owns the objects whose requests come from there
+    /// (those whose number leaves its place when divided by how many shards there are).
+    ///
+    /// # Errors
+    /// As [`Engine::start`]; no source at all.
+    pub fn start_all(fronts: &[Arc<dyn FrontEnd>], store: &Arc<dyn Store>, settings: &Settings) -> Result<Self, EngineError> {
+        let none = || EngineError::Resources(std::io::ErrorKind::InvalidInput.into());
+        let caps = fronts.first().ok_or_else(none)?.caps();
         let clock = Clock::start();
         let mut pairs = Vec::new();
-        for _ in 0..settings.shards.max(1) {
+        for _ in 0..settings.shards.max(fronts.len()) {
             pairs.push(Inbox::pair().map_err(EngineError::Resources)?);
         }
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
         let bells = mailboxes.iter().map(|mailbox| Arc::clone(mailbox.bell())).collect();
-        let shared = Arc::new(Shared::new(clock, bells, Budget::new(settings.fd_budget)).map_err(EngineError::Resources)?);
+        let budget = Budget::new(settings.fd_budget, caps.needs_hold_fds);
+        let shared = Arc::new(Shared::new(clock, bells, budget).map_err(EngineError::Resources)?);
+        shared.receivers.store(fronts.len(), Ordering::Release);
         shared.leaves_rest.store(settings.leave_rest, Ordering::Release);
         let opens = Arc::new(Opens::new(settings.open_timeout));
         let opener = Opener {
@@ -94,24 +111,35 @@ impl Engine {
         };
         opener.start()?;
         let (evictor, offers) = Evictor::new(Arc::clone(&shared));
-        let router = Router::new(Arc::clone(&shared), clock, mailboxes, Arc::clone(&opens), evictor);
-        let plan = |index, inbox, router| Plan {
+        let mut evictor = Some(evictor);
+        let mut plan = |(index, inbox): (usize, Inbox)| Plan {
             index,
             seat: settings.seats.get(index % settings.seats.len().max(1)).cloned(),
             settings: settings.clone(),
-            front: Arc::clone(front),
-            router,
+            caps,
+            source: fronts.get(index).map(|front| {
+                let router = Router::new(index, Arc::clone(&shared), clock, mailboxes.clone(), Arc::clone(&opens), evictor.take());
+                (Arc::clone(front), router)
+            }),
             shared: Arc::clone(&shared),
             clock,
             inbox,
             offers: offers.clone(),
         };
-        let started = start_shards(inboxes, router, plan).inspect_err(|_| {
+        let plans = inboxes.into_iter().enumerate().map(&mut plan).collect();
+        let started = start_shards(plans).inspect_err(|_| {
             shared.abandon();
             opens.end();
         });
         let (shards, started) = started?;
-        Ok(Self { shared, shards, started })
+        let entry = Entry::new(Arc::clone(&shared), mailboxes, opens);
+        Ok(Self { shared, shards, entry, started })
+    }
+
+    /// The way in for requests that come from no kernel.
+    #[must_use]
+    pub fn entry(&self) -> Entry {
+        self.entry.clone()
     }
 
     /// What it is.
@@ -178,41 +206,38 @@ impl Engine {
 impl Shared {
     /// Ends all shards at once, when not all of them could be started.
     fn abandon(&self) {
-        for flag in [&self.stopping, &self.received_all, &self.out_of_time] {
+        for flag in [&self.stopping, &self.out_of_time] {
             flag.store(true, Ordering::Release);
         }
+        self.receivers.store(0, Ordering::Release);
         self.wake_all();
     }
 }
 
-/// Starts a shard for each inbox. The first, which reads the kernel's requests, only when all others stand: a start that
-/// fails has taken nothing from the kernel, and the next daemon finds all of it.
-fn start_shards(
-    inboxes: Vec<Inbox>,
-    router: Router,
-    plan: impl Fn(usize, Inbox, Option<Router>) -> Plan,
-) -> Result<(Vec<ShardThread>, Started), EngineError> {
-    let mut inboxes = inboxes.into_iter().enumerate();
-    let first = inboxes.next().map(|(index, inbox)| plan(index, inbox, Some(router)));
-    let (others, mut started) = stand(inboxes.map(|(index, inbox)| plan(index, inbox, None)))?;
-    let (first, its) = stand(first.into_iter())?;
-    started.extend(its);
-    let shards: Vec<_> = first.into_iter().chain(others).collect();
+/// Starts the shards. Those that read the kernel's requests come last, the first of all at the end: a start that fails has
+/// as a rule taken nothing from the kernel, and the next daemon finds all of it.
+fn start_shards(mut plans: Vec<Plan>) -> Result<(Vec<ShardThread>, Started), EngineError> {
+    plans.reverse();
+    let (mut shards, mut started) = (Vec::new(), Vec::new());
+    for plan in plans {
+        let (shard, its) = stand(plan)?;
+        shards.push(shard);
+        started.push(its);
+    }
+    shards.reverse();
     let (count, pages) = (shards.len(), started.iter().map(|shard| shard.pages).max());
     // There is one at least.
     let last = started.pop().zip(pages).ok_or_else(|| EngineError::Resources(std::io::ErrorKind::InvalidInput.into()));
     last.map(|(shard, pages)| (shards, Started { shards: count, pages, ..shard }))
 }
 
-/// Starts shards, and waits until each has said how it was made.
-fn stand(plans: impl Iterator<Item = Plan>) -> Result<(Vec<ShardThread>, Vec<Started>), EngineError> {
+/// Starts a shard, and waits until it has said how it was made.
+fn stand(plan: Plan) -> Result<(ShardThread, Started), EngineError> {
     let (report, reports) = sync_channel(1);
-    let shards = plans.map(|plan| plan.spawn(report.clone())).collect::<Result<Vec<_>, _>>()?;
-    // If a thread dies without a word, there is nobody left who could say something.
-    drop(report);
+    let shard = plan.spawn(report)?;
+    // A thread that dies without a word drops its end.
     let died = |_| EngineError::Resources(std::io::ErrorKind::BrokenPipe.into());
-    let started = shards.iter().map(|_| reports.recv().map_err(died)?).collect::<Result<_, _>>()?;
-    Ok((shards, started))
+    Ok((shard, reports.recv().map_err(died)??))
 }
 
 impl Plan {
@@ -265,12 +290,12 @@ impl Plan {
         }
         let Settings { slots: depth, workers, .. } = self.settings;
         let near = self.seat.as_ref().map_or(&[][..], |seat| &seat.near);
-        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near, sinks_block: self.front.caps().sinks_block };
+        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near, sinks_block: self.caps.sinks_block };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 
     fn watch(&self) -> Watch<'_> {
-        Watch { requests: self.router.as_ref().map(|_| self.front.requests()), wake: self.inbox.fd() }
+        Watch { requests: self.source.as_ref().map(|(front, _)| front.requests()), wake: self.inbox.fd() }
     }
 
     fn serve_blocking(
@@ -296,12 +321,12 @@ impl Plan {
         buffers: Buffers,
         threads: Option<u32>,
     ) -> Result<(), EngineError> {
-        let intake = match self.router.map(|router| (router, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
+        let intake = match self.source.map(|source| (source, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
             None => None,
-            Some((router, Ok(messages))) => Some(Intake { front: Arc::clone(&self.front), router, messages }),
+            Some(((front, router), Ok(messages))) => Some(Intake { front, router, messages }),
             Some((_, Err(error))) => return drop_report(report, EngineError::Resources(error)),
         };
-        let caps = self.front.caps();
+        let caps = self.caps;
         let limits = Limits {
             page_bytes: caps.align_bytes,
             fill_max_bytes: self.settings.slot_bytes,

@@ -5,6 +5,7 @@
 //! between the two, so a second kernel interface is a second implementation of [`FrontEnd`].
 
 pub mod cachefiles;
+pub mod fanotify;
 pub mod sim;
 
 use std::fmt;
@@ -55,9 +56,24 @@ pub struct OpenRequest {
 }
 
 /// Where the data of an object is written.
-pub trait Sink: AsFd + fmt::Debug + Send + Sync {}
+pub trait Sink: AsFd + fmt::Debug + Send + Sync {
+    /// What it holds already, in whole pages: asked once, when the object is opened, of a front end whose holes are not
+    /// absent ([`Caps::holes_are_absent`]); of the others the file itself tells.
+    fn present(&self) -> Vec<ByteRange> {
+        Vec::new()
+    }
 
-impl<T: AsFd + fmt::Debug + Send + Sync> Sink for T {}
+    /// The bytes of `range`, whole pages, are in the file now. Told for the same front ends, before the answers of those who
+    /// waited for them.
+    fn filled(&self, _range: &ByteRange) {}
+
+    /// Every byte of the object is in the file now: nobody has to ask for it any more. Told once, for the same front ends.
+    fn completed(&self) {}
+}
+
+impl Sink for std::fs::File {}
+
+impl Sink for std::os::fd::OwnedFd {}
 
 /// A reader waits for `range`. The range is what the kernel said: unchecked, it may lie beyond the blob.
 #[derive(Debug)]
@@ -175,13 +191,24 @@ pub struct Caps {
     pub sinks_block: bool,
     /// The kernel opens an object again when its sink was closed and data is missing (`restore` exists).
     pub reopens: bool,
+    /// Most requests that one read gives.
+    pub events_per_read: u32,
+    /// Each request for data brings a descriptor, which is open until its answer.
+    pub needs_hold_fds: bool,
+}
+
+impl Default for Caps {
+    /// Those of cachefiles' descriptors where `restore` exists.
+    fn default() -> Self {
+        Self { align_bytes: 4096, holes_are_absent: true, sinks_block: true, reopens: true, events_per_read: 1, needs_hold_fds: false }
+    }
 }
 
 /// Room that one message of any front end needs.
 pub const MESSAGE_MAX_BYTES: usize = 1024;
 
-/// One kernel interface. It delivers messages by read(2) and understands them; who reads, when and how many at a
-/// time is the engine's business.
+/// One source of requests of a kernel interface. It delivers messages by read(2) and understands them; who reads, when
+/// and how many at a time is the engine's business.
 pub trait FrontEnd: Send + Sync {
     /// The name used in settings, logs and statistics.
     fn name(&self) -> &'static str;
@@ -189,18 +216,20 @@ pub trait FrontEnd: Send + Sync {
     /// What its sinks allow.
     fn caps(&self) -> Caps;
 
-    /// Where messages come from. Each read(2) of it into at least [`MESSAGE_MAX_BYTES`] takes one message, or
-    /// finds none, and never waits (`O_NONBLOCK` is set). It polls readable when there may be one.
+    /// Where messages come from. Each read(2) of it into at least [`MESSAGE_MAX_BYTES`] takes a message, or
+    /// [`Caps::events_per_read`] of them at most, or finds none, and never waits (`O_NONBLOCK` is set). It polls readable
+    /// when there may be one.
     fn requests(&self) -> BorrowedFd<'_>;
 
-    /// The request in what one read gave; `None` if there was nothing to read. What was read is this process's to
-    /// answer (and an open's descriptor its to close), so every result must come here, in the order of the reads.
+    /// Adds the requests in what one read gave to `requests`; `false` if there was nothing to read. What was read is this
+    /// process's to answer (and an open's descriptor its to close), so every result must come here, in the order of the
+    /// reads.
     ///
     /// # Errors
     /// [`FrontError::Malformed`] for a message that made no sense (it was answered as far as that was
     /// possible; go on), [`FrontError::OutOfDescriptors`] for an open that was lost (go on), anything else if the
     /// interface itself failed.
-    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError>;
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError>;
 
     /// Called before each read, when no read is under way and every request that was read has been handed on.
     /// `false`: nothing may be read now; it wants to be asked again soon.
@@ -208,16 +237,16 @@ pub trait FrontEnd: Send + Sync {
         true
     }
 
-    /// Reads a message and parses it, for a caller without an engine.
+    /// Reads a message and parses it, for a caller without an engine whose front end has one request in a message.
     ///
     /// # Errors
     /// As [`FrontEnd::parse`].
     fn next(&self) -> Result<Option<Request>, FrontError> {
-        let mut buffer = [0; MESSAGE_MAX_BYTES];
+        let (mut buffer, mut requests) = ([0; MESSAGE_MAX_BYTES], Vec::new());
         loop {
             match nix::unistd::read(self.requests(), &mut buffer) {
                 Err(Errno::EINTR) => {}
-                read => return self.parse(read.map(|len| &buffer[..len])),
+                read => return self.parse(read.map(|len| &buffer[..len]), &mut requests).map(|_| requests.pop()),
             }
         }
     }

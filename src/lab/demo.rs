@@ -18,9 +18,11 @@ use super::disk::{self, ErofsLayout};
 use super::tree::{Comparison, Manifest, Selection, compare};
 use super::{LabError, Result, Trying, last_lines};
 
-/// The image, its blob and its manifest in the data directory.
-const IMAGE: &str = "demo.img";
-const BLOB: &str = "demo.blob";
+/// The image in the data directory.
+pub const IMAGE: &str = "demo.img";
+/// Its blob there.
+pub const BLOB: &str = "demo.blob";
+/// Its manifest there.
 const MANIFEST: &str = "demo.json";
 /// Chunks of the image.
 const CHUNK_BYTES: u32 = 64 << 10;

@@ -14,7 +14,7 @@ use infill::store::{SourceMode, Store};
 use nix::errno::Errno;
 
 use crate::guest::{Guest, data, with_blob};
-use crate::readers::{How, READ_LIMIT, Readers, expect_equal};
+use crate::readers::{How, READ_LIMIT, Readers};
 use crate::space::settings;
 use crate::{Outcome, Test};
 
@@ -42,12 +42,14 @@ impl FrontEnd for Holding {
         self.device.requests()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
-        let request = self.device.parse(read)?;
-        if let Some(Request::Open(open)) = &request {
-            self.sinks.lock().map_err(|_| FrontError::Malformed("a thread died".to_owned()))?.push(Arc::clone(&open.sink));
-        }
-        Ok(request)
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+        let found = self.device.parse(read, requests)?;
+        let mut sinks = self.sinks.lock().map_err(|_| FrontError::Malformed("a thread died".to_owned()))?;
+        sinks.extend(requests.iter().filter_map(|request| match request {
+            Request::Open(open) => Some(Arc::clone(&open.sink)),
+            _ => None,
+        }));
+        Ok(found)
     }
 
     fn settle(&self) -> bool {
@@ -95,9 +97,7 @@ fn device_closed_before_objects(guest: &mut Guest) -> Outcome {
     drop(sinks);
     guest.serve(&[])?;
     guest.umount(&at)?;
-    let at = guest.mount(&options)?;
-    expect_equal(&at, &data("one.json"), 4, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options, "one.json", (4, How::Read))?;
     guest.stop()?;
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 
-use super::Failure;
+use super::{Failure, print_json};
 use crate::lab::bench::{cell, engine, naive};
 use crate::ops::exit;
 
@@ -65,11 +65,7 @@ pub fn run(bench: &Bench) -> Result<(), Failure> {
             let shards: Vec<usize> = shards.iter().copied().map(usize::from).collect();
             let report = engine::measure(None, &["bench", "engine", "--pass"], &shards).map_err(failed)?;
             print!("{}", report.table());
-            if *json {
-                let text = serde_json::to_string(&report).map_err(|error| Failure::new(exit::FAILED, error))?;
-                println!("{text}");
-            }
-            Ok(())
+            if *json { print_json(&report) } else { Ok(()) }
         }
         Bench::Restart(args) => restart::run(args),
         Bench::Density(args) => density::run(args),

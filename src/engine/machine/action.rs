@@ -58,6 +58,16 @@ pub enum Action<T> {
         /// Where.
         range: ByteRange,
     },
+    /// Tell the object's sink that it holds these whole pages now: only where the driver does not look for itself
+    /// ([`super::Limits::probe`]), and before the answers of those who waited for them.
+    Filled {
+        /// Whose sink.
+        object: Handle,
+        /// Which pages.
+        range: ByteRange,
+        /// With them all of the object is there.
+        complete: bool,
+    },
     /// Answer a request.
     Answer(Answered<T>),
     /// The object was closed and nothing of it is in flight any more: drop its sink and its blob.

@@ -96,6 +96,10 @@ impl<T> Machine<T> {
         object.running -= 1;
         if result.is_ok() {
             object.present.insert(&range);
+            if !self.limits.probe {
+                let complete = object.present.is_full();
+                self.actions.push_back(Action::Filled { object: handle, range: range.clone(), complete });
+            }
         }
         if let Ok(at) = object.jobs.binary_search_by_key(&range.start, |&(start, _)| start) {
             object.jobs.remove(at);

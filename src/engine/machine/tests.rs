@@ -56,6 +56,7 @@ pub(super) struct Driver {
     pub(super) wanted: VecDeque<Wanted>,
     pub(super) answers: Vec<(u32, Outcome)>,
     pub(super) released: Vec<Handle>,
+    pub(super) filled: Vec<(Handle, ByteRange)>,
     /// What every sink holds from the beginning.
     pub(super) held: Vec<ByteRange>,
 }
@@ -68,6 +69,7 @@ impl Driver {
             wanted: VecDeque::new(),
             answers: Vec::new(),
             released: Vec::new(),
+            filled: Vec::new(),
             held: Vec::new(),
         }
     }
@@ -115,6 +117,7 @@ impl Driver {
                     let held = self.held.iter().filter_map(|held| intersect(held, &range));
                     self.machine.learn_of(object, &range, held);
                 }
+                Action::Filled { object, range, .. } => self.filled.push((object, range)),
                 Action::Answer(answered) => self.answers.push((answered.ticket, answered.outcome)),
                 Action::Release { object } => self.released.push(object),
             }

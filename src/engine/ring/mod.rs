@@ -1,7 +1,7 @@
 //! The only folder that names `io_uring`: reads and writes through a ring of the shard's own.
 //!
 //! The ring is made in the thread that uses it, with the best flags the kernel takes, and is restricted to
-//! the few operations below before it is enabled. Writes to cachefiles' anonymous descriptors always go to
+//! the few operations below before it is enabled (`setup`). Writes to cachefiles' anonymous descriptors always go to
 //! the kernel's worker threads (the descriptor knows no non-blocking write), so their number is capped.
 
 mod setup;

@@ -27,6 +27,7 @@ use super::stats::{Gauges, ShardStats};
 use super::trace::Tracer;
 use super::{EngineError, Shared, probe};
 use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Sink, Ticket};
+use crate::range::ByteRange;
 
 #[cfg(test)]
 pub(super) use self::answers::ANSWER_WAIT_MAX_US;
@@ -173,7 +174,7 @@ impl<I: Io> Shard<I> {
             self.stop_receiving();
         }
         let Some(Intake { front, router, messages }) = &mut self.intake else { return };
-        if self.shared.look_again.swap(false, Ordering::AcqRel) {
+        if self.index == 0 && self.shared.look_again.swap(false, Ordering::AcqRel) {
             router.notice();
         }
         for n in 0..router.wanted(&**front, BATCH_MAX) {
@@ -203,7 +204,7 @@ impl<I: Io> Shard<I> {
     fn stop_receiving(&mut self) {
         if let Some(Intake { mut router, .. }) = self.intake.take() {
             router.give_up();
-            self.shared.received_all.store(true, Ordering::Release);
+            self.shared.receivers.fetch_sub(1, Ordering::AcqRel);
             self.shared.wake_all();
         }
     }
@@ -215,6 +216,9 @@ impl<I: Io> Shard<I> {
         }
         if self.attached.len() <= handle.0 {
             self.attached.resize_with(handle.0 + 1, || None);
+        }
+        if !self.caps.holes_are_absent {
+            self.machine.learn_of(handle, &(0..0), adopted.sink.present());
         }
         self.attached[handle.0] = Some(Attached::new(adopted, &mut self.io));
     }
@@ -289,6 +293,7 @@ impl<I: Io> Shard<I> {
                     Some(sink) => probe::look(&mut self.machine, object, sink.as_fd(), &range),
                     None => self.machine.learn_of(object, &range, []),
                 },
+                Action::Filled { object, range, complete } => self.tell_of(object, &range, complete),
                 Action::Release { object } => self.release(object),
                 Action::Read { op, object, file, offset, len, .. }
                     if self.is_in_memory(object, file, offset, len) && self.machine.use_mapped(op) => {}
@@ -300,6 +305,16 @@ impl<I: Io> Shard<I> {
                     let memory = self.written(object, slot, len, from);
                     self.start(op, object, Kind::Write, Target::Sink, offset, memory, None);
                 }
+            }
+        }
+    }
+
+    /// Tells a sink what it holds now.
+    fn tell_of(&self, object: Handle, filled: &ByteRange, complete: bool) {
+        if let Some(sink) = self.attached(object).and_then(Attached::sink) {
+            sink.filled(filled);
+            if complete {
+                sink.completed();
             }
         }
     }
@@ -423,7 +438,7 @@ impl<I: Io> Shard<I> {
 
     /// Whether there is nothing left to do for ever. When time is up, what is left is failed first.
     fn has_ended(&mut self) -> bool {
-        if !self.shared.received_all.load(Ordering::Acquire) {
+        if self.shared.receivers.load(Ordering::Acquire) > 0 {
             return false;
         }
         self.take_messages();

@@ -22,6 +22,8 @@ struct Anonymous {
     readable: Arc<EventFd>,
 }
 
+impl crate::front::Sink for Anonymous {}
+
 #[derive(Default, Debug)]
 struct State {
     /// What the daemon has not read.
@@ -130,35 +132,36 @@ impl FrontEnd for Reopening {
     }
 
     fn caps(&self) -> Caps {
-        Caps { align_bytes: 4096, holes_are_absent: false, sinks_block: true, reopens: self.reopens }
+        Caps { holes_are_absent: false, reopens: self.reopens, ..Caps::default() }
     }
 
     fn requests(&self) -> BorrowedFd<'_> {
         self.readable.as_fd()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
         if read == Err(Errno::EAGAIN) {
-            return Ok(None);
+            return Ok(false);
         }
         let mut state = self.state.lock().unwrap();
         match state.queue.pop_front().unwrap() {
-            Event::Open(name) => Ok(Some(self.open(&mut state, name))),
+            Event::Open(name) => requests.push(self.open(&mut state, name)),
             Event::Read(name, token) => {
                 let object = &state.objects[name];
                 if let (false, Some(sink)) = (object.opening, object.open.upgrade()) {
                     let (object, ticket) = (ObjectId(object.id), Ticket::new(sink, token));
-                    return Ok(Some(Request::Need(NeedRequest { object, range: 0..8192, ticket })));
+                    requests.push(Request::Need(NeedRequest { object, range: 0..8192, ticket }));
+                    return Ok(true);
                 }
                 let opening = object.opening;
                 state.waiting.push((name, token));
-                if opening {
-                    return Ok(None);
+                if !opening {
+                    assert!(self.reopens, "the object {name} was closed although it misses data");
+                    requests.push(self.open(&mut state, name));
                 }
-                assert!(self.reopens, "the object {name} was closed although it misses data");
-                Ok(Some(self.open(&mut state, name)))
             }
         }
+        Ok(true)
     }
 }
 

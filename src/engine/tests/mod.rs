@@ -72,23 +72,26 @@ impl FrontEnd for Kernel {
     }
 
     fn caps(&self) -> Caps {
-        Caps { align_bytes: 4096, holes_are_absent: false, sinks_block: true, reopens: true }
+        Caps { holes_are_absent: false, ..Caps::default() }
     }
 
     fn requests(&self) -> BorrowedFd<'_> {
         self.readable.as_fd()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
         // Each read takes one from what the counter counts: a request.
         if read == Err(Errno::EAGAIN) {
-            return Ok(None);
+            return Ok(false);
         }
         assert_eq!(read.unwrap().len(), size_of::<u64>());
         loop {
             let step = self.steps.lock().unwrap().pop_front();
             match step {
-                Some(Step::Ask(request)) => return Ok(Some(request)),
+                Some(Step::Ask(request)) => {
+                    requests.push(request);
+                    return Ok(true);
+                }
                 Some(Step::Await(token)) => drop(self.answers.of(token)),
                 Some(Step::Break) => return Err(FrontError::Broken(std::io::ErrorKind::BrokenPipe.into())),
                 None => panic!("nothing was counted that is not there"),

@@ -78,12 +78,7 @@ impl Device {
             devnode: Arc::new(Devnode { fd: bound.devnode, counters: Arc::clone(&counters), unanswered: AtomicU64::new(0) }),
             objects: Objects::default(),
             counters,
-            caps: Caps {
-                align_bytes: range::page_bytes().max(ALIGN_MIN_BYTES),
-                holes_are_absent: true,
-                sinks_block: true,
-                reopens: bound.reopens,
-            },
+            caps: Caps { align_bytes: range::page_bytes().max(ALIGN_MIN_BYTES), reopens: bound.reopens, ..Caps::default() },
             lost_at: Mutex::default(),
         })
     }
@@ -160,6 +155,31 @@ impl Device {
         FrontError::Malformed(format!("READ {msg_id} of {}, which has no open descriptor: {end}", ObjectId(object)))
     }
 
+    /// The request in a message.
+    fn understand(&self, bytes: &[u8]) -> Result<Option<Request>, FrontError> {
+        // The descriptor first: whatever else the message holds, this must not leak.
+        let sink = wire::open_fd(bytes).and_then(|raw| object::take_over(raw).ok());
+        let Message { msg_id, object_id, body } = match wire::parse(bytes) {
+            Ok(message) => message,
+            Err(why) => return Err(self.refuse(bytes, sink, why)),
+        };
+        let request = match body {
+            Body::Open { key, fd } => match sink {
+                Some(sink) => self.open(msg_id, object_id, key, sink),
+                None => {
+                    let why = WireError::Descriptor(fd.cast_unsigned());
+                    return Err(self.refuse(bytes, None, why));
+                }
+            },
+            Body::Read(range) => return self.need(msg_id, object_id, range),
+            Body::Close => {
+                self.objects.remove(object_id);
+                Request::Close(ObjectId(object_id))
+            }
+        };
+        Ok(Some(request))
+    }
+
     /// Refuses a message that made no sense, as far as it can be told what it was. `sink` is what it brought: an
     /// OPEN must be answered before its descriptor is closed.
     fn refuse(&self, bytes: &[u8], sink: Option<OwnedFd>, why: WireError) -> FrontError {
@@ -196,34 +216,16 @@ impl FrontEnd for Device {
         self.devnode.fd.as_fd()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
-        let bytes = match read {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+        let found = match read {
             // Not the end of anything: it also follows a wake-up for an object that must be opened again first.
-            Ok([]) => return Ok(None),
-            Ok(bytes) => bytes,
-            Err(errno) => return self.unread(errno),
+            Ok([]) => None,
+            Ok(bytes) => self.understand(bytes)?,
+            Err(errno) => self.unread(errno)?,
         };
-        // The descriptor first: whatever else the message holds, this must not leak.
-        let sink = wire::open_fd(bytes).and_then(|raw| object::take_over(raw).ok());
-        let Message { msg_id, object_id, body } = match wire::parse(bytes) {
-            Ok(message) => message,
-            Err(why) => return Err(self.refuse(bytes, sink, why)),
-        };
-        let request = match body {
-            Body::Open { key, fd } => match sink {
-                Some(sink) => self.open(msg_id, object_id, key, sink),
-                None => {
-                    let why = WireError::Descriptor(fd.cast_unsigned());
-                    return Err(self.refuse(bytes, None, why));
-                }
-            },
-            Body::Read(range) => return self.need(msg_id, object_id, range),
-            Body::Close => {
-                self.objects.remove(object_id);
-                Request::Close(ObjectId(object_id))
-            }
-        };
-        Ok(Some(request))
+        let any = found.is_some();
+        requests.extend(found);
+        Ok(any)
     }
 
     fn settle(&self) -> bool {

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use super::counters::Counters;
-use crate::front::{Answer, Outcome};
+use crate::front::{Answer, Outcome, Sink};
 
 /// Objects in a table before it looks for dead ones.
 const PRUNE_MIN_OBJECTS: usize = 64;
@@ -65,6 +65,8 @@ pub(super) struct Object {
     fd: OwnedFd,
     counters: Arc<Counters>,
 }
+
+impl Sink for Object {}
 
 impl AsFd for Object {
     fn as_fd(&self) -> BorrowedFd<'_> {

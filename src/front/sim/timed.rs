@@ -197,7 +197,7 @@ impl Timed {
                     }
                     answered = true;
                 }
-                Action::Look { .. } | Action::Release { .. } => {}
+                Action::Look { .. } | Action::Filled { .. } | Action::Release { .. } => {}
             }
         }
         answered

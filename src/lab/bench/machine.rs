@@ -98,7 +98,7 @@ impl Bare {
                         self.ended.push((op, i32::try_from(len).unwrap_or(i32::MAX)));
                     }
                     Action::Answer(answered) => good += u64::from(answered.outcome == Outcome::Done),
-                    Action::Look { .. } | Action::Release { .. } => {}
+                    Action::Look { .. } | Action::Filled { .. } | Action::Release { .. } => {}
                 }
             }
             if self.ended.is_empty() {

@@ -270,26 +270,28 @@ impl FrontEnd for Front {
     fn caps(&self) -> Caps {
         let holes_are_absent = self.0.holes_are_absent;
         // Files that are written like cachefiles' descriptors; devices take everything at once.
-        Caps { align_bytes: PAGE_BYTES, holes_are_absent, sinks_block: holes_are_absent, reopens: true }
+        Caps { align_bytes: PAGE_BYTES, holes_are_absent, sinks_block: holes_are_absent, ..Caps::default() }
     }
 
     fn requests(&self) -> BorrowedFd<'_> {
         self.0.device.as_fd()
     }
 
-    fn parse(&self, read: std::result::Result<&[u8], Errno>) -> std::result::Result<Option<Request>, FrontError> {
+    fn parse(&self, read: std::result::Result<&[u8], Errno>, requests: &mut Vec<Request>) -> std::result::Result<bool, FrontError> {
         match read {
-            Err(Errno::EAGAIN) => return Ok(None),
+            Err(Errno::EAGAIN) => return Ok(false),
             Err(errno) => return Err(FrontError::Broken(errno.into())),
             Ok(_) => {}
         }
-        let next = self.0.next();
-        if next.is_some() || self.0.counts {
-            return Ok(next);
+        let mut next = self.0.next();
+        if next.is_none() && !self.0.counts {
+            // In this order: who becomes ready after the second look sees that it must wake us.
+            self.0.idle.store(true, Ordering::SeqCst);
+            next = self.0.next();
         }
-        // In this order: who becomes ready after the second look sees that it must wake us.
-        self.0.idle.store(true, Ordering::SeqCst);
-        Ok(self.0.next())
+        let found = next.is_some();
+        requests.extend(next);
+        Ok(found)
     }
 }
 

@@ -88,21 +88,21 @@ impl FrontEnd for SocketFront {
     }
 
     fn caps(&self) -> Caps {
-        Caps { align_bytes: ALIGN_BYTES, holes_are_absent: true, sinks_block: true, reopens: true }
+        Caps { align_bytes: ALIGN_BYTES, ..Caps::default() }
     }
 
     fn requests(&self) -> BorrowedFd<'_> {
         self.link.as_fd()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>) -> Result<Option<Request>, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
         let bytes = match read {
             Ok([]) => {
                 let gone = io::Error::new(io::ErrorKind::UnexpectedEof, "the model kernel has closed its end of the socket");
                 return Err(FrontError::Broken(gone));
             }
             Ok(bytes) => bytes,
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(false),
             Err(errno) => return Err(FrontError::Broken(errno.into())),
         };
         let message = wire::parse(bytes).map_err(|error| {
@@ -110,15 +110,16 @@ impl FrontEnd for SocketFront {
             FrontError::Malformed(error.to_string())
         })?;
         let object = ObjectId(message.object_id);
-        match &message.body {
-            Body::Open { key, fd } => self.open(&message, key.clone(), *fd).map(Some),
-            Body::Close => Ok(Some(Request::Close(object))),
+        requests.push(match &message.body {
+            Body::Open { key, fd } => self.open(&message, key.clone(), *fd)?,
+            Body::Close => Request::Close(object),
             Body::Read(range) => {
                 let token = u64::from(message.object_id) << 32 | u64::from(message.msg_id);
                 let ticket = Ticket::new(Arc::clone(&self.reads), token);
-                Ok(Some(Request::Need(NeedRequest { object, range: range.clone(), ticket })))
+                Request::Need(NeedRequest { object, range: range.clone(), ticket })
             }
-        }
+        });
+        Ok(true)
     }
 }
 

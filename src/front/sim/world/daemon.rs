@@ -186,6 +186,14 @@ impl World {
                 self.shards[shard].machine.learn_of(object, &range, present);
                 Ok(())
             }
+            Action::Filled { object, range, .. } => {
+                let sink = self.shards[shard].sink(object)?;
+                let (fd, lied_to) = (sink.fd, self.ledger.was_lied_to(sink.object));
+                // A cookie that is gone cannot be looked into.
+                let present = self.kernel.present(fd, &range).unwrap_or_else(|_| vec![range.clone()]);
+                let holds = lied_to || present.iter().any(|part| part.start <= range.start && part.end >= range.end);
+                ensure(holds, Rule::DoneMeansThere, || format!("{object:?} is said to hold {range:?}, and holds {present:?}"))
+            }
             Action::Answer(answered) => self.answer(shard, answered),
             Action::Release { object } => self.release(shard, object),
         }

@@ -1,0 +1,264 @@
+//! What a sink holds, where nobody but us knows: one bit a page, in a file beside it.
+//!
+//! ```text
+//!   0        4096                 4096 + n             4096 + 2n
+//!   | header | durable bits       | live bits          |      n: bits of all pages, in whole pages
+//! ```
+//!
+//! *Live* bits are set when a write to the sink has ended. They lie in a shared mapping, so they outlive the process, but a
+//! loss of power may keep a bit and lose its data: they count only in the boot in which they were set. *Durable* bits are
+//! copied from them after the sink has been synced; they count for ever. Holes of the sink are not asked: a page of zeros that
+//! somebody read from a preallocated part looks like data to `SEEK_DATA`.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::range::{ByteRange, align_up};
+
+/// Unit in which presence is known and sinks are as long; EROFS reads its devices in blocks of at most that.
+pub const PAGE_BYTES: u64 = 4096;
+/// What a file begins with; the last digit is the version of the layout.
+const MAGIC: [u8; 8] = *b"INFILLP1";
+/// Room of the header: so that the bits begin on a page.
+const HEADER_BYTES: u64 = 4096;
+/// Bits of a word.
+const WORD_BITS: u64 = 64;
+/// Bytes of a word.
+const WORD_BYTES: u64 = 8;
+/// Longest sink of which presence is kept; its map is half a gigabyte.
+const LEN_MAX_BYTES: u64 = 1 << 44;
+/// Bytes of a boot's id as /proc/sys/kernel/random/boot_id shows it.
+const BOOT_ID_BYTES: usize = 36;
+
+/// See the module's description.
+#[derive(Debug)]
+pub struct PresenceMap {
+    file: File,
+    live: MmapRaw,
+    pages: u64,
+    /// Pages whose live bit is set.
+    present: AtomicU64,
+    /// There are live bits that are not durable.
+    dirty: AtomicBool,
+    /// One saves at a time.
+    saving: Mutex<()>,
+}
+
+impl PresenceMap {
+    /// The map in `file`, of a sink of `len_bytes`; a new one if it is empty, of another length, or no map. Bits of another
+    /// boot than `boot_id` that are not durable are dropped. One process at a time may have it.
+    ///
+    /// # Errors
+    /// The file cannot be read, written or mapped; a sink that is longer than 16 TiB.
+    pub fn open(file: File, len_bytes: u64, boot_id: &str) -> io::Result<Self> {
+        if len_bytes > LEN_MAX_BYTES || boot_id.len() > BOOT_ID_BYTES {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let pages = len_bytes.div_ceil(PAGE_BYTES);
+        let bits = bits_bytes(pages);
+        let header = header(len_bytes, boot_id);
+        let mut found = vec![0; header.len()];
+        let known = file.metadata()?.len() == HEADER_BYTES + 2 * bits && file.read_exact_at(&mut found, 0).is_ok();
+        let same_sink = known && found[..header.len() - BOOT_ID_BYTES] == header[..header.len() - BOOT_ID_BYTES];
+        if !same_sink {
+            file.set_len(0)?;
+            file.set_len(HEADER_BYTES + 2 * bits)?;
+        } else if found != header {
+            copy(&file, HEADER_BYTES, HEADER_BYTES + bits, bits)?;
+        }
+        // After the bits: a crash in between must not make those of another boot count.
+        if found != header || !same_sink {
+            file.sync_data()?;
+            file.write_all_at(&header, 0)?;
+        }
+        let len = usize::try_from(bits).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let live = MmapOptions::new().offset(HEADER_BYTES + bits).len(len).map_raw(&file)?;
+        let (present, dirty, saving) = (AtomicU64::new(0), AtomicBool::new(true), Mutex::new(()));
+        let map = Self { file, live, pages, present, dirty, saving };
+        let count: u32 = (0..map.words()).map(|word| map.word(word).load(Ordering::Relaxed).count_ones()).sum();
+        map.present.store(count.into(), Ordering::Relaxed);
+        Ok(map)
+    }
+
+    /// The whole pages of `range` are in the sink. Only one thread may say so at a time.
+    pub fn insert(&self, range: &ByteRange) {
+        let (mut page, end) = (range.start / PAGE_BYTES, (range.end / PAGE_BYTES).min(self.pages));
+        while page < end {
+            let (word, bit) = (page / WORD_BITS, page % WORD_BITS);
+            let n = (WORD_BITS - bit).min(end - page);
+            let mask = (u64::MAX >> (WORD_BITS - n)) << bit;
+            // Pairs with the swap in `save`: who finds the mark finds the bits, or they are marked anew.
+            let before = self.word(word).fetch_or(mask, Ordering::Relaxed);
+            self.present.fetch_add((mask & !before).count_ones().into(), Ordering::Relaxed);
+            page += n;
+        }
+        self.dirty.store(true, Ordering::Release);
+    }
+
+    /// What the sink holds, in order.
+    #[must_use]
+    pub fn ranges(&self) -> Vec<ByteRange> {
+        let mut ranges: Vec<ByteRange> = Vec::new();
+        for word in 0..self.words() {
+            let mut bits = self.word(word).load(Ordering::Relaxed);
+            while bits != 0 {
+                let first = u64::from(bits.trailing_zeros());
+                let run = u64::from((!(bits >> first)).trailing_zeros()).min(WORD_BITS - first);
+                bits &= if first + run == WORD_BITS { 0 } else { u64::MAX << (first + run) };
+                let start = (word * WORD_BITS + first) * PAGE_BYTES;
+                let end = start + run * PAGE_BYTES;
+                match ranges.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ => ranges.push(start..end),
+                }
+            }
+        }
+        ranges
+    }
+
+    /// Whether the sink holds everything.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.present.load(Ordering::Relaxed) >= self.pages
+    }
+
+    /// How many bytes the sink holds, in whole pages.
+    #[must_use]
+    pub fn present_bytes(&self) -> u64 {
+        self.present.load(Ordering::Relaxed) * PAGE_BYTES
+    }
+
+    /// Makes durable what is live: syncs `sink`, then the bits. `false`: there was nothing to do.
+    ///
+    /// # Errors
+    /// The disk; what was live before is saved by a later call.
+    pub fn save(&self, sink: &File) -> io::Result<bool> {
+        let _one = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.dirty.swap(false, Ordering::AcqRel) {
+            return Ok(false);
+        }
+        let saved = self.save_bits(sink);
+        if saved.is_err() {
+            self.dirty.store(true, Ordering::Release);
+        }
+        saved.map(|()| true)
+    }
+
+    fn save_bits(&self, sink: &File) -> io::Result<()> {
+        // A copy of before the sync: what is set meanwhile is not synced.
+        let bits: Vec<u8> = (0..self.words()).flat_map(|word| self.word(word).load(Ordering::Acquire).to_ne_bytes()).collect();
+        sink.sync_data()?;
+        self.file.write_all_at(&bits, HEADER_BYTES)?;
+        self.file.sync_data()
+    }
+
+    const fn words(&self) -> u64 {
+        self.pages.div_ceil(WORD_BITS)
+    }
+
+    fn word(&self, index: u64) -> &AtomicU64 {
+        assert!(index < self.words(), "a page outside of the sink");
+        let at = usize::try_from(index * WORD_BYTES).unwrap_or(usize::MAX);
+        // SAFETY: the mapping is as long as all words (`open`), lives as long as `self`, and begins on a page, so each word is
+        // aligned; it is only ever accessed as atomics. The file is not shortened while it is mapped: nobody else may have it.
+        unsafe { AtomicU64::from_ptr(self.live.as_mut_ptr().wrapping_add(at).cast()) }
+    }
+}
+
+/// Room for a bit for each of `pages`, at least one page.
+const fn bits_bytes(pages: u64) -> u64 {
+    let bytes = pages.div_ceil(WORD_BITS) * WORD_BYTES;
+    if bytes == 0 { PAGE_BYTES } else { align_up(bytes, PAGE_BYTES) }
+}
+
+fn header(len_bytes: u64, boot_id: &str) -> Vec<u8> {
+    let mut header = MAGIC.to_vec();
+    header.extend(len_bytes.to_ne_bytes());
+    header.extend(boot_id.bytes().chain(std::iter::repeat(0)).take(BOOT_ID_BYTES));
+    header
+}
+
+/// Copies `len` bytes inside of a file.
+fn copy(file: &File, from: u64, to: u64, len: u64) -> io::Result<()> {
+    let mut bytes = vec![0; usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?];
+    file.read_exact_at(&mut bytes, from)?;
+    file.write_all_at(&bytes, to)
+}
+
+/// The present boot.
+///
+/// # Errors
+/// /proc is not there.
+pub fn boot_id() -> io::Result<String> {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim_end().to_owned())
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of ranges that has one")]
+mod tests {
+    use super::*;
+    use crate::engine::presence::PageSet;
+    use proptest::prelude::*;
+
+    fn open(dir: &tempfile::TempDir, len: u64, boot: &str) -> PresenceMap {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(dir.path().join("map")).unwrap();
+        PresenceMap::open(file, len, boot).unwrap()
+    }
+
+    #[test]
+    fn bits_outlive_the_process_in_a_boot_and_a_boot_when_they_were_saved() {
+        let (dir, sink, len) = (tempfile::tempdir().unwrap(), tempfile::tempfile().unwrap(), 1000 * PAGE_BYTES + 5);
+        let map = open(&dir, len, "one");
+        map.insert(&(0..8192));
+        assert!(map.save(&sink).unwrap() && !map.save(&sink).unwrap());
+        map.insert(&(65 * 4096..200 * 4096));
+        drop(map);
+        // Killed: all of it counts. After a loss of power: what was saved.
+        assert_eq!(open(&dir, len, "one").ranges(), [0..8192, 65 * 4096..200 * 4096]);
+        let map = open(&dir, len, "two");
+        assert_eq!((map.ranges(), map.present_bytes()), (vec![0..8192], 8192));
+        drop(map);
+        assert_eq!(open(&dir, len, "one").ranges(), [0..8192], "what was dropped does not come back");
+        assert_eq!(open(&dir, len + 1, "one").ranges(), [], "it belongs to another sink");
+    }
+
+    #[test]
+    fn a_file_that_is_no_map_becomes_an_empty_one() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("map"), vec![0xff; 3 * 4096]).unwrap();
+        assert!(open(&dir, 4096, "one").ranges().is_empty());
+        let map = open(&dir, 4096, "one");
+        map.insert(&(0..4096));
+        assert!(map.is_full());
+        assert!(open(&dir, 0, "one").is_full(), "nothing is missing of nothing");
+    }
+
+    proptest! {
+        #[test]
+        fn it_says_what_a_set_of_pages_says(pages in 1u64..300, ranges in proptest::collection::vec((0u64..300, 0u64..130), 0..12)) {
+            let dir = tempfile::tempdir().unwrap();
+            let (map, len) = (open(&dir, pages * PAGE_BYTES, "b"), pages * PAGE_BYTES);
+            let mut set = PageSet::new(len, PAGE_BYTES);
+            for (start, n) in ranges {
+                let range = start.min(pages) * PAGE_BYTES..(start + n).min(pages) * PAGE_BYTES;
+                map.insert(&range);
+                set.insert(&range);
+            }
+            let mut expected = Vec::new();
+            let mut at = 0;
+            while let Some(run) = set.first_present(&(at..len)) {
+                at = run.end;
+                expected.push(run);
+            }
+            prop_assert_eq!(map.ranges(), expected);
+            prop_assert_eq!(map.is_full(), set.is_full());
+            prop_assert_eq!(map.present_bytes(), set.page_count() * PAGE_BYTES);
+        }
+    }
+}

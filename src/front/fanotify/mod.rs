@@ -1,0 +1,20 @@
+//! The fanotify front end: pre-content events (Linux 6.14) of the files behind file-backed EROFS mounts.
+//!
+//! A blob's file in the cache directory is sparse and marked; before it is read, the kernel asks. What is there is known to
+//! us alone, and it must not be forgotten who asks: when the last descriptor of a group is closed, the kernel lets every
+//! reader through to the holes.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `wire` | events and answers, as bytes |
+//! | `group` | a source of requests, for one shard |
+//! | `map` | what a file holds, over crashes and losses of power |
+//! | `blob` | a blob's file, as the engine's sink |
+
+mod blob;
+mod group;
+pub mod map;
+pub mod wire;
+
+pub use self::blob::BlobFile;
+pub use self::group::Group;

@@ -1,0 +1,330 @@
+//! The groups, and the blobs that they are asked for: what is made before an image can be mounted.
+
+use std::collections::{HashMap, hash_map};
+use std::fs::DirBuilder;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use sha2::{Digest, Sha256};
+
+use crate::engine::Entry;
+use crate::front::fanotify::{BlobFile, Group, map};
+use crate::front::{Answer, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Sink, Ticket};
+use crate::key::Key;
+use crate::store::{Blob, Store, StoreError};
+
+/// Blobs' files in the cache directory.
+const BLOBS_DIR: &str = "blobs";
+/// Only ours: whoever reads a blob's file beside a mount has it filled.
+const DIR_MODE: u32 = 0o700;
+/// Name of the two answers that a blob waits for.
+const TOKEN: u64 = 0;
+
+/// See the module's description.
+#[derive(Debug)]
+pub struct Blobs {
+    dir: PathBuf,
+    boot_id: String,
+    groups: Vec<Arc<Group>>,
+    next: AtomicU32,
+    served: Mutex<HashMap<String, Served>>,
+}
+
+/// A blob that is served.
+#[derive(Debug)]
+struct Served {
+    file: Arc<BlobFile>,
+    /// Who is about to mount it.
+    pins: usize,
+}
+
+/// A blob that is ready to be mounted, and stays so until this is dropped; after that, as long as it is mounted.
+#[derive(Debug)]
+pub struct Pinned {
+    blobs: Arc<Blobs>,
+    file: Arc<BlobFile>,
+}
+
+impl Pinned {
+    /// Its file.
+    #[must_use]
+    pub fn file(&self) -> &BlobFile {
+        &self.file
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        for served in self.blobs.served().values_mut().filter(|served| Arc::ptr_eq(&served.file, &self.file)) {
+            served.pins -= 1;
+        }
+    }
+}
+
+/// Why blobs cannot be served at all.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobsError {
+    /// The kernel asks for a capability.
+    #[error("fanotify: not permitted; run as root, with CAP_SYS_ADMIN in the initial user namespace")]
+    NotPermitted,
+    /// It gives no group.
+    #[error("fanotify: no group: {errno}: {}", group_advice(*.errno))]
+    NoGroup {
+        /// Why not.
+        errno: Errno,
+    },
+    /// It has no such events, or not there.
+    #[error("fanotify: cannot watch files in {}: {errno}: {}", dir.display(), watch_advice(*.errno))]
+    NoEvents {
+        /// Where.
+        dir: PathBuf,
+        /// Why not.
+        errno: Errno,
+    },
+    /// The cache directory cannot be used.
+    #[error("cannot use {} as a cache directory: {source}", dir.display())]
+    Dir {
+        /// Which.
+        dir: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+const fn group_advice(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EMFILE => "too many groups; raise fs.fanotify.max_user_groups, or lower --shards",
+        Errno::EINVAL | Errno::ENOSYS => "this kernel was built without CONFIG_FANOTIFY_ACCESS_PERMISSIONS",
+        _ => "see infill doctor",
+    }
+}
+
+/// Why a blob cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No store has it.
+    #[error("no store has the blob {0}; look at the stores that infill was started with")]
+    NotFound(Key),
+    /// It does not say which blobs its devices are.
+    #[error("the image {image} has {devices} devices, and does not name all of them; say which blobs they are, in order, with --device")]
+    Nameless {
+        /// Which image.
+        image: String,
+        /// How many it has.
+        devices: usize,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The cache directory.
+    #[error("cannot keep {key} in {}: {source}; see the free space and the rights there", dir.display())]
+    Cache {
+        /// What.
+        key: Key,
+        /// Where.
+        dir: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The kernel does not watch the file.
+    #[error("cannot watch {}: {errno}: {}", path.display(), watch_advice(*.errno))]
+    Mark {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        errno: Errno,
+    },
+    /// The engine refused it.
+    #[error("cannot serve {key}: {errno}; {}", open_advice(*.errno))]
+    Refused {
+        /// What.
+        key: Key,
+        /// Why not.
+        errno: Errno,
+    },
+    /// It did not answer.
+    #[error("{0} was not brought in time; see whether its store can be read, and request_timeout_ms")]
+    TimedOut(Key),
+}
+
+const fn watch_advice(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EOPNOTSUPP => "its file system has no pre-content events; use a cache directory on ext4, XFS or btrfs",
+        Errno::EINVAL => "this kernel has no pre-content events (Linux 6.14)",
+        Errno::ENOSPC => "there are too many marks; raise fs.fanotify.max_user_marks",
+        _ => "see infill doctor",
+    }
+}
+
+const fn open_advice(errno: Errno) -> &'static str {
+    match errno {
+        Errno::ENFILE => "fd_budget is used up; raise it, or unmount images",
+        Errno::EAGAIN => "too many blobs are being opened; try again",
+        _ => "the log says why",
+    }
+}
+
+/// Waits for one answer of the engine. Gives a new object its length as soon as the engine knows it.
+struct Waiter {
+    answers: SyncSender<Outcome>,
+    file: Arc<BlobFile>,
+}
+
+impl Answer for Waiter {
+    fn answer(&self, _: u64, outcome: Outcome) -> io::Result<bool> {
+        if let Outcome::Opened { len_bytes } = outcome {
+            self.file.stretch(len_bytes)?;
+        }
+        // Nobody may wait any more.
+        Ok(self.answers.try_send(outcome).is_ok())
+    }
+}
+
+impl Blobs {
+    /// Groups for so many shards, and what they serve from now on, kept in `dir`.
+    ///
+    /// # Errors
+    /// The kernel gives no groups or watches no files there, or the directory cannot be used.
+    pub fn new(dir: &Path, shards: usize) -> Result<Self, BlobsError> {
+        let no_group = |errno| if errno == Errno::EPERM { BlobsError::NotPermitted } else { BlobsError::NoGroup { errno } };
+        let groups = (0..shards).map(|_| Group::new().map(Arc::new)).collect::<Result<Vec<_>, _>>().map_err(no_group)?;
+        let dir = dir.join(BLOBS_DIR);
+        let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
+        DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir).map_err(unusable)?;
+        let boot_id = map::boot_id().map_err(unusable)?;
+        groups[0].can_watch(&dir).map_err(unusable)?.map_err(|errno| BlobsError::NoEvents { dir: dir.clone(), errno })?;
+        Ok(Self { dir, boot_id, groups, next: AtomicU32::new(0), served: Mutex::default() })
+    }
+
+    /// The sources of requests, one for each shard.
+    #[must_use]
+    pub fn fronts(&self) -> Vec<Arc<dyn FrontEnd>> {
+        self.groups.iter().map(|group| Arc::clone(group) as Arc<dyn FrontEnd>).collect()
+    }
+
+    /// Has `engine` serve a blob from `store`, if it is not complete or served already, and gives the file to be mounted. With
+    /// `whole` that is complete when this returns. May block for as long as `patience` says.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub fn attach(
+        self: &Arc<Self>,
+        engine: &Entry,
+        store: &dyn Store,
+        key: &Key,
+        whole: bool,
+        patience: Duration,
+    ) -> Result<Pinned, AttachError> {
+        let blob = store.open(key)?.ok_or_else(|| AttachError::NotFound(key.clone()))?;
+        let name = name_of(key, &*blob);
+        // One at a time: two mounts of one blob share what the first one made.
+        let mut all = self.served();
+        let served = match all.entry(name) {
+            hash_map::Entry::Occupied(served) => served.into_mut(),
+            hash_map::Entry::Vacant(place) => {
+                let file = self.make(engine, place.key(), key, &*blob, patience)?;
+                place.insert(Served { file, pins: 0 })
+            }
+        };
+        served.pins += 1;
+        let file = Arc::clone(&served.file);
+        drop(all);
+        let pinned = Pinned { blobs: Arc::clone(self), file };
+        if whole && !pinned.file.map().is_full() {
+            self.bring(engine, &pinned.file, key, blob.len_bytes(), patience)?;
+        }
+        Ok(pinned)
+    }
+
+    /// Opens the blob's file, and has it served if something is missing.
+    fn make(&self, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<Arc<BlobFile>, AttachError> {
+        let shard = usize::try_from(self.next.load(Ordering::Relaxed)).unwrap_or(0) % self.groups.len();
+        let (group, object) = (&self.groups[shard], ObjectId(self.next.fetch_add(1, Ordering::Relaxed)));
+        let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
+        let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
+        let file = Arc::new(file);
+        if file.map().is_full() {
+            return Ok(file);
+        }
+        let ask = |ticket| engine.open(OpenRequest { object, key: key.clone(), ticket, sink: Arc::clone(&file) as Arc<dyn Sink> });
+        match self.ask(&file, key, patience, ask)? {
+            Outcome::Opened { len_bytes } if len_bytes == blob.len_bytes() => {}
+            Outcome::Failed(errno) => return Err(AttachError::Refused { key: key.clone(), errno }),
+            _ => return Err(AttachError::Refused { key: key.clone(), errno: Errno::ESTALE }),
+        }
+        let marked = group.mark(file.as_fd(), object, blob.len_bytes());
+        marked.map(|()| Arc::clone(&file)).map_err(|errno| {
+            file.unwatch();
+            engine.close(object);
+            AttachError::Mark { path: file.path().to_owned(), errno }
+        })
+    }
+
+    /// Brings all of a blob.
+    fn bring(&self, engine: &Entry, file: &Arc<BlobFile>, key: &Key, len_bytes: u64, patience: Duration) -> Result<(), AttachError> {
+        let ask = |ticket| engine.need(NeedRequest { object: file.object(), range: 0..len_bytes, ticket });
+        match self.ask(file, key, patience, ask)? {
+            Outcome::Done => Ok(()),
+            Outcome::Failed(errno) => Err(AttachError::Refused { key: key.clone(), errno }),
+            Outcome::Opened { .. } => Err(AttachError::Refused { key: key.clone(), errno: Errno::EINVAL }),
+        }
+    }
+
+    fn ask(&self, file: &Arc<BlobFile>, key: &Key, patience: Duration, ask: impl FnOnce(Ticket)) -> Result<Outcome, AttachError> {
+        let (answers, answer) = sync_channel(1);
+        ask(Ticket::new(Arc::new(Waiter { answers, file: Arc::clone(file) }) as Arc<dyn Answer>, TOKEN));
+        answer.recv_timeout(patience).map_err(|error| match error {
+            RecvTimeoutError::Timeout => AttachError::TimedOut(key.clone()),
+            RecvTimeoutError::Disconnected => AttachError::Refused { key: key.clone(), errno: Errno::ECANCELED },
+        })
+    }
+
+    /// Ends the service of blobs that nobody has mounted any more. Gives how many.
+    pub fn release(&self, engine: &Entry) -> usize {
+        let mut served = self.served();
+        let before = served.len();
+        served.retain(|_, Served { file, pins }| {
+            let is_used = *pins > 0 || !file.is_unused();
+            if !is_used {
+                file.unwatch();
+                engine.close(file.object());
+            }
+            is_used
+        });
+        before - served.len()
+    }
+
+    /// Makes durable what the blobs' files hold. Gives how many had something new.
+    pub fn save(&self) -> usize {
+        let files: Vec<_> = self.served().values().map(|served| Arc::clone(&served.file)).collect();
+        let saved = |file: &Arc<BlobFile>| {
+            file.save().unwrap_or_else(|error| {
+                tracing::error!(blob = %file.path().display(), "what is in the cache cannot be noted, and would be lost by a loss of power: {error}");
+                false
+            })
+        };
+        files.iter().filter(|file| saved(file)).count()
+    }
+
+    fn served(&self) -> MutexGuard<'_, HashMap<String, Served>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The name of a blob's file: another one for each blob that ever had this key, so that bytes of two never meet. A hash,
+/// because keys may be longer than file names.
+fn name_of(key: &Key, blob: &dyn Blob) -> String {
+    let mut hash = Sha256::new();
+    for part in [key.domain(), key.name(), format!("{:?}", blob.identity()).as_bytes()] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,17 @@
+//! Images that infill mounts itself, from files: what has to be there before, and what becomes of it after.
+//!
+//! | file | subject |
+//! |---|---|
+//! | `blobs` | the files of blobs: made, served, watched, let go |
+//! | `service` | what a daemon does for images |
+//! | `control` | how a verb asks a daemon |
+//! | `fsmount` | mounting EROFS from files |
+
+mod blobs;
+pub mod control;
+mod fsmount;
+mod service;
+
+pub use self::blobs::{AttachError, Blobs, BlobsError, Pinned};
+pub use self::fsmount::{FsMountError, Source, mount};
+pub use self::service::{Prepared, Service};
