@@ -28,8 +28,8 @@ pub enum Bench {
         /// Numbers of shards to measure [default: one, and one for each processor]
         #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
         shards: Vec<u16>,
-        /// Only one run with this behind the engine and so many requests
-        #[arg(long, hide = true, num_args = 2, value_names = ["BEHIND", "REQUESTS"])]
+        /// Only one run with this behind the engine and so many requests, for so many shards
+        #[arg(long, hide = true, num_args = 2..=3, value_names = ["BEHIND", "REQUESTS", "SHARDS"])]
         pass: Vec<String>,
     },
     /// What readers notice when the daemon is killed and started anew, again and again, on a real kernel

@@ -105,7 +105,7 @@ pub enum Scenario {
     Rand1,
     /// The same, eight readers that share one queue.
     Rand8,
-    /// As rand8, but the blocks are those of eight images, an object each.
+    /// As rand8, but each reader reads an image of its own, an eighth as large: an object each.
     Many8,
 }
 
