@@ -54,7 +54,13 @@ impl Entry {
         drop(self.shard(object).send(Message::Close(object)));
     }
 
+    /// The shard that owns an object, and so the place of the source that may ask for it.
+    #[must_use]
+    pub const fn owner(&self, object: ObjectId) -> usize {
+        owner(object, self.shards.len())
+    }
+
     fn shard(&self, object: ObjectId) -> &Mailbox {
-        &self.shards[owner(object, self.shards.len())]
+        &self.shards[self.owner(object)]
     }
 }

@@ -82,8 +82,8 @@ impl Engine {
     }
 
     /// Starts serving several sources of requests of one kind from `store`. There are at least as many shards as sources, and
-    /// each source is read by the shard of its place, which owns the objects whose requests come from there
-    /// (those whose number leaves its place when divided by how many shards there are).
+    /// each source is read by the shard of its place, which must own the objects whose requests come from there
+    /// ([`Entry::owner`]).
     ///
     /// # Errors
     /// As [`Engine::start`]; no source at all.
@@ -343,6 +343,7 @@ impl Plan {
             fills_per_need: FILLS_PER_NEED,
             timeout_ns: u64::try_from(self.settings.request_timeout.as_nanos()).unwrap_or(u64::MAX),
             probe: caps.holes_are_absent,
+            tell: caps.sinks_know,
         };
         // Whoever started us may have given up already; the flags then end this shard.
         let _ = report.send(Ok(Started { kind, detail, shards: 1, pages: buffers.pages() }));

@@ -245,8 +245,8 @@ impl Blobs {
 
     /// Opens the blob's file, and has it served if something is missing.
     fn make(&self, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<Arc<BlobFile>, AttachError> {
-        let shard = usize::try_from(self.next.load(Ordering::Relaxed)).unwrap_or(0) % self.groups.len();
-        let (group, object) = (&self.groups[shard], ObjectId(self.next.fetch_add(1, Ordering::Relaxed)));
+        let object = ObjectId(self.next.fetch_add(1, Ordering::Relaxed));
+        let group = &self.groups[engine.owner(object)];
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
         let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
         let file = Arc::new(file);

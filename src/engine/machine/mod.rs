@@ -69,6 +69,8 @@ pub struct Limits {
     pub timeout_ns: u64,
     /// A hole in a sink means "not there": the driver must look for what is there before filling.
     pub probe: bool,
+    /// Sinks are told what they hold ([`Action::Filled`]).
+    pub tell: bool,
 }
 
 #[derive(Debug)]

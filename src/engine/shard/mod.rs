@@ -217,7 +217,7 @@ impl<I: Io> Shard<I> {
         if self.attached.len() <= handle.0 {
             self.attached.resize_with(handle.0 + 1, || None);
         }
-        if !self.caps.holes_are_absent {
+        if self.caps.sinks_know {
             self.machine.learn_of(handle, &(0..0), adopted.sink.present());
         }
         self.attached[handle.0] = Some(Attached::new(adopted, &mut self.io));

@@ -159,6 +159,7 @@ impl FrontEnd for Group {
         Caps {
             align_bytes: PAGE_BYTES,
             holes_are_absent: false,
+            sinks_know: true,
             sinks_block: true,
             reopens: false,
             events_per_read: EVENTS_PER_READ,
