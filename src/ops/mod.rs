@@ -1,6 +1,7 @@
 //! What an operator meets: confinement, the doctor, limits, space, signals, the log, exit codes, who holds the device,
 //! and who keeps it over a restart.
 
+pub mod bag;
 pub mod confine;
 pub mod doctor;
 pub mod erofs;

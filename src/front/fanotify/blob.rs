@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -48,6 +49,35 @@ impl BlobFile {
         Ok(Self { path, file, map, group: group.inner(), object })
     }
 
+    /// The file of [`BlobFile::open`] in another process, which is dead: its descriptor was opened before the file was marked.
+    ///
+    /// # Errors
+    /// The directory or the file system; `ESTALE`: it has another file of that name.
+    pub fn restore(
+        dir: &Path,
+        name: &str,
+        file: OwnedFd,
+        len_bytes: u64,
+        boot_id: &str,
+        group: &Group,
+        object: ObjectId,
+    ) -> io::Result<Self> {
+        let (path, file) = (dir.join(name), File::from(file));
+        let (there, kept) = (std::fs::metadata(&path)?, file.metadata()?);
+        if (there.dev(), there.ino()) != (kept.dev(), kept.ino()) || kept.len() != align_up(len_bytes, PAGE_BYTES) {
+            return Err(Errno::ESTALE.into());
+        }
+        let map = File::options().read(true).write(true).open(path.with_extension(MAP_SUFFIX))?;
+        let map = PresenceMap::open(map, len_bytes, boot_id)?;
+        Ok(Self { path, file, map, group: group.inner(), object })
+    }
+
+    /// Nobody reads it any more: the kernel does not ask for it. To be called before anybody else opens the file for the
+    /// same blob, and never for one that is mounted: who reads it then gets what is there.
+    pub fn forget(&self) {
+        self.group.forget(self.file.as_fd(), self.object);
+    }
+
     /// Gives the file its length.
     ///
     /// # Errors
@@ -80,13 +110,6 @@ impl BlobFile {
     /// The disk.
     pub fn save(&self) -> io::Result<bool> {
         self.map.save(&self.file)
-    }
-}
-
-impl Drop for BlobFile {
-    /// Its last user is gone: nobody can answer for it any more.
-    fn drop(&mut self) {
-        self.group.forget(self.file.as_fd());
     }
 }
 
