@@ -11,7 +11,7 @@
 //! | `mount` | images that infill mounts itself, from files |
 //! | `ops`, `config`, `cli` | the host, the settings, the verbs |
 //! | `lab` | real kernels in virtual machines, for the demo, the tests and the benchmarks |
-//! | `key`, `range` | words that all of them use |
+//! | `key`, `range`, `hex` | words that all of them use |
 //!
 //! The way of one request, file by file, is drawn in docs/architecture.md.
 
@@ -19,6 +19,7 @@ pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod front;
+pub mod hex;
 pub mod image;
 pub mod key;
 pub mod lab;

@@ -90,7 +90,7 @@ fn a_kernel_without_cachefiles_is_explained() {
     }
     let store = tempfile::tempdir().unwrap();
     let spec = format!("dir:{}", store.path().display());
-    refused(&["serve", "--store", &spec], 69, &["/dev/cachefiles", "modprobe cachefiles", "docs/kernels.md"]);
+    refused(&["serve", "--front-end", "cachefiles", "--store", &spec], 69, &["/dev/cachefiles", "modprobe cachefiles", "docs/kernels.md"]);
 }
 
 #[test]

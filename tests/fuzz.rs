@@ -9,7 +9,6 @@
 #[path = "fuzz/targets.rs"]
 mod targets;
 
-use std::fmt::Write;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -18,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use infill::front::sim::rng::Rng;
+use infill::hex::hex;
 use targets::{TARGETS, Target};
 
 /// Time for each target.
@@ -123,10 +123,7 @@ fn fuzz((name, run): Target) {
     let _ = fs::remove_dir_all(targets::place_of(name));
     println!("{name}: {inputs} inputs, taken in {} ways, INFILL_FUZZ_SEED={seed}", ways.len());
     if let Some((input, panic)) = failed {
-        let hex = input.iter().fold(String::new(), |mut hex, byte| {
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        });
+        let hex = hex(&input);
         eprintln!("{name}: input {inputs} with INFILL_FUZZ_SEED={seed} breaks a promise: {hex}\n(\"{}\")", input.escape_ascii());
         resume_unwind(panic);
     }

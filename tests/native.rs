@@ -3,17 +3,20 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use infill::engine::placement::seats;
-use infill::engine::plan::{Completion, Window};
+use infill::engine::plan::{Complete, Completion, Window};
+use infill::engine::stats::Snapshot;
 use infill::engine::{Engine, EngineKind, Settings};
 use infill::front::fanotify::Group;
 use infill::key::Key;
-use infill::lab::demo;
-use infill::lab::tree::{Manifest, compare};
+use infill::lab::tree::{Content, Manifest, compare};
+use infill::lab::{demo, packages};
 use infill::mount::{self, Blobs, Source};
 use infill::store::dir::DirStore;
 use infill::store::{SourceMode, Store};
@@ -25,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Why this machine cannot run these tests.
 fn unfit() -> Option<String> {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let file = std::fs::File::create(dir.path().join("probe")).unwrap();
+    let file = File::create(dir.path().join("probe")).unwrap();
     let group = match Group::new() {
         Ok(group) => group,
         Err(errno) => return Some(format!("no fanotify group: {errno}")),
@@ -53,58 +56,199 @@ fn settings(kind: EngineKind, shards: usize) -> Settings {
     }
 }
 
+/// A file system to try.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fs {
+    /// The one that the build directory lies on.
+    Here,
+    Xfs,
+    Btrfs,
+}
+
+impl Fs {
+    const ALL: [Self; 3] = [Self::Here, Self::Xfs, Self::Btrfs];
+
+    const fn mkfs(self) -> &'static str {
+        match self {
+            Self::Here => "true",
+            Self::Xfs => "mkfs.xfs",
+            Self::Btrfs => "mkfs.btrfs",
+        }
+    }
+
+    /// Store and cache on it can share blocks.
+    const fn shares(self) -> bool {
+        !matches!(self, Self::Here)
+    }
+}
+
+/// A directory on some file system.
+struct Ground {
+    dir: TempDir,
+    mounted: bool,
+}
+
+impl Ground {
+    /// `None`: not on this machine, as it says.
+    fn new(fs: Fs) -> Option<Self> {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        std::fs::create_dir(dir.path().join("ground")).unwrap();
+        if fs == Fs::Here {
+            return Some(Self { dir, mounted: false });
+        }
+        let Some(mkfs) = packages::find(fs.mkfs()) else {
+            println!("not run on {fs:?}: no {}", fs.mkfs());
+            return None;
+        };
+        let disk = dir.path().join("disk");
+        File::create(&disk).unwrap().set_len(1 << 30).unwrap();
+        assert!(Command::new(mkfs).arg("-q").arg(&disk).status().unwrap().success());
+        let mounted = Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(dir.path().join("ground")).output().unwrap();
+        if !mounted.status.success() {
+            println!("not run on {fs:?}: {}", String::from_utf8_lossy(&mounted.stderr));
+            return None;
+        }
+        Some(Self { dir, mounted: true })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("ground")
+    }
+}
+
+impl Drop for Ground {
+    fn drop(&mut self) {
+        if self.mounted {
+            let _ = nix::mount::umount2(&self.path(), nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+}
+
 /// A store with an image and its blob, and a cache that is served from it.
 struct Host {
-    dir: TempDir,
     manifest: Manifest,
     store: Arc<dyn Store>,
+    ground: Ground,
+}
+
+/// A blob as an image's mount has it.
+struct Seen {
+    present_bytes: u64,
+    len_bytes: u64,
 }
 
 impl Host {
-    fn new() -> Self {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let store_dir = dir.path().join("store");
-        let manifest = demo::prepare(&store_dir, &dir.path().join("scratch")).unwrap();
+    fn new(fs: Fs) -> Option<Self> {
+        let ground = Ground::new(fs)?;
+        let store_dir = ground.path().join("store");
+        let manifest = demo::prepare(&store_dir, &ground.path().join("scratch")).unwrap();
         let store = Arc::new(DirStore::new("dir:test".into(), &store_dir, SourceMode::Auto).unwrap());
-        std::fs::create_dir(dir.path().join("mnt")).unwrap();
-        Self { dir, manifest, store }
+        std::fs::create_dir(ground.path().join("mnt")).unwrap();
+        Some(Self { manifest, store, ground })
     }
 
     fn at(&self) -> PathBuf {
-        self.dir.path().join("mnt")
+        self.ground.path().join("mnt")
     }
 
-    /// Serves, mounts, and unmounts behind `use_it`.
-    fn mounted(&self, kind: EngineKind, shards: usize, use_it: impl FnOnce(&Path, &Engine)) {
-        let blobs = Blobs::new(&self.dir.path().join("cache"), shards).unwrap();
-        let engine = Engine::start_all(&blobs.fronts(), &self.store, &settings(kind, shards)).unwrap();
+    /// Serves, mounts, and unmounts behind `use_it`. Gives what the engine did.
+    fn mounted(&self, settings: &Settings, use_it: impl FnOnce(&Path, &Seen)) -> Snapshot {
+        let blobs = Arc::new(Blobs::new(&self.ground.path().join("cache"), settings.shards).unwrap());
+        let engine = Engine::start_all(&blobs.fronts(), &self.store, settings).unwrap();
+        let entry = engine.entry();
         let attach = |name: &str, whole| {
             let key = Key::new(b"dom", name.as_bytes());
-            blobs.attach(&engine, &*self.store, &key, whole, PATIENCE).unwrap()
+            blobs.attach(&entry, &*self.store, &key, whole, PATIENCE).unwrap()
         };
         let (image, blob) = (attach(demo::IMAGE, true), attach(demo::BLOB, false));
-        assert!(image.map().is_full());
-        let source = Source { image: image.path().to_owned(), devices: vec![blob.path().to_owned()], direct: false };
+        assert!(image.file().map().is_full());
+        let source = Source { image: image.file().path().to_owned(), devices: vec![blob.file().path().to_owned()], direct: false };
         mount::mount(&source, &self.at()).unwrap();
-        use_it(&self.at(), &engine);
+        let seen = Seen { present_bytes: blob.file().map().present_bytes(), len_bytes: blob.file().len_bytes() };
+        drop((image, blob));
+        assert_eq!(blobs.release(&entry), 0, "they are mounted");
+        use_it(&self.at(), &seen);
         nix::mount::umount(&self.at()).unwrap();
+        blobs.save();
+        assert_eq!(blobs.release(&entry), 2, "they are not mounted any more");
         let snapshot = engine.stop(PATIENCE, || false).unwrap();
-        println!("{}", serde_json::to_string(&snapshot).unwrap());
-        assert_eq!((snapshot.needs_failed, snapshot.unanswered), (0, 0));
+        assert_eq!((snapshot.needs_failed, snapshot.unanswered), (0, 0), "{snapshot:?}");
+        snapshot
+    }
+
+    fn expect_equal(&self, at: &Path, readers: usize) {
+        let read = compare(at, &self.manifest, readers);
+        assert_eq!(read.verdict(), "equal", "{read:?}");
+    }
+}
+
+/// On each file system that this machine has, if it can run any of this.
+fn on_each(test: impl Fn(Fs, &Host)) {
+    if let Some(why) = unfit() {
+        return println!("not run: {why}");
+    }
+    for fs in Fs::ALL {
+        if let Some(host) = Host::new(fs) {
+            println!("{fs:?}");
+            test(fs, &host);
+        }
     }
 }
 
 #[test]
 fn a_tree_is_read_through_sparse_files_byte_for_byte() {
-    if let Some(why) = unfit() {
-        return println!("not run: {why}");
-    }
-    for (kind, shards) in [(EngineKind::Uring, 2), (EngineKind::Blocking, 1)] {
-        let host = Host::new();
-        host.mounted(kind, shards, |at, _| {
-            let read = compare(at, &host.manifest, 8);
-            println!("{:?}", read.took);
-            assert_eq!(read.verdict(), "equal", "{read:?}");
+    on_each(|fs, host| {
+        // Each with an empty cache; where blocks can be shared, nothing is sparse.
+        let kinds = if fs.shares() { &[(EngineKind::Uring, 2)][..] } else { &[(EngineKind::Uring, 2), (EngineKind::Blocking, 1)] };
+        for &(kind, shards) in kinds {
+            let _ = std::fs::remove_dir_all(host.ground.path().join("cache"));
+            let snapshot = host.mounted(&settings(kind, shards), |at, seen| {
+                host.expect_equal(at, 8);
+                assert!(fs.shares() || seen.present_bytes == 0);
+            });
+            assert!(fs.shares() || snapshot.needs > 100, "{snapshot:?}");
+        }
+    });
+}
+
+#[test]
+fn where_store_and_cache_share_a_file_system_nothing_is_copied_or_asked() {
+    on_each(|fs, host| {
+        if !fs.shares() {
+            return;
+        }
+        let snapshot = host.mounted(&settings(EngineKind::Uring, 1), |at, seen| {
+            assert!(seen.present_bytes >= seen.len_bytes);
+            host.expect_equal(at, 2);
         });
-    }
+        assert_eq!((snapshot.needs, snapshot.bytes_filled), (0, 0), "{snapshot:?}");
+    });
+}
+
+#[test]
+fn what_was_brought_is_there_after_a_restart_and_a_complete_blob_is_not_asked_for() {
+    on_each(|fs, host| {
+        if fs.shares() {
+            return;
+        }
+        let settings = settings(EngineKind::Uring, 2);
+        let first =
+            &host.manifest.entries.iter().find(|entry| matches!(entry.content, Content::File { len_bytes: 4096.., .. })).unwrap().path;
+        host.mounted(&settings, |at, _| drop(std::fs::read(at.join(first)).unwrap()));
+        // Not all of it, but not nothing; then all of it, by readers; then nothing is asked at all.
+        host.mounted(&settings, |at, seen| {
+            assert!(seen.present_bytes > 0 && seen.present_bytes < seen.len_bytes);
+            host.expect_equal(at, 4);
+        });
+        let all = Settings { completion: Completion { when: Complete::Always, ..Completion::default() }, ..settings.clone() };
+        host.mounted(&all, |at, _| {
+            host.expect_equal(at, 4);
+            std::thread::sleep(Duration::from_secs(1));
+        });
+        let snapshot = host.mounted(&settings, |at, seen| {
+            assert!(seen.present_bytes >= seen.len_bytes, "{} of {}", seen.present_bytes, seen.len_bytes);
+            host.expect_equal(at, 4);
+        });
+        assert_eq!((snapshot.needs, snapshot.opens), (0, 0), "{snapshot:?}");
+    });
 }

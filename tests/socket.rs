@@ -92,13 +92,45 @@ fn start(kernel: &SocketKernel, end: std::os::fd::OwnedFd, store: &Arc<dyn Store
     }
 }
 
-/// Each kind of engine with each way to read a source.
-fn for_each_engine(test: impl Fn(&Blobs, &Settings, &Arc<dyn Store>)) {
+/// A kernel, and what its daemons are made of.
+struct Case {
+    blobs: Blobs,
+    store: Arc<dyn Store>,
+    settings: Settings,
+    kernel: SocketKernel,
+}
+
+impl Case {
+    /// The longest blob, open.
+    fn open_last(&self) -> (u32, &(Key, Vec<u8>)) {
+        let blob = self.blobs.all.last().unwrap();
+        (self.kernel.open(&blob.0).unwrap(), blob)
+    }
+
+    /// The daemon after one that has ended; it gets what that one left unanswered.
+    fn next(&self) -> Engine {
+        let (end, send_again) = self.kernel.restart().unwrap();
+        let engine = start(&self.kernel, end, &self.store, &self.settings).unwrap();
+        send_again().unwrap();
+        engine
+    }
+}
+
+/// Each kind of engine with each way to read a source. The engine that the test gives back is ended, and must have left
+/// nothing.
+fn for_each_engine(test: impl Fn(&Case, Engine) -> Engine) {
     for kind in [EngineKind::Uring, EngineKind::Blocking] {
         for (mode, shards) in [(SourceMode::Auto, 1), (SourceMode::Direct, 1), (SourceMode::Buffered, 2), (SourceMode::Mmap, 2)] {
             println!("{kind:?} {mode:?}, {shards} shards");
-            let blobs = Blobs::new();
-            test(&blobs, &settings(kind, shards), &blobs.store(mode));
+            let (blobs, settings, sinks) = (Blobs::new(), settings(kind, shards), tempfile::tempdir().unwrap());
+            let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
+            let store = blobs.store(mode);
+            let Some(first) = start(&kernel, end, &store, &settings) else { continue };
+            let case = Case { blobs, store, settings, kernel };
+            let stats = test(&case, first).stop(DRAIN, || false).unwrap();
+            assert_eq!(case.kernel.violations(), [""; 0]);
+            assert_eq!(unanswered_tickets(), 0);
+            println!("{stats:?}");
         }
     }
 }
@@ -134,21 +166,19 @@ fn assert_sink_is_whole(sink: &File, bytes: &[u8]) {
 
 #[test]
 fn readers_get_the_right_bytes() {
-    for_each_engine(|blobs, settings, store| {
-        let sinks = tempfile::tempdir().unwrap();
-        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
-        let Some(engine) = start(&kernel, end, store, settings) else { return };
-        let objects: Vec<(u32, &[u8])> = blobs.all.iter().map(|(key, bytes)| (kernel.open(key).unwrap(), &bytes[..])).collect();
+    for_each_engine(|case, engine| {
+        let kernel = &case.kernel;
+        let objects: Vec<(u32, &[u8])> = case.blobs.all.iter().map(|(key, bytes)| (kernel.open(key).unwrap(), &bytes[..])).collect();
         let missing = kernel.open(&Key::new(b"dom", b"missing"));
         assert_eq!(missing, Err(ReadError::Errno(Errno::ENOENT)));
         thread::scope(|scope| {
             for seed in 0..READERS {
-                let (kernel, objects) = (&kernel, &objects);
+                let objects = &objects;
                 scope.spawn(move || read_at_random(kernel, objects, seed));
             }
         });
         for &(object, bytes) in &objects {
-            read_and_compare(&kernel, object, bytes, 0, u64::MAX / 2, 32 * PAGE);
+            read_and_compare(kernel, object, bytes, 0, u64::MAX / 2, 32 * PAGE);
             assert_sink_is_whole(&kernel.sink(object).unwrap(), bytes);
             // Beyond the end there is nothing to bring, but there is an answer.
             let end = (bytes.len() as u64).next_multiple_of(PAGE);
@@ -156,10 +186,7 @@ fn readers_get_the_right_bytes() {
             kernel.demand(object, &(0..u64::MAX)).unwrap();
             kernel.close(object).unwrap();
         }
-        let stats = engine.stop(DRAIN, || false).unwrap();
-        assert_eq!(kernel.violations(), [""; 0]);
-        assert_eq!(unanswered_tickets(), 0);
-        println!("{stats:?}");
+        engine
     });
 }
 
@@ -213,78 +240,54 @@ fn a_warm_source_is_mapped_a_cold_one_read_and_a_hole_neither() {
 
 #[test]
 fn a_new_daemon_takes_over_while_readers_wait() {
-    for_each_engine(|blobs, settings, store| {
-        let sinks = tempfile::tempdir().unwrap();
-        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
-        let Some(first) = start(&kernel, end, store, settings) else { return };
-        let (key, bytes) = blobs.all.last().unwrap();
-        let object = kernel.open(key).unwrap();
+    for_each_engine(|case, engine| {
+        let (object, (_, bytes)) = case.open_last();
         let done = AtomicU64::new(0);
         let last = thread::scope(|scope| {
             for seed in 0..READERS {
-                let (kernel, done) = (&kernel, &done);
+                let (kernel, done) = (&case.kernel, &done);
                 scope.spawn(move || {
                     read_at_random(kernel, &[(object, bytes)], seed);
                     done.fetch_add(1, Ordering::Release);
                 });
             }
-            let mut engine = first;
-            for _ in 0..HANDOVERS {
+            (0..HANDOVERS).fold(engine, |engine, _| {
                 thread::sleep(Duration::from_millis(10));
                 engine.stop(DRAIN, || false).unwrap();
-                let (end, send_again) = kernel.restart().unwrap();
-                engine = start(&kernel, end, store, settings).unwrap();
-                send_again().unwrap();
-            }
-            engine
+                case.next()
+            })
         });
         assert_eq!(done.load(Ordering::Acquire), READERS);
-        last.stop(DRAIN, || false).unwrap();
-        assert_eq!(kernel.violations(), [""; 0]);
-        assert_eq!(unanswered_tickets(), 0);
+        last
     });
 }
 
 #[test]
 fn a_stop_without_patience_leaves_nobody_hanging() {
-    for_each_engine(|blobs, settings, store| {
-        let sinks = tempfile::tempdir().unwrap();
-        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
-        let Some(engine) = start(&kernel, end, store, settings) else { return };
-        let (key, bytes) = blobs.all.last().unwrap();
-        let object = kernel.open(key).unwrap();
+    for_each_engine(|case, engine| {
+        let (object, (_, bytes)) = case.open_last();
         let pages = bytes.len() as u64 / PAGE;
-        let next = thread::scope(|scope| {
+        thread::scope(|scope| {
             for n in 0..4 * READERS {
-                let kernel = &kernel;
                 scope.spawn(move || {
                     let start = n * 37 % pages * PAGE;
-                    kernel.demand(object, &(start..start + PAGE)).unwrap();
+                    case.kernel.demand(object, &(start..start + PAGE)).unwrap();
                 });
             }
             engine.stop(Duration::ZERO, || false).unwrap();
             // What the daemon did not read any more is the next one's.
-            let (end, send_again) = kernel.restart().unwrap();
-            let next = start(&kernel, end, store, settings).unwrap();
-            send_again().unwrap();
-            next
-        });
-        next.stop(DRAIN, || false).unwrap();
-        assert_eq!(kernel.violations(), [""; 0]);
-        assert_eq!(unanswered_tickets(), 0);
+            case.next()
+        })
     });
 }
 
 #[test]
 fn fault_truncated_source_is_an_error_and_never_a_wrong_byte() {
-    for_each_engine(|blobs, settings, store| {
-        let sinks = tempfile::tempdir().unwrap();
-        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
-        let Some(engine) = start(&kernel, end, store, settings) else { return };
-        let (key, bytes) = blobs.all.last().unwrap();
-        let object = kernel.open(key).unwrap();
+    for_each_engine(|case, engine| {
+        let kernel = &case.kernel;
+        let (object, (key, bytes)) = case.open_last();
         let half = bytes.len() as u64 / 2;
-        let path = blobs.dir.path().join(str::from_utf8(key.name()).unwrap());
+        let path = case.blobs.dir.path().join(str::from_utf8(key.name()).unwrap());
         OpenOptions::new().write(true).open(path).unwrap().set_len(half).unwrap();
         let lost = kernel.read(object, &(half + PAGE..half + 2 * PAGE), PAGE);
         assert_eq!(lost, Err(ReadError::Errno(Errno::EIO)));
@@ -293,18 +296,15 @@ fn fault_truncated_source_is_an_error_and_never_a_wrong_byte() {
             Ok(got) => assert!(got == bytes[..got.len()]),
             Err(error) => assert_eq!(error, ReadError::Errno(Errno::EIO)),
         }
-        engine.stop(DRAIN, || false).unwrap();
-        assert_eq!(kernel.violations(), [""; 0]);
+        engine
     });
 }
 
 #[test]
 fn fault_noise_and_closes_are_survived() {
-    for_each_engine(|blobs, settings, store| {
-        let sinks = tempfile::tempdir().unwrap();
-        let (kernel, end) = SocketKernel::new(sinks.path()).unwrap();
-        let Some(engine) = start(&kernel, end, store, settings) else { return };
-        let (key, bytes) = &blobs.all[3];
+    for_each_engine(|case, engine| {
+        let kernel = &case.kernel;
+        let (key, bytes) = &case.blobs.all[3];
         for noise in [&[0xff][..], &[0xff; 16], &[0xff; wire::MSG_MAX_BYTES]] {
             kernel.send_noise(noise).unwrap();
         }
@@ -323,9 +323,7 @@ fn fault_noise_and_closes_are_survived() {
             });
         }
         let object = kernel.open(key).unwrap();
-        read_and_compare(&kernel, object, bytes, 0, u64::MAX / 2, 32 * PAGE);
-        engine.stop(DRAIN, || false).unwrap();
-        assert_eq!(kernel.violations(), [""; 0]);
-        assert_eq!(unanswered_tickets(), 0);
+        read_and_compare(kernel, object, bytes, 0, u64::MAX / 2, 32 * PAGE);
+        engine
     });
 }

@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::Failure;
+use super::{Failure, print_json};
 use crate::front::cachefiles::{BindOptions, Device};
-use crate::lab::demo::{self, Report};
+use crate::lab::demo::{self, Report, Way};
 use crate::lab::disk::{self, CacheFs};
 use crate::lab::guest::GuestPlan;
 use crate::lab::init::{BEGIN_MARK, EXIT_MARK, INIT_PROGRAM, KERNEL_MARK};
 use crate::lab::progress::Progress;
 use crate::lab::qemu::Ending;
 use crate::lab::{LabError, Result, Scratch, Trying, kernel, packages, qemu};
+use crate::mount::Blobs;
 use crate::ops::exit;
 
 /// How long the guest may take.
@@ -27,7 +28,7 @@ const REPORT_START: &str = "{\"front_end\"";
 /// Flags of `infill demo`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// Use a guest even if this machine's own kernel could do it
+    /// Use a guest with cachefiles on-demand mode even if this machine's own kernel could do it
     #[arg(long)]
     guest: bool,
     /// End with the result as one JSON object
@@ -57,8 +58,7 @@ pub struct DemoArgs {
 pub fn run(args: &DemoArgs) -> std::result::Result<(), Failure> {
     let report = show(args).map_err(|error| Failure::new(exit::FAILED, error))?;
     if args.json {
-        let text = serde_json::to_string(&report).map_err(|error| Failure::new(exit::FAILED, error))?;
-        println!("{text}");
+        print_json(&report)?;
     }
     if report.verdict == "equal" {
         return Ok(());
@@ -68,34 +68,35 @@ pub fn run(args: &DemoArgs) -> std::result::Result<(), Failure> {
 
 fn show(args: &DemoArgs) -> Result<Report> {
     if let (true, Some(data), Some(cache_dir)) = (args.here, &args.data, &args.cache_dir) {
-        return demo::serve_and_read(data, cache_dir);
+        return demo::serve_and_read(Way::Cachefiles, data, cache_dir);
     }
-    packages::ensure(packages::GUEST_TOOLS)?;
     let scratch = Scratch::make("demo")?;
-    let here = !args.guest && kernel_can(&scratch.path().join("probe"));
+    let here = if args.guest { None } else { way_here(&scratch.path().join("probe")) };
+    packages::ensure(if here.is_some() { packages::IMAGE_TOOLS } else { packages::GUEST_TOOLS })?;
     let progress = Progress::begin("packing files of this machine into an EROFS image");
     let data = scratch.path().join("data");
     let manifest = demo::prepare(&data, scratch.path())?;
     progress.finish(&format!("{} files, {} MiB", manifest.entries.len(), manifest.len_bytes() >> 20));
-    let report = if here {
-        demo::serve_and_read(&data, &scratch.path().join("cache"))?
-    } else {
-        in_guest(args, &data, manifest.len_bytes(), scratch.path())?
+    let report = match here {
+        Some(way) => demo::serve_and_read(way, &data, &scratch.path().join("cache"))?,
+        None => in_guest(args, &data, manifest.len_bytes(), scratch.path())?,
     };
     print!("\n{}", report.table());
     Ok(report)
 }
 
-/// Whether this kernel has cachefiles on-demand mode and lets us use it: by trying.
-fn kernel_can(probe: &Path) -> bool {
-    let Ok(()) = fs::create_dir_all(probe) else {
-        return false;
+/// What this kernel has and lets us use, by trying.
+fn way_here(probe: &Path) -> Option<Way> {
+    fs::create_dir_all(probe).ok()?;
+    let not_cachefiles = match Device::bind(&BindOptions::new(probe)) {
+        Ok(_device) => return Some(Way::Cachefiles),
+        Err(error) => error,
     };
-    match Device::bind(&BindOptions::new(probe)) {
-        Ok(_device) => true,
+    match Blobs::new(probe, 1) {
+        Ok(_groups) => Some(Way::Fanotify),
         Err(error) => {
-            eprintln!("infill: not with this machine's kernel ({error}); using a guest");
-            false
+            eprintln!("infill: not with this machine's kernel ({not_cachefiles}; {error}); using a guest");
+            None
         }
     }
 }

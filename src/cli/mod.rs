@@ -12,6 +12,9 @@ pub mod serve;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+use crate::ops::exit;
 
 /// Serves EROFS container images on demand, from local blobs.
 #[derive(Debug, Parser)]
@@ -49,7 +52,7 @@ enum Verb {
 pub struct Failure {
     /// One line: what, where, what to do.
     pub message: String,
-    /// See [`crate::ops::exit`].
+    /// See [`exit`].
     pub code: u8,
 }
 
@@ -58,6 +61,13 @@ impl Failure {
     pub fn new(code: u8, error: impl std::fmt::Display) -> Self {
         Self { message: error.to_string(), code }
     }
+}
+
+/// Prints for a machine: one JSON object as one line.
+fn print_json(what: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string(what).map_err(|error| Failure::new(exit::FAILED, error))?;
+    println!("{text}");
+    Ok(())
 }
 
 /// Runs what the command line asks for.
@@ -69,16 +79,15 @@ pub fn main() -> ExitCode {
         Verb::Umount(args) => mount::run_umount(&args),
         Verb::Prefetch(args) => prefetch::run(&args),
         Verb::Release(args) => release::run(&args),
-        Verb::Keeper => crate::ops::keeper::main().map_err(|e| {
-            Failure::new(crate::ops::exit::FAILED, format!("the keeper is started by infill serve; there is no other use for it: {e}"))
-        }),
+        Verb::Keeper => crate::ops::keeper::main()
+            .map_err(|e| Failure::new(exit::FAILED, format!("the keeper is started by infill serve; there is no other use for it: {e}"))),
         Verb::Doctor(args) => match doctor::run(*args) {
             Ok(code) => return code,
             Err(failure) => Err(failure),
         },
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(what) => bench::run(&what),
-        Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(crate::ops::exit::FAILED, e)),
+        Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(exit::FAILED, e)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,11 +1,9 @@
 //! `infill mount` and `infill umount`: what mount(8) does, with a look at what can be had for nothing.
 
-use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 
 use clap::Args;
-use nix::sys::uio::pread;
 use nix::unistd::geteuid;
 use serde::Serialize;
 
@@ -14,16 +12,14 @@ use super::place::Place;
 use crate::config::Config;
 use crate::front::cachefiles::{DEFAULT_DEVNODE, cache_dir};
 use crate::image::devices;
-use crate::key::Key;
+use crate::mount::control::{Client, Question, Reply};
+use crate::mount::{self, Prepared, Source};
 use crate::ops::exit;
 use crate::ops::mounting::{Image, MountError, unmount};
 use crate::ops::processes::{Process, find_holders};
 use crate::ops::seeding::{Fate, seed_key};
 use crate::store::remembered::Remembered;
 use crate::store::{SourceMode, Store, Stores};
-
-/// How much of an image is read to find the names of its devices: some 500 of them.
-const HEAD_BYTES: usize = 64 << 10;
 
 /// Mount an image through the running daemon
 ///
@@ -57,8 +53,31 @@ pub struct MountArgs {
 /// Unmount an image
 #[derive(Debug, Args)]
 pub struct UmountArgs {
+    #[command(flatten)]
+    place: Place,
     /// Where it is mounted
     dir: PathBuf,
+}
+
+/// What was mounted from files; `--json` prints it.
+#[derive(Debug, Serialize)]
+struct FromFiles {
+    image: String,
+    dir: PathBuf,
+    /// Of all of its files.
+    len_bytes: u64,
+    /// What of them is in the cache.
+    present_bytes: u64,
+}
+
+impl FromFiles {
+    fn line(&self) -> String {
+        let Self { image, dir, len_bytes, present_bytes } = self;
+        format!(
+            "{image} is mounted on {}; {present_bytes} of {len_bytes} bytes are in the cache, the rest is read on demand",
+            dir.display()
+        )
+    }
 }
 
 /// What was done; `--json` prints it.
@@ -79,6 +98,9 @@ struct Report {
 /// It is not mounted; the message says what to do.
 pub fn run(args: &MountArgs) -> Result<(), Failure> {
     let config = args.place.find()?;
+    if let Some(daemon) = Client::find(&config.state_dir).map_err(|error| no_answer(&config, &error))? {
+        return mount_files(args, &config, daemon);
+    }
     // Others cannot see who holds it, and may not mount either, as the kernel will say.
     if geteuid().is_root() && find_holders(DEFAULT_DEVNODE.as_ref()).iter().all(Process::only_keeps) {
         let message =
@@ -97,12 +119,43 @@ pub fn run(args: &MountArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Mounts an image from files that the daemon makes ready.
+fn mount_files(args: &MountArgs, config: &Config, mut daemon: Client) -> Result<(), Failure> {
+    let MountArgs { image, domain, devices, .. } = args;
+    let question = Question::Attach { image: image.clone(), domain: domain.clone(), devices: devices.clone() };
+    let prepared = match daemon.ask(&question).map_err(|error| no_answer(config, &error))? {
+        Reply::Attached(prepared) => prepared,
+        Reply::Error(why) => return Err(Failure::new(exit::FAILED, format!("cannot mount {image} on {}: {why}", args.dir.display()))),
+        Reply::Released(_) => return Err(no_answer(config, &ErrorKind::InvalidData.into())),
+    };
+    let Prepared { image: file, devices, len_bytes, present_bytes } = prepared;
+    mount::mount(&Source { image: file, devices, direct: false }, &args.dir).map_err(|error| Failure::new(exit::FAILED, error))?;
+    // The daemon keeps everything ready until then.
+    drop(daemon);
+    let report = FromFiles { image: image.clone(), dir: args.dir.clone(), len_bytes, present_bytes };
+    let line = if args.json { serde_json::to_string(&report).unwrap_or_default() } else { report.line() };
+    let _ = writeln!(std::io::stdout(), "{line}");
+    Ok(())
+}
+
+fn no_answer(config: &Config, error: &std::io::Error) -> Failure {
+    let dir = config.state_dir.display();
+    Failure::new(exit::UNAVAILABLE, format!("the daemon that has its state in {dir} does not answer: {error}; see its log"))
+}
+
 /// Unmounts an image.
 ///
 /// # Errors
 /// It is not unmounted; the message says what to do.
 pub fn run_umount(args: &UmountArgs) -> Result<(), Failure> {
-    unmount(&args.dir).map_err(failed)
+    unmount(&args.dir).map_err(failed)?;
+    // It would find out by itself, some seconds later.
+    if let Ok(config) = args.place.find()
+        && let Ok(Some(mut daemon)) = Client::find(&config.state_dir)
+    {
+        let _ = daemon.ask(&Question::Release);
+    }
+    Ok(())
 }
 
 fn failed(error: MountError) -> Failure {
@@ -122,8 +175,7 @@ impl Report {
             }
         };
         let remembered = Remembered::open(&cache_dir);
-        let own = image.keys(&[]);
-        let named = own.first().map(|key| devices_of(&stores, key)).unwrap_or_default();
+        let named = stores.open(&image.key()).ok().flatten().map(|image| devices::names_of(&*image)).unwrap_or_default();
         for key in image.keys(&named) {
             let seeding = seed_key(&stores, &cache_dir, &remembered, &key);
             match seeding.fate {
@@ -146,18 +198,6 @@ impl Report {
             (_, rest) => format!("{on}; {shared_blobs} blobs are in the cache ({shared_bytes} bytes), {rest} are read on demand"),
         }
     }
-}
-
-/// The names that an image has for its devices; none if it cannot be read here.
-fn devices_of(stores: &dyn Store, image: &Key) -> Vec<Vec<u8>> {
-    let read = |file: &OwnedFd| {
-        let mut head = vec![0; HEAD_BYTES];
-        let len = pread(file, &mut head, 0).ok()?;
-        devices::names(&head[..len])
-    };
-    let Ok(Some(blob)) = stores.open(image) else { return Vec::new() };
-    let names = blob.whole_file().and_then(|file| read(&file.fd));
-    names.unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -17,6 +17,9 @@ pub struct Place {
     /// Directory where the kernel keeps its cache [default: as in the file, or /var/cache/infill]
     #[arg(long, value_name = "DIR", env = "INFILL_CACHE_DIR")]
     cache_dir: Option<PathBuf>,
+    /// Directory with what the daemon notes for the next one, and its socket [default: as in the file, or /run/infill]
+    #[arg(long, value_name = "DIR", env = "INFILL_STATE_DIR")]
+    state_dir: Option<PathBuf>,
     /// Where blobs come from: dir:PATH or oci:PATH; several are asked in order [default: as in the file]
     #[arg(long = "store", value_name = "SPEC", env = "INFILL_STORE", value_delimiter = ',')]
     stores: Vec<String>,
@@ -40,6 +43,6 @@ impl Place {
     }
 
     fn options(&self) -> Options {
-        Options::of_place(self.cache_dir.clone(), self.stores.clone())
+        Options::of_place(self.cache_dir.clone(), self.state_dir.clone(), self.stores.clone())
     }
 }

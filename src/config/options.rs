@@ -160,8 +160,8 @@ fn first_list(first: Vec<String>, second: Vec<String>) -> Vec<String> {
 impl Options {
     /// The settings that say where the cache is and where blobs come from, and nothing else.
     #[must_use]
-    pub fn of_place(cache_dir: Option<PathBuf>, store: Vec<String>) -> Self {
-        Self { cache_dir, store, ..Self::default() }
+    pub fn of_place(cache_dir: Option<PathBuf>, state_dir: Option<PathBuf>, store: Vec<String>) -> Self {
+        Self { cache_dir, state_dir, store, ..Self::default() }
     }
 
     /// Adds what a settings file says and checks the result. Without `file` the default one is read, if it exists.

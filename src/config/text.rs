@@ -78,11 +78,13 @@ impl FromStr for WindowText {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FrontEndKind {
-    /// What this kernel has.
+    /// cachefiles where this kernel has its on-demand mode, else fanotify.
     #[default]
     Auto,
-    /// cachefiles on-demand mode.
+    /// cachefiles on-demand mode (Linux 5.19 to 7.1): the kernel caches.
     Cachefiles,
+    /// fanotify's pre-content events (Linux 6.14): images are mounted from sparse files.
+    Fanotify,
     /// The model kernel of the tests, on a socket.
     #[value(hide = true)]
     #[serde(skip)]

@@ -76,7 +76,8 @@ impl Bell {
     fn ring(&self) {
         // Pairs with the fence in `Inbox::may_sleep`: either the shard sees what was sent, or we see it asleep.
         fence(Ordering::SeqCst);
-        if self.asleep.swap(false, Ordering::SeqCst) {
+        // First only looked at, so that the line of one that is awake stays in both cores' caches.
+        if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::SeqCst) {
             self.wake();
         }
     }
@@ -85,13 +86,17 @@ impl Bell {
 impl Mailbox {
     /// Delivers a message, or gives it back if the mailbox is full or its shard has ended.
     pub(super) fn try_send(&self, message: Message) -> Result<(), Message> {
-        match self.queue.try_send(message) {
-            Ok(()) => {
-                self.bell.ring();
-                Ok(())
-            }
-            Err(TrySendError::Full(message) | TrySendError::Disconnected(message)) => Err(message),
-        }
+        self.put(message).map(|()| self.ring())
+    }
+
+    /// As [`Mailbox::try_send`], but wakes nobody: [`Mailbox::ring`] must follow.
+    pub(super) fn put(&self, message: Message) -> Result<(), Message> {
+        self.queue.try_send(message).map_err(|(TrySendError::Full(message) | TrySendError::Disconnected(message))| message)
+    }
+
+    /// Wakes the shard if it sleeps, for what was put.
+    pub(super) fn ring(&self) {
+        self.bell.ring();
     }
 
     /// Delivers a message, waiting for room. Gives it back if the shard has ended.
@@ -177,6 +182,14 @@ mod tests {
         assert!(!inbox.may_sleep(), "there is a message");
         assert!(inbox.take().is_some() && inbox.take().is_none() && inbox.may_sleep());
         mailbox.try_send(Message::Close(ObjectId(2))).unwrap();
+        assert!(has_rung(&inbox));
+        inbox.silence();
+        inbox.awake();
+        assert!(inbox.take().is_some());
+        assert!(inbox.may_sleep());
+        mailbox.put(Message::Close(ObjectId(3))).unwrap();
+        assert!(!has_rung(&inbox), "more may be put");
+        mailbox.ring();
         assert!(has_rung(&inbox));
         inbox.silence();
         inbox.awake();

@@ -2,9 +2,10 @@
 //!
 //! | file | its subject |
 //! |---|---|
-//! | `router` | the way of a request from the front end to its shard |
+//! | `start` | starting all of it, and stopping it |
+//! | `router`, `mailbox` | the way of a request from the front end to its shard |
 //! | `opens`, `opener`, `metadata` | opens: which blob is it, how long, where is its metadata |
-//! | `shard`, `attached` | the event loop, and what it knows of an object |
+//! | `shard`, `attached` | the event loop and its answers, and what it knows of an object |
 //! | `machine` | what to do: needs, fills, answers; no system calls |
 //! | `plan`, `fill`, `presence` | its parts: which range, one fill's life, what is there |
 //! | `probe` | what a sink already holds |
@@ -14,7 +15,7 @@
 //! | `placement` | which CPUs are whose |
 //! | `buffers` | memory that operations use |
 //! | `room` | the bell for writes that found no room |
-//! | `stats`, `trace`, `advice` | what is counted, what is shown, what is said |
+//! | `stats`, `trace`, `advice`, `clock` | what is counted, what is shown, what is said, and when |
 
 mod advice;
 mod attached;
@@ -22,6 +23,7 @@ pub mod blocking;
 pub mod buffers;
 mod clock;
 mod edges;
+mod entry;
 pub mod fds;
 pub mod fill;
 pub mod io;
@@ -57,6 +59,7 @@ use self::stats::{ShardStats, Snapshot};
 use crate::front::{FrontError, left_tickets, unanswered_tickets};
 use crate::store::remembered::Remembered;
 
+pub use self::entry::Entry;
 pub use self::opens::OPENERS_MAX;
 pub use self::start::{Engine, Started};
 

@@ -50,7 +50,7 @@ pub fn seats() -> Vec<Seat> {
 }
 
 /// Ties the calling thread to a CPU. A host that does not allow it serves all the same.
-pub(super) fn pin(cpu: usize) {
+pub fn pin(cpu: usize) {
     let mut set = CpuSet::new();
     if set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_err() {
         tracing::warn!(cpu, "cannot pin a shard to its CPU, so the scheduler moves it; allow sched_setaffinity(2), or narrow CPUAffinity=");

@@ -63,25 +63,23 @@ impl PageSet {
     /// (so it may reach over both ends of `range`, and over the end of the object).
     #[must_use]
     pub fn first_absent(&self, range: &ByteRange) -> Option<ByteRange> {
-        let limit = self.page_after(range.end).min(self.pages);
-        let start = self.scan(range.start >> self.page_shift, limit, false);
-        if start >= limit {
-            return None;
-        }
-        let end = self.scan(start, limit, true);
-        Some(start << self.page_shift..end << self.page_shift)
+        self.first(range, false)
     }
 
     /// The first run of pages inside `range` that are in the set, cut at the end of `range`, as a byte range of
     /// whole pages.
     #[must_use]
     pub fn first_present(&self, range: &ByteRange) -> Option<ByteRange> {
+        self.first(range, true)
+    }
+
+    fn first(&self, range: &ByteRange, present: bool) -> Option<ByteRange> {
         let limit = self.page_after(range.end).min(self.pages);
-        let start = self.scan(range.start >> self.page_shift, limit, true);
+        let start = self.scan(range.start >> self.page_shift, limit, present);
         if start >= limit {
             return None;
         }
-        let end = self.scan(start, limit, false);
+        let end = self.scan(start, limit, !present);
         Some(start << self.page_shift..end << self.page_shift)
     }
 

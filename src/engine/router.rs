@@ -26,9 +26,13 @@ const PENDING_MAX: u64 = 65_536;
 /// needs its core, and this one may share it.
 const FULL_PAUSE: Duration = Duration::from_millis(1);
 
-/// Which shard owns an object. The kernel counts ids up, so neighbours spread.
+/// Which shard owns an object. The kernel counts ids up, and an image has several in a row (itself and its blobs), so a
+/// remainder could put all blobs on one shard. Multiples of the golden ratio lie apart from each other whatever the step.
 pub(super) const fn owner(object: ObjectId, shards: usize) -> usize {
-    object.0 as usize % shards
+    /// The ratio's fraction, of 32 bits.
+    const GOLDEN: u32 = 0x9E37_79B9;
+    let place = object.0.wrapping_mul(GOLDEN);
+    ((place as u64 * shards as u64) >> u32::BITS) as usize
 }
 
 /// See the module's description.
@@ -39,6 +43,9 @@ pub(super) struct Router {
     shared: Arc<Shared>,
     clock: Clock,
     shards: Vec<Mailbox>,
+    /// Which of them have messages for which they were not woken: that is done once for a batch, because a wake-up on
+    /// another core costs as much as several requests.
+    unrung: Vec<bool>,
     opens: Arc<Opens>,
     /// On the first shard only.
     evictor: Option<Evictor>,
@@ -115,7 +122,7 @@ enum Held {
 }
 
 impl Router {
-    pub(super) const fn new(
+    pub(super) fn new(
         index: usize,
         shared: Arc<Shared>,
         clock: Clock,
@@ -123,11 +130,13 @@ impl Router {
         opens: Arc<Opens>,
         evictor: Option<Evictor>,
     ) -> Self {
+        let unrung = vec![false; shards.len()];
         Self {
             index,
             shared,
             clock,
             shards,
+            unrung,
             opens,
             evictor,
             starved: false,
@@ -176,8 +185,12 @@ impl Router {
         while let Some(held) = self.held.pop_front() {
             if let Err(held) = self.deliver(held) {
                 self.held.push_front(held);
-                return 0;
+                break;
             }
+        }
+        self.ring();
+        if !self.held.is_empty() {
+            return 0;
         }
         if !front.settle() {
             (self.starved, self.batch.more) = (true, true);
@@ -203,12 +216,20 @@ impl Router {
         u32::try_from(room / u64::from(caps.events_per_read)).unwrap_or(u32::MAX)
     }
 
-    /// What one read gave. Requests for the shard on which this runs go through its mailbox too: only so does a
-    /// request find the object that an opener put there just before it told the kernel that it is open.
+    /// What one read gave, which had ended at `now_ns`. Requests for the shard on which this runs go through its mailbox
+    /// too: only so does a request find the object that an opener put there just before it told the kernel that it is open.
     ///
     /// # Errors
     /// The front end is broken.
-    pub(super) fn take(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>) -> Result<(), FrontError> {
+    pub(super) fn take(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>, now_ns: u64) -> Result<(), FrontError> {
+        let taken = self.take_one(front, read, now_ns);
+        if !self.is_reading() {
+            self.ring();
+        }
+        taken
+    }
+
+    fn take_one(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>, now_ns: u64) -> Result<(), FrontError> {
         if matches!(read, Err(Errno::EINTR | Errno::ECANCELED)) {
             self.batch.end(Found::Unknown);
             return Ok(());
@@ -216,7 +237,7 @@ impl Router {
         let mut requests = std::mem::take(&mut self.requests);
         let parsed = front.parse(read, &mut requests);
         self.batch.end(if matches!(parsed, Ok(false)) { Found::Nothing } else { Found::Message });
-        requests.drain(..).for_each(|request| self.route(request));
+        requests.drain(..).for_each(|request| self.route(request, now_ns));
         self.requests = requests;
         match parsed {
             Ok(_) => {}
@@ -281,15 +302,14 @@ impl Router {
         self.shared.shards.iter().map(super::stats::ShardStats::pending).sum::<u64>() < PENDING_MAX
     }
 
-    fn route(&mut self, request: Request) {
+    fn route(&mut self, request: Request, now_ns: u64) {
         let held = match request {
             Request::Open(open) => {
                 Shared::count(&self.shared.opens);
-                let now_ns = self.clock.now_ns();
                 let Some(charge) = self.evictor.as_mut().and_then(|evictor| evictor.admit(now_ns)) else { return self.refuse(open) };
                 Held::Open(open, charge)
             }
-            Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, self.clock.now_ns())),
+            Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, now_ns)),
             Request::Close(object) => {
                 Shared::count(&self.shared.closes);
                 Held::Message(owner(object, self.shards.len()), Message::Close(object))
@@ -300,11 +320,24 @@ impl Router {
         self.held.extend(delivered.err());
     }
 
-    /// Hands it on, or gives it back if there is no room.
-    fn deliver(&self, held: Held) -> Result<(), Held> {
+    /// Hands it on, or gives it back if there is no room; [`Router::ring`] must follow.
+    fn deliver(&mut self, held: Held) -> Result<(), Held> {
         match held {
             Held::Open(open, charge) => self.opens.push(open, charge).map_err(|(open, charge)| Held::Open(open, charge)),
-            Held::Message(shard, message) => self.shards[shard].try_send(message).map_err(|message| Held::Message(shard, message)),
+            Held::Message(shard, message) => {
+                self.shards[shard].put(message).map_err(|message| Held::Message(shard, message))?;
+                self.unrung[shard] = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Wakes the shards that have got messages.
+    fn ring(&mut self) {
+        for (mailbox, unrung) in self.shards.iter().zip(&mut self.unrung) {
+            if std::mem::take(unrung) {
+                mailbox.ring();
+            }
         }
     }
 }
@@ -312,6 +345,17 @@ impl Router {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn objects_spread_over_the_shards_whatever_the_step_of_their_ids() {
+        for shards in 1..=64 {
+            for step in 1..=4 {
+                let mut owned = vec![0; shards];
+                (1..=64 * shards).for_each(|n| owned[owner(ObjectId((n * step).try_into().unwrap()), shards)] += 1);
+                assert!(owned.iter().all(|owned| (48..=80).contains(owned)), "{shards} shards, step {step}: {owned:?}");
+            }
+        }
+    }
 
     fn run(batch: &mut Batch, waiting: u32, max: u32) -> u32 {
         let reads = batch.begin(max);

@@ -7,25 +7,24 @@ use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-
 use super::blocking::Blocking;
 use super::buffers::{Buffers, Messages, Pages};
 use super::clock::Clock;
+use super::entry::Entry;
 use super::fds::{Budget, Evictor, Offer};
 use super::io::{Io, Watch};
 use super::machine::{Limits, Machine};
-use super::mailbox::{Inbox, Mailbox, Message};
+use super::mailbox::{Inbox, Mailbox};
 use super::null::Null;
 use super::opener::Opener;
 use super::opens::Opens;
 use super::placement::{self, Seat};
 use super::ring::{self, Ring};
-use super::router::{BATCH_MAX, Router, owner};
+use super::router::{BATCH_MAX, Router};
 use super::shard::{Intake, Parts, Shard};
 use super::stats::Snapshot;
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
-use crate::front::{Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome};
+use crate::front::{Caps, FrontEnd};
 use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
@@ -42,8 +41,7 @@ type ShardThread = JoinHandle<Result<(), EngineError>>;
 pub struct Engine {
     shared: Arc<Shared>,
     shards: Vec<ShardThread>,
-    mailboxes: Vec<Mailbox>,
-    opens: Arc<Opens>,
+    entry: Entry,
     started: Started,
 }
 
@@ -84,8 +82,8 @@ impl Engine {
     }
 
     /// Starts serving several sources of requests of one kind from `store`. There are at least as many shards as sources, and
-    /// each source is read by the shard of its place, which owns the objects whose requests come from there
-    /// ([`Engine::owner`]).
+    /// each source is read by the shard of its place, which must own the objects whose requests come from there
+    /// ([`Entry::owner`]).
     ///
     /// # Errors
     /// As [`Engine::start`]; no source at all.
@@ -134,45 +132,14 @@ impl Engine {
             opens.end();
         });
         let (shards, started) = started?;
-        Ok(Self { shared, shards, mailboxes, opens, started })
+        let entry = Entry::new(Arc::clone(&shared), mailboxes, opens);
+        Ok(Self { shared, shards, entry, started })
     }
 
-    /// The shard that owns an object, and so the place of the source of its requests.
+    /// The way in for requests that come from no kernel.
     #[must_use]
-    pub fn owner(&self, object: ObjectId) -> usize {
-        owner(object, self.shards.len())
-    }
-
-    /// Opens an object that somebody else than the kernel wants open: as if the front end had said so. Its ticket is
-    /// answered in any case.
-    pub fn open(&self, open: OpenRequest) {
-        Shared::count(&self.shared.opens);
-        let refused = match self.shared.budget.has_room_for_open() {
-            false => Some((open, Errno::ENFILE)),
-            true => self.opens.push(open, self.shared.budget.charge_open()).err().map(|(open, _)| (open, Errno::EAGAIN)),
-        };
-        if let Some((open, errno)) = refused {
-            Shared::count(&self.shared.opens_failed);
-            // Who asked hears of it by the answer, whatever becomes of that.
-            let _ = open.ticket.answer(Outcome::Failed(errno));
-        }
-    }
-
-    /// Has data brought of an object that was opened with [`Engine::open`]; its ticket is answered in any case.
-    pub fn need(&self, need: NeedRequest) {
-        let owner = self.owner(need.object);
-        let refused = self.mailboxes[owner].send(Message::Need(need, self.shared.clock.now_ns()));
-        // The shard has ended.
-        if let Err(Message::Need(need, _)) = refused {
-            let _ = need.ticket.answer(Outcome::Failed(Errno::ECANCELED));
-        }
-    }
-
-    /// Closes an object that was opened with [`Engine::open`].
-    pub fn close(&self, object: ObjectId) {
-        Shared::count(&self.shared.closes);
-        // A shard that has ended has closed all of its objects.
-        drop(self.mailboxes[self.owner(object)].send(Message::Close(object)));
+    pub fn entry(&self) -> Entry {
+        self.entry.clone()
     }
 
     /// What it is.
@@ -323,7 +290,14 @@ impl Plan {
         }
         let Settings { slots: depth, workers, .. } = self.settings;
         let near = self.seat.as_ref().map_or(&[][..], |seat| &seat.near);
-        let settings = ring::Settings { depth, receives: BATCH_MAX, workers, near, sinks_block: self.caps.sinks_block };
+        let settings = ring::Settings {
+            depth,
+            receives: BATCH_MAX,
+            workers,
+            near,
+            sinks_block: self.caps.sinks_block,
+            receives_aside: self.caps.ring_reads_wait,
+        };
         Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
     }
 
@@ -370,6 +344,7 @@ impl Plan {
             fills_per_need: FILLS_PER_NEED,
             timeout_ns: u64::try_from(self.settings.request_timeout.as_nanos()).unwrap_or(u64::MAX),
             probe: caps.holes_are_absent,
+            tell: caps.sinks_know,
         };
         // Whoever started us may have given up already; the flags then end this shard.
         let _ = report.send(Ok(Started { kind, detail, shards: 1, pages: buffers.pages() }));

@@ -58,8 +58,7 @@ pub struct OpenRequest {
 
 /// Where the data of an object is written.
 pub trait Sink: AsFd + fmt::Debug + Send + Sync {
-    /// What it holds already, in whole pages: asked once, when the object is opened, of a front end whose holes are not
-    /// absent ([`Caps::holes_are_absent`]); of the others the file itself tells.
+    /// What it holds already, in whole pages: asked once, when the object is opened, where [`Caps::sinks_know`].
     fn present(&self) -> Vec<ByteRange> {
         Vec::new()
     }
@@ -188,6 +187,8 @@ pub struct Caps {
     pub align_bytes: u64,
     /// A hole in the sink means "not there", so `SEEK_DATA` and `SEEK_HOLE` on it tell what is present.
     pub holes_are_absent: bool,
+    /// Its sinks keep what is present, and want to be asked and told: [`Sink::present`], [`Sink::filled`].
+    pub sinks_know: bool,
     /// A write to a sink always blocks: it is not even tried without a thread that may.
     pub sinks_block: bool,
     /// The kernel opens an object again when its sink was closed and data is missing (`restore` exists).
@@ -196,12 +197,23 @@ pub struct Caps {
     pub events_per_read: u32,
     /// Each request for data brings a descriptor, which is open until its answer.
     pub needs_hold_fds: bool,
+    /// A read by a ring waits for a message, `O_NONBLOCK` or not: one that can be polled, and knows no `RWF_NOWAIT`.
+    pub ring_reads_wait: bool,
 }
 
 impl Default for Caps {
     /// Those of cachefiles' descriptors where `restore` exists.
     fn default() -> Self {
-        Self { align_bytes: 4096, holes_are_absent: true, sinks_block: true, reopens: true, events_per_read: 1, needs_hold_fds: false }
+        Self {
+            align_bytes: 4096,
+            holes_are_absent: true,
+            sinks_know: false,
+            sinks_block: true,
+            reopens: true,
+            events_per_read: 1,
+            needs_hold_fds: false,
+            ring_reads_wait: false,
+        }
     }
 }
 

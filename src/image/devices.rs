@@ -4,7 +4,10 @@
 //! tag, ended by NUL if it is shorter. The kernel takes the tags for names where mount(8) was given none
 //! (`erofs_init_device`, fs/erofs/super.c).
 
+use nix::sys::uio::pread;
+
 use super::superblock::{OFFSET, Superblock};
+use crate::store::{Blob, SourceFile};
 
 /// `EROFS_DEVT_SLOT_SIZE`.
 const SLOT_BYTES: usize = 128;
@@ -22,6 +25,20 @@ pub fn names(head: &[u8]) -> Option<Vec<Vec<u8>>> {
     let slots = head.get(usize::from(first) * SLOT_BYTES..).unwrap_or_default().chunks_exact(SLOT_BYTES);
     let name = |slot: &[u8]| slot[..TAG_BYTES].split(|&byte| byte == 0).next().unwrap_or_default().to_vec();
     Some(slots.take(devices).map(name).collect())
+}
+
+/// How much of an image is read to find the names of its devices: some 500 of them.
+const HEAD_BYTES: usize = 64 << 10;
+
+/// The same of an image in a store; none if it cannot be read here.
+#[must_use]
+pub fn names_of(image: &dyn Blob) -> Vec<Vec<u8>> {
+    let read = |file: &SourceFile| {
+        let mut head = vec![0; HEAD_BYTES];
+        let len = pread(&file.fd, &mut head, 0).ok()?;
+        names(&head[..len])
+    };
+    image.whole_file().and_then(read).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -5,10 +5,11 @@
 //! the root directory, the inodes. Linux mounts it from 6.1 on with `fsid=` alone: the names in the table stand for
 //! `device=` options (`erofs_scan_devices`, fs/erofs/super.c).
 
+use crate::ops::erofs::MAGIC;
+
 const BLOCK_BYTES: usize = 4096;
-/// Where the superblock begins, and what it begins with.
+/// Where the superblock begins.
 const SUPERBLOCK_AT: usize = 1024;
-const MAGIC: u32 = 0xe0f5_e1e2;
 /// Incompatible features: files of chunks, a table of devices.
 const FEATURES: u32 = 0x4 | 0x8;
 /// A place in the table of devices, and the name in it.

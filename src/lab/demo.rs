@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 
 use super::disk::{self, ErofsLayout};
 use super::tree::{Comparison, Manifest, Selection, compare};
-use super::{LabError, Result, Trying, last_lines};
+use super::{LabError, Result, Trying, last_lines, run};
 
 /// The image in the data directory.
 pub const IMAGE: &str = "demo.img";
@@ -86,30 +86,49 @@ pub fn prepare(data: &Path, scratch: &Path) -> Result<Manifest> {
     Ok(manifest)
 }
 
+/// A kernel interface that the demo can use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Way {
+    /// cachefiles on-demand mode.
+    Cachefiles,
+    /// fanotify's pre-content events.
+    Fanotify,
+}
+
+impl Way {
+    /// As `--front-end` calls it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Cachefiles => "cachefiles",
+            Self::Fanotify => "fanotify",
+        }
+    }
+}
+
 /// Serves what [`prepare`] made, mounts it with this kernel, and reads it all. Prints what it does.
 ///
 /// # Errors
 /// The daemon did not start, or the image not mount. Wrong data is no error but a verdict.
-pub fn serve_and_read(data: &Path, cache_dir: &Path) -> Result<Report> {
+pub fn serve_and_read(way: Way, data: &Path, cache_dir: &Path) -> Result<Report> {
     let manifest = Manifest::load(&data.join(MANIFEST))?;
     fs::create_dir_all(cache_dir).trying(|| format!("cannot make {}", cache_dir.display()))?;
-    let mut daemon = Daemon::start(data, cache_dir)?;
-    let mounted = Mounted::make(&cache_dir.with_extension("mnt"))?;
+    let mut daemon = Daemon::start(way, data, cache_dir)?;
+    let mounted = Mounted::make(way, cache_dir)?;
     let result = compare(&mounted.at, &manifest, READERS);
     drop(mounted);
     let served = daemon.stop()?;
     for line in result.failed.iter().chain(&result.different).take(SHOWN_DIFFERENCES) {
         println!("  ! {line}");
     }
-    Ok(report(&manifest, &result, &served))
+    Ok(report(way, &manifest, &result, &served))
 }
 
-fn report(manifest: &Manifest, result: &Comparison, served: &Served) -> Report {
+fn report(way: Way, manifest: &Manifest, result: &Comparison, served: &Served) -> Report {
     let number = |name: &str| served.json[name].as_u64().unwrap_or(0);
     let read_ms = u64::try_from(result.took.as_millis()).unwrap_or(u64::MAX);
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Report {
-        front_end: "cachefiles".into(),
+        front_end: way.name().into(),
         kernel: kernel.trim().into(),
         accelerator: "none".into(),
         cache_fs: None,
@@ -131,9 +150,9 @@ impl Report {
     pub fn table(&self) -> String {
         let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
         let rows = [
-            ("kernel", self.kernel.clone()),
+            ("kernel", format!("{} ({})", self.kernel, self.front_end)),
             ("files", format!("{} ({})", self.files, mib(self.bytes))),
-            ("READs", format!("{} ({}/s)", self.requests, self.requests_per_s)),
+            ("requests", format!("{} ({}/s)", self.requests, self.requests_per_s)),
             ("latency", format!("p50 {} us, p99 {} us", self.p50_us, self.p99_us)),
             ("read in", format!("{} ms by {READERS} readers", self.read_ms)),
             ("daemon CPU", format!("{} ms", self.daemon_cpu_ms)),
@@ -143,19 +162,39 @@ impl Report {
     }
 }
 
+/// A daemon's own, so that it is in nobody's way.
+fn state_dir(cache_dir: &Path) -> PathBuf {
+    cache_dir.with_extension("state")
+}
+
 /// The image at its mount point, until dropped.
 struct Mounted {
     at: PathBuf,
 }
 
 impl Mounted {
-    fn make(at: &Path) -> Result<Self> {
+    fn make(way: Way, cache_dir: &Path) -> Result<Self> {
+        let at = cache_dir.with_extension("mnt");
+        fs::create_dir_all(&at).trying(|| format!("cannot make {}", at.display()))?;
+        match way {
+            Way::Cachefiles => Self::on_demand(&at)?,
+            Way::Fanotify => Self::from_files(&at, &state_dir(cache_dir))?,
+        }
+        Ok(Self { at })
+    }
+
+    fn on_demand(at: &Path) -> Result<()> {
         let options = format!("fsid={IMAGE},domain_id=demo,device={BLOB}");
         println!("  mount -t erofs -o {options} none {}", at.display());
-        fs::create_dir_all(at).trying(|| format!("cannot make {}", at.display()))?;
-        mount(Some("none"), at, Some("erofs"), MsFlags::MS_RDONLY, Some(&*options))
-            .trying(|| format!("cannot mount the image ({options})"))?;
-        Ok(Self { at: at.to_owned() })
+        mount(Some("none"), at, Some("erofs"), MsFlags::MS_RDONLY, Some(&*options)).trying(|| format!("cannot mount the image ({options})"))
+    }
+
+    fn from_files(at: &Path, state_dir: &Path) -> Result<()> {
+        let infill = std::env::current_exe().trying(|| "cannot find this program")?;
+        let mut command = Command::new(infill);
+        command.args(["mount", "--domain=demo", "--device", BLOB, IMAGE]).arg(at).arg("--state-dir").arg(state_dir);
+        println!("  infill mount --domain demo --device {BLOB} {IMAGE} {}", at.display());
+        run(&mut command).map(|output| print!("  {}", String::from_utf8_lossy(&output.stdout)))
     }
 }
 
@@ -182,15 +221,15 @@ struct Served {
 }
 
 impl Daemon {
-    fn start(data: &Path, cache_dir: &Path) -> Result<Self> {
+    fn start(way: Way, data: &Path, cache_dir: &Path) -> Result<Self> {
         let infill = std::env::current_exe().trying(|| "cannot find this program")?;
         let log = cache_dir.with_extension("log");
         let log_file = fs::File::create(&log).trying(|| format!("cannot write {}", log.display()))?;
         let mut command = Command::new(infill);
-        command.args(["serve", "--front-end=cachefiles", "--keep=off", "--trace-requests", "--json"]);
-        command.arg("--cache-dir").arg(cache_dir);
+        command.args(["serve", "--keep=off", "--trace-requests", "--json", "--front-end", way.name()]);
+        command.arg("--cache-dir").arg(cache_dir).arg("--state-dir").arg(state_dir(cache_dir));
         command.arg("--store").arg(format!("dir:{}", data.display()));
-        println!("  infill serve --front-end cachefiles --cache-dir {} --store dir:{}", cache_dir.display(), data.display());
+        println!("  infill serve --front-end {} --cache-dir {} --store dir:{}", way.name(), cache_dir.display(), data.display());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log_file);
         let mut child = command.spawn().trying(|| "cannot start infill serve")?;
         let output = child.stdout.take();

@@ -11,6 +11,7 @@
 //!  qemu       kernel + initramfs + disks -> a boot, its console line by line, and how it ended
 //!  demo       the job of `infill demo`, here or in a guest, and the tree it serves
 //!  bench      the job of `infill bench guest`, and its figures
+//!  progress   what a long job says of itself on a terminal
 //!  init       PID 1 inside the guest (`infill lab-init`): mounts, the job, the power switch
 //! ```
 //! Nothing here is used by `infill serve`.

@@ -35,6 +35,9 @@ pub const KERNEL_TOOLS: &[Tool] = &[
     tool("apt-get", "apt"),
 ];
 
+/// For making images.
+pub const IMAGE_TOOLS: &[Tool] = &[tool("mkfs.erofs", "erofs-utils")];
+
 /// For making disks and images and booting them.
 pub const GUEST_TOOLS: &[Tool] = &[
     tool("qemu-system-x86_64", "qemu-system-x86"),

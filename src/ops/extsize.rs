@@ -41,11 +41,16 @@ pub fn hinted(dir: impl AsFd) -> Result<Option<u32>, Errno> {
     Ok((attributes.xflags & EXTSZINHERIT != 0).then_some(attributes.extsize))
 }
 
-fn attributes(dir: impl AsFd) -> Result<FsXattr, Errno> {
+fn attributes(of: impl AsFd) -> Result<FsXattr, Errno> {
     let mut attributes = FsXattr::default();
     // SAFETY: the structure is the one that the kernel fills, and lives through the call.
-    unsafe { sys::get(dir.as_fd().as_raw_fd(), &raw mut attributes) }?;
+    unsafe { sys::get(of.as_fd().as_raw_fd(), &raw mut attributes) }?;
     Ok(attributes)
+}
+
+fn set_attributes(of: impl AsFd, attributes: &FsXattr) -> Result<(), Errno> {
+    // SAFETY: the structure is the one that the kernel reads, and lives through the call.
+    unsafe { sys::set(of.as_fd().as_raw_fd(), attributes) }.map(drop)
 }
 
 /// Frees a new and empty file from the hint of its directory: it takes its space as it needs it.
@@ -56,8 +61,7 @@ pub fn unhint(file: impl AsFd) -> Result<(), Errno> {
     let mut attributes = attributes(&file)?;
     attributes.xflags &= !EXTSIZE;
     attributes.extsize = 0;
-    // SAFETY: the structure is the one that the kernel reads, and lives through the call.
-    unsafe { sys::set(file.as_fd().as_raw_fd(), &raw const attributes) }.map(drop)
+    set_attributes(file, &attributes)
 }
 
 /// Makes what will be created below an open directory take its space in pieces of `bytes`.
@@ -68,6 +72,5 @@ pub fn hint(dir: impl AsFd, bytes: u32) -> Result<(), Errno> {
     let mut attributes = attributes(&dir)?;
     attributes.xflags |= EXTSZINHERIT;
     attributes.extsize = bytes;
-    // SAFETY: the structure is the one that the kernel reads, and lives through the call.
-    unsafe { sys::set(dir.as_fd().as_raw_fd(), &raw const attributes) }.map(drop)
+    set_attributes(dir, &attributes)
 }

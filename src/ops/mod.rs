@@ -1,5 +1,15 @@
 //! What an operator meets: confinement, the doctor, limits, space, signals, the log, exit codes, who holds the device,
 //! and who keeps it over a restart.
+//!
+//! | file | its subject |
+//! |---|---|
+//! | `doctor` | whether this host can serve, and what to do if not |
+//! | `confine`, `limits` | what the daemon gives up, and how much it may have |
+//! | `space` | how full the cache may become, and what goes |
+//! | `keep`, `keeper`, `passing`, `notify`, `state` | the device over a restart: systemd or a process keeps it |
+//! | `mounting`, `seeding` | images that are mounted, and blobs that are in the cache beforehand |
+//! | `processes`, `signals`, `log`, `exit` | the host's processes, and what passes between it and this one |
+//! | `erofs`, `extsize`, `reflink`, `xattr` | what file systems are asked beside reading and writing |
 
 pub mod bag;
 pub mod confine;

@@ -108,10 +108,19 @@ impl Image {
     /// has none.
     #[must_use]
     pub fn keys(&self, devices: &[Vec<u8>]) -> Vec<Key> {
-        let domain = self.domain.as_ref().unwrap_or(&self.name).as_bytes();
-        let own = self.devices.iter().map(String::as_bytes);
+        let given = self.devices.iter().map(String::as_bytes);
         let of_image = devices.iter().map(Vec::as_slice).filter(|name| self.devices.is_empty() && !name.is_empty());
-        std::iter::once(self.name.as_bytes()).chain(own).chain(of_image).map(|name| Key::new(domain, name)).collect()
+        std::iter::once(self.key()).chain(given.chain(of_image).map(|name| self.key_of(name))).collect()
+    }
+
+    /// The image's own key, the first of its [`Image::keys`].
+    #[must_use]
+    pub fn key(&self) -> Key {
+        self.key_of(self.name.as_bytes())
+    }
+
+    fn key_of(&self, name: &[u8]) -> Key {
+        Key::new(self.domain.as_ref().unwrap_or(&self.name).as_bytes(), name)
     }
 
     /// The options for mount(2).

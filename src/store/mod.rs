@@ -10,6 +10,7 @@
 //! | `dir`, `oci` | the kinds of stores |
 //! | `spec`, `list` | settings; several stores in order |
 //! | `remembered` | which blobs the objects of a cache were made of |
+//! | `endless` | a blob of a pipe or a device, for tests and benches |
 //! | `error` | what can go wrong, and whether it may pass |
 //!
 //! A store maps a [`Key`] to a [`Blob`], and a blob says where the bytes of any of its ranges are. It does
@@ -17,6 +18,7 @@
 
 mod beneath;
 pub mod dir;
+pub(crate) mod endless;
 pub mod error;
 pub mod holes;
 pub mod list;

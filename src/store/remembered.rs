@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 
 use super::{FileIdentity, Identity};
+use crate::hex::{hex, unhex};
 use crate::key::Key;
 use crate::ops::extsize;
 
@@ -270,7 +271,6 @@ fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
 /// was told, the blob's, and of each of its files the inode, when it was born, and when it was changed, in seconds and
 /// nanoseconds.
 fn encode(key: &Key, made: &Made) -> Vec<u8> {
-    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let mut rest = format!("{} {} {} {}", hex(key.domain()), hex(key.name()), made.told_bytes, made.identity.len_bytes);
     for FileIdentity { inode, born: (born_s, born_ns), modified: (modified_s, modified_ns) } in &made.identity.files {
         rest.push_str(&format!(" {inode} {born_s} {born_ns} {modified_s} {modified_ns}"));
@@ -286,7 +286,8 @@ pub fn decode(line: &[u8]) -> Option<(Key, Made)> {
         return None;
     }
     let mut words = rest.split(' ');
-    let key = Key::new(&unhex(words.next()?)?, &unhex(words.next()?)?);
+    let mut part = || unhex(words.next()?.as_bytes());
+    let key = Key::new(&part()?, &part()?);
     let (told_bytes, len_bytes): (u64, u64) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     let words: Vec<_> = words.collect();
     let file = |words: &[&str]| -> Option<FileIdentity> {
@@ -297,10 +298,6 @@ pub fn decode(line: &[u8]) -> Option<(Key, Made)> {
     let files = words.chunks(5).map(file).collect::<Option<_>>()?;
     let is_told = told_bytes == len_bytes || Some(told_bytes) == len_bytes.checked_add(1);
     is_told.then_some((key, Made { identity: Identity { len_bytes, files }, told_bytes }))
-}
-
-fn unhex(digits: &str) -> Option<Vec<u8>> {
-    digits.as_bytes().chunks(2).map(|pair| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok().filter(|_| pair.len() == 2)).collect()
 }
 
 /// FNV-1a, of 64 bits: against accidents, not against people.

@@ -1,6 +1,6 @@
 //! Source files: how a blob's file is opened for the engine to read, and the blob that is one such file.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Once};
@@ -45,15 +45,13 @@ impl SourceFile {
         if let Some(kind) = unfit_kind(SFlag::from_bits_truncate(found.mode()) & SFlag::S_IFMT) {
             return Err(Cause::NotAFile(kind));
         }
-        let fd = OwnedFd::from(file);
-        if on_erofs(&fd)? {
+        if on_erofs(&file)? {
             return Err(Cause::OnErofs);
         }
         // Without O_NONBLOCK from here on: with it, io_uring would return EAGAIN instead of waiting on
         // file systems that cannot do better (io_rw_init_file, io_uring/rw.c).
-        fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;
-        let mut source =
-            Self { fd, len_bytes: found.len(), device: found.dev(), identity: (&found).into(), mode: SourceMode::Buffered, map: None };
+        fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
+        let mut source = Self::unchecked(file, &found);
         match wanted {
             SourceMode::Buffered => {}
             SourceMode::Direct => source.try_direct()?,
@@ -65,6 +63,12 @@ impl SourceFile {
             }
         }
         Ok(source)
+    }
+
+    /// A source of whatever `file` is, of the length that was `found`, to be read through the page cache. Nothing is tried.
+    pub(crate) fn unchecked(file: File, found: &Metadata) -> Self {
+        let (len_bytes, device, identity) = (found.len(), found.dev(), found.into());
+        Self { fd: file.into(), len_bytes, device, identity, mode: SourceMode::Buffered, map: None }
     }
 
     /// Whether a range that starts with a page had better be written from the mapped pages than be read: they are

@@ -14,7 +14,7 @@ use infill::store::{SourceMode, Store};
 use nix::errno::Errno;
 
 use crate::guest::{Guest, data, with_blob};
-use crate::readers::{How, READ_LIMIT, Readers, expect_equal};
+use crate::readers::{How, READ_LIMIT, Readers};
 use crate::space::settings;
 use crate::{Outcome, Test};
 
@@ -97,9 +97,7 @@ fn device_closed_before_objects(guest: &mut Guest) -> Outcome {
     drop(sinks);
     guest.serve(&[])?;
     guest.umount(&at)?;
-    let at = guest.mount(&options)?;
-    expect_equal(&at, &data("one.json"), 4, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options, "one.json", (4, How::Read))?;
     guest.stop()?;
     Ok(())
 }

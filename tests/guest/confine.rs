@@ -68,9 +68,7 @@ fn confined_user_makes_room(guest: &mut Guest) -> Outcome {
         }
     }
     for name in names {
-        let at = guest.mount(&format!("fsid={name},domain_id={DOMAIN}"))?;
-        expect_equal(&at, &data("tree.json"), 2, How::Read)?;
-        guest.umount(&at)?;
+        guest.expect_whole(&format!("fsid={name},domain_id={DOMAIN}"), "tree.json", (2, How::Read))?;
         wait_until("the kernel names its object", || object(guest, name).is_ok())?;
     }
     wait_until("what was used longest ago goes", || object(guest, names[0]).is_err())?;
@@ -91,9 +89,7 @@ fn confined_to_nobody(guest: &mut Guest) -> Outcome {
     let tree = guest.mount(&with_blob("tree.img", "tree.blob"))?;
     expect_equal(&tree, &data("tree.json"), 8, How::Read)?;
     // Blobs are found, and cache files made, after the rights are gone.
-    let one = guest.mount(&with_blob("one.img", "one.blob"))?;
-    expect_equal(&one, &data("one.json"), 2, How::Mmap)?;
-    guest.umount(&one)?;
+    guest.expect_whole(&with_blob("one.img", "one.blob"), "one.json", (2, How::Mmap))?;
     guest.umount(&tree)?;
     guest.stop()?;
     // The kernel makes its directories as root, whoever binds; a new daemon finds everything there all the same.
@@ -116,9 +112,7 @@ fn confined_engines_and_sources(guest: &mut Guest) -> Outcome {
             guest.stock_as("one.blob", &names[1])?;
             guest.serve(&[&STRICT[..], &[&format!("--engine={engine}"), &format!("--source={source}")]].concat())?;
             expect_powerless(guest)?;
-            let at = guest.mount(&with_blob(&names[0], &names[1]))?;
-            expect_equal(&at, &data("one.json"), 4, How::Read)?;
-            guest.umount(&at)?;
+            guest.expect_whole(&with_blob(&names[0], &names[1]), "one.json", (4, How::Read))?;
             let ended = guest.stop()?;
             if ended.json["engine"] != engine {
                 return Err(format!("served with another engine: {}", ended.json).into());
@@ -139,9 +133,7 @@ fn confined_by_default(guest: &mut Guest) -> Outcome {
             return Err(format!("the log does not say {part:?}:\n{log}").into());
         }
     }
-    let at = guest.mount("fsid=tiny.img,domain_id=lab")?;
-    expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole("fsid=tiny.img,domain_id=lab", "tiny.json", (1, How::Read))?;
     guest.stop()?;
     Ok(())
 }
@@ -168,9 +160,7 @@ fn confined_user_that_may_not_read(guest: &mut Guest) -> Outcome {
         return Err(format!("the log does not say what to do:\n{}", guest.log()).into());
     }
     set(&blob, 0o644)?;
-    let at = guest.mount("fsid=own.img,domain_id=lab")?;
-    expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole("fsid=own.img,domain_id=lab", "tiny.json", (1, How::Read))?;
     guest.stop()?;
     Ok(())
 }

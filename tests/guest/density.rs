@@ -11,6 +11,7 @@ use infill::engine::plan::{Complete, Completion, Window};
 use infill::engine::{Engine, Settings};
 use infill::front::FrontEnd;
 use infill::front::cachefiles::{BindOptions, Device};
+use infill::lab::bench::Findings;
 use infill::lab::bench::density::Crowd;
 use infill::store::{SourceMode, Store, Stores};
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};

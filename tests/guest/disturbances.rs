@@ -48,9 +48,7 @@ fn cache_disk_fails(guest: &mut Guest) -> Outcome {
     disk.renew()?;
 
     guest.serve(&[])?;
-    let at = guest.mount(&options)?;
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options, "one.json", (2, How::Read))?;
     guest.stop()?;
     disk.remove()
 }

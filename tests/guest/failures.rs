@@ -45,9 +45,7 @@ fn unknown_image_fails_at_once(guest: &mut Guest) -> Outcome {
     }
     // The next one is not affected.
     guest.stock(&["tiny.img"])?;
-    let at = guest.mount("fsid=tiny.img,domain_id=lab")?;
-    expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole("fsid=tiny.img,domain_id=lab", "tiny.json", (1, How::Read))?;
     guest.stop()?;
     Ok(())
 }
@@ -66,9 +64,7 @@ fn missing_blob(guest: &mut Guest) -> Outcome {
         return Err(format!("the mount took {} s to fail", began.elapsed().as_secs()).into());
     }
     guest.stock(&["one.blob"])?;
-    let at = guest.mount(&options)?;
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options, "one.json", (2, How::Read))?;
     guest.stop()?;
     Ok(())
 }
@@ -87,9 +83,7 @@ fn truncated_blob(guest: &mut Guest) -> Outcome {
     guest.umount(&at)?;
     fs::copy(data("one.blob"), &blob)?;
     drop_caches()?;
-    let at = guest.mount(&options)?;
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options, "one.json", (2, How::Read))?;
     guest.stop()?;
     Ok(())
 }
@@ -145,9 +139,7 @@ fn second_daemon(guest: &mut Guest) -> Outcome {
         return Err(format!("exit code {code}, the first is {first}; it said:\n{log}").into());
     }
     // The first one goes on.
-    let at = guest.mount("fsid=tiny.img")?;
-    expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole("fsid=tiny.img", "tiny.json", (1, How::Read))?;
     guest.stop()?;
     Ok(())
 }

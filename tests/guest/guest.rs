@@ -233,12 +233,17 @@ impl Guest {
     }
 
     /// Starts the daemon, mounts an image, reads it all and wants it equal, stops the daemon.
-    pub(crate) fn whole_tree(&self, serve: &[&str], options: &str, manifest: &str, (readers, how): (usize, How)) -> Result<Ended> {
+    pub(crate) fn whole_tree(&self, serve: &[&str], options: &str, manifest: &str, how: (usize, How)) -> Result<Ended> {
         self.serve(serve)?;
+        self.expect_whole(options, manifest, how)?;
+        self.stop()
+    }
+
+    /// Mounts an image, reads it all by so many readers and wants it equal, unmounts it.
+    pub(crate) fn expect_whole(&self, options: &str, manifest: &str, (readers, how): (usize, How)) -> Result<()> {
         let at = self.mount(options)?;
         expect_equal(&at, &data(manifest), readers, how)?;
-        self.umount(&at)?;
-        self.stop()
+        self.umount(&at)
     }
 
     /// What `infill doctor` prints, as one line.

@@ -107,9 +107,7 @@ fn sigterm_under_load(guest: &mut Guest) -> Outcome {
     }
     guest.umount(&at)?;
     guest.serve(&[])?;
-    let at = guest.mount(&options)?;
-    expect_equal(&at, &data("tree.json"), 8, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options, "tree.json", (8, How::Read))?;
     guest.stop()?;
     Ok(())
 }

@@ -26,6 +26,7 @@ mod replaced;
 mod restart;
 mod runner;
 mod seed;
+mod seed_in_use;
 mod serve;
 mod sources;
 mod space;
@@ -54,6 +55,7 @@ fn tests() -> impl Iterator<Item = Test> {
         lifecycle::TESTS,
         mounting::TESTS,
         seed::TESTS,
+        seed_in_use::TESTS,
         restart::TESTS,
         author::TESTS,
         replaced::TESTS,

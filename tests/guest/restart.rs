@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use infill::lab::bench::Findings;
 use infill::lab::bench::restart::Storm;
 use infill::lab::tree::{Content, Entry, Manifest};
 use infill::ops::passing;
@@ -428,9 +429,7 @@ fn other_limits(guest: &mut Guest) -> Outcome {
     guest.stock(&["tiny.img"])?;
     let options = |name: &str| format!("fsid={name},domain_id={DOMAIN}");
     guest.serve_with(&guest.serve_arguments(&["--keep=keeper", "--bstop=1", "--bcull=2", "--brun=3"]))?;
-    let at = guest.mount(&options("tiny.img"))?;
-    expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options("tiny.img"), "tiny.json", (1, How::Read))?;
     wait_until("the kernel names its object", || object(guest, "tiny.img").is_ok())?;
     let mounts = names.iter().map(|name| guest.mount(&options(name))).collect::<Result<Vec<_>>>()?;
     guest.kill()?;

@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use infill::front::cachefiles::layout::{MARK, OBJECT_MARK_BYTES, VOLUME_MARK};
@@ -24,10 +24,6 @@ use crate::{Outcome, Test};
 pub(crate) const TESTS: &[Test] = &[
     ("seeded_images_ask_for_nothing_and_use_no_space", seeded_images_ask_for_nothing),
     ("seeded_objects_are_the_kernels_own", seeded_objects_are_the_kernels_own),
-    ("seeding_leaves_present_objects_alone", present_objects_stay),
-    ("seeding_of_mounted_blobs_is_refused", mounted_blobs_are_refused),
-    ("seeded_object_linked_under_a_mounted_one_is_harmless", linked_under_a_mounted_one),
-    ("seeding_beside_mounting_goes_well_either_way", beside_mounting),
     ("seeded_blobs_holes_are_read_on_demand", holes_are_read_on_demand),
     ("seeded_blobs_may_have_any_length", any_length),
     ("seeding_from_another_disk_is_refused", blobs_on_another_disk),
@@ -39,8 +35,6 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Space that seeding two blobs and making their volume may take: 257 directories, and what the file system
 /// notes about shared blocks.
 const OVERHEAD_BYTES_MAX: u64 = 1 << 20;
-/// How often seeding and mounting race for a new domain.
-const RACES: u32 = 16;
 /// How long the kernel may take for what it does after an unmounting or the daemon's end.
 const COMMIT_LIMIT: Duration = Duration::from_secs(60);
 /// The mode of a regular file without any permission.
@@ -66,7 +60,7 @@ fn prefetch(guest: &Guest, domain: Option<&str>, names: &[&str]) -> Result<Vec<(
     fates(&prefetch_command(guest, domain, names).output()?)
 }
 
-fn prefetch_command(guest: &Guest, domain: Option<&str>, names: &[&str]) -> Command {
+pub(crate) fn prefetch_command(guest: &Guest, domain: Option<&str>, names: &[&str]) -> Command {
     let mut command = Command::new(INFILL);
     command.args(["prefetch", "--seed", "--json"]);
     command.arg(format!("--cache-dir={}", guest.cache.display())).arg(format!("--store=dir:{}", guest.store.display()));
@@ -75,7 +69,7 @@ fn prefetch_command(guest: &Guest, domain: Option<&str>, names: &[&str]) -> Comm
 }
 
 /// Outcome and reason for each blob.
-fn fates(output: &Output) -> Result<Vec<(String, String)>> {
+pub(crate) fn fates(output: &Output) -> Result<Vec<(String, String)>> {
     let text = String::from_utf8_lossy(&output.stdout);
     let report: Value = serde_json::from_str(text.trim_end()).map_err(|e| format!("{e}: {output:?}"))?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -89,7 +83,7 @@ fn fates(output: &Output) -> Result<Vec<(String, String)>> {
 }
 
 /// Runs `infill prefetch --seed` and wants the same outcome for all blobs.
-fn expect_prefetch(guest: &Guest, names: &[&str], outcome: &str, reason: &str) -> Outcome {
+pub(crate) fn expect_prefetch(guest: &Guest, names: &[&str], outcome: &str, reason: &str) -> Outcome {
     for (found, why) in prefetch(guest, Some(DOMAIN), names)? {
         if found != outcome || !why.contains(reason) {
             return Err(format!("{names:?}: {found} ({why}) instead of {outcome} ({reason})").into());
@@ -99,7 +93,7 @@ fn expect_prefetch(guest: &Guest, names: &[&str], outcome: &str, reason: &str) -
 }
 
 /// What every test here does where blocks cannot be shared.
-fn refused_and_read_on_demand(guest: &Guest) -> Outcome {
+pub(crate) fn refused_and_read_on_demand(guest: &Guest) -> Outcome {
     expect_prefetch(guest, &["one.img", "one.blob"], "refused", "cannot share blocks")?;
     if guest.cache.join("cache").read_dir()?.next().is_some() {
         return Err("a refused blob left something in the cache".into());
@@ -110,7 +104,7 @@ fn refused_and_read_on_demand(guest: &Guest) -> Outcome {
 }
 
 /// Mounts, reads all, unmounts; gives the number of READs.
-fn reads_of_all(guest: &Guest, options: &str, manifest: &str) -> Result<u64> {
+pub(crate) fn reads_of_all(guest: &Guest, options: &str, manifest: &str) -> Result<u64> {
     drop_caches()?;
     let count = ReadCount::start()?;
     let at = guest.mount(options)?;
@@ -264,84 +258,6 @@ pub(crate) fn object(guest: &Guest, name: &str) -> Result<PathBuf> {
     Err(format!("there is no object of {name}").into())
 }
 
-fn present_objects_stay(guest: &mut Guest) -> Outcome {
-    if !stock_beside_cache(guest, &["one.img", "one.blob"])? {
-        return refused_and_read_on_demand(guest);
-    }
-    guest.serve(&[])?;
-    let options = with_blob("one.img", "one.blob");
-    let at = guest.mount(&options)?;
-    guest.umount(&at)?;
-    wait_until("the kernel names its objects", || object(guest, "one.img").is_ok() && object(guest, "one.blob").is_ok())?;
-    let identity = || -> Result<_> {
-        let meta = object(guest, "one.blob")?.metadata()?;
-        Ok((meta.ino(), meta.blocks(), meta.ctime(), meta.ctime_nsec()))
-    };
-    let before = identity()?;
-    expect_prefetch(guest, &["one.img", "one.blob"], "already_there", "")?;
-    // In use, with a name: found by the name.
-    let at = guest.mount(&options)?;
-    expect_prefetch(guest, &["one.img", "one.blob"], "already_there", "")?;
-    if identity()? != before {
-        return Err("an object that was there has changed".into());
-    }
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
-    guest.umount(&at)?;
-    guest.stop()?;
-    Ok(())
-}
-
-/// Mounted for the first time, an object has no name that would stand in the way.
-fn mounted_blobs_are_refused(guest: &mut Guest) -> Outcome {
-    if !stock_beside_cache(guest, &["one.img", "one.blob"])? {
-        return refused_and_read_on_demand(guest);
-    }
-    guest.serve(&[])?;
-    let options = with_blob("one.img", "one.blob");
-    let at = guest.mount(&options)?;
-    expect_prefetch(guest, &["one.img", "one.blob"], "refused", "in use")?;
-    if object(guest, "one.img").is_ok() {
-        return Err("a mounted image was seeded".into());
-    }
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
-    guest.umount(&at)?;
-    let reads = reads_of_all(guest, &options, "one.json")?;
-    guest.stop()?;
-    if reads == 0 { Ok(()) } else { Err(format!("{reads} READs").into()) }
-}
-
-/// What happens if the kernel begins to use a blob just after seeding looked: the name appears while its own
-/// object has none. (Made in another cache before the mount, because seeding itself refuses.)
-fn linked_under_a_mounted_one(guest: &mut Guest) -> Outcome {
-    if !stock_beside_cache(guest, &["one.img", "one.blob"])? {
-        return refused_and_read_on_demand(guest);
-    }
-    let own = guest.cache.clone();
-    guest.cache = own.with_extension("elsewhere");
-    expect_prefetch(guest, &["one.img", "one.blob"], "seeded", "")?;
-    let made = [object(guest, "one.img")?, object(guest, "one.blob")?];
-    let elsewhere = std::mem::replace(&mut guest.cache, own);
-    guest.serve(&[])?;
-    let options = with_blob("one.img", "one.blob");
-    let at = guest.mount(&options)?;
-    // Now both are looked up; for a device the kernel does that beside the mount.
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
-    let mut links = Vec::new();
-    for path in made {
-        let link = guest.cache.join(path.strip_prefix(&elsewhere)?);
-        fs::hard_link(&path, &link)?;
-        links.push((link, path.metadata()?.ino()));
-    }
-    drop_caches()?;
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
-    guest.umount(&at)?;
-    let replaced = |(link, inode): &(PathBuf, u64)| link.metadata().is_ok_and(|meta| meta.ino() != *inode);
-    wait_until("the kernel puts its own objects there", || links.iter().all(replaced))?;
-    let reads = reads_of_all(guest, &options, "one.json")?;
-    guest.stop()?;
-    if reads == 0 { Ok(()) } else { Err(format!("{reads} READs").into()) }
-}
-
 /// The daemon is gone, but the kernel may still be letting go of its ring, which holds the device, and of the cache.
 pub(crate) fn wait_until_unbound() -> Outcome {
     wait_until("the kernel lets go of the device", || File::options().read(true).write(true).open("/dev/cachefiles").is_ok())
@@ -356,36 +272,6 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) -> Outcome 
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    Ok(())
-}
-
-/// Both make the domain's directories, and the object; whoever comes first.
-fn beside_mounting(guest: &mut Guest) -> Outcome {
-    if !stock_beside_cache(guest, &["one.img", "one.blob", "tiny.img"])? {
-        return refused_and_read_on_demand(guest);
-    }
-    guest.serve(&[])?;
-    let mut counts = BTreeMap::<String, u32>::new();
-    for race in 0..RACES {
-        let domain = format!("race{race}");
-        let options = format!("fsid=tiny.img,domain_id={domain}");
-        let prefetch = prefetch_command(guest, Some(&domain), &["tiny.img"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        // The process needs a while until it is where the race is.
-        std::thread::sleep(Duration::from_millis(u64::from(race) * 8));
-        let at = guest.mount(&options)?;
-        let fates = fates(&prefetch.wait_with_output()?)?;
-        expect_equal(&at, &data("tiny.json"), 1, How::Read)?;
-        guest.umount(&at)?;
-        if fates[0].0 == "failed" {
-            return Err(format!("race {race}: {fates:?}").into());
-        }
-        *counts.entry(format!("{fates:?}")).or_default() += 1;
-        if reads_of_all(guest, &options, "tiny.json")? != 0 {
-            return Err(format!("race {race}: data was not kept").into());
-        }
-    }
-    println!("{counts:?}");
-    guest.stop()?;
     Ok(())
 }
 

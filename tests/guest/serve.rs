@@ -112,9 +112,7 @@ fn remount_asks_for_nothing(guest: &mut Guest) -> Outcome {
     guest.stock(&["one.img", "one.blob"])?;
     guest.serve(&[])?;
     let options = with_blob("one.img", "one.blob");
-    let at = guest.mount(&options)?;
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options, "one.json", (2, How::Read))?;
     drop_caches()?;
     let count = ReadCount::start()?;
     let at = guest.mount(&options)?;

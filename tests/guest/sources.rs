@@ -25,9 +25,7 @@ fn holes_of_a_source_become_zeros(guest: &mut Guest) -> Outcome {
     fs::create_dir_all(&store)?;
     copy_sparse(&data("sparse.img"), &store.join("sparse.img"))?;
     guest.serve(&[&format!("--store=dir:{}", store.display())])?;
-    let at = guest.mount("fsid=sparse.img")?;
-    expect_equal(&at, &data("sparse.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole("fsid=sparse.img", "sparse.json", (2, How::Read))?;
     drop_caches()?;
     let count = ReadCount::start()?;
     let at = guest.mount("fsid=sparse.img")?;

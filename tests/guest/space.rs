@@ -114,9 +114,7 @@ fn stock(guest: &Guest, names: &[&str]) -> Outcome {
 
 /// Mounts, reads all, unmounts, and waits until the object has its name.
 fn visit(guest: &Guest, name: &str) -> Outcome {
-    let at = guest.mount(&options(name))?;
-    expect_equal(&at, &data("tree.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options(name), "tree.json", (2, How::Read))?;
     wait_until("the kernel names its object", || object(guest, name).is_ok())
 }
 
@@ -208,9 +206,7 @@ fn shared_stay(guest: &mut Guest) -> Outcome {
     }
     guest.serve(&["--cache-bytes=1M", "--seed=lab/plain.img"])?;
     std::thread::sleep(TURN);
-    let at = guest.mount(&options("plain.img"))?;
-    expect_equal(&at, &data("tree.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options("plain.img"), "tree.json", (2, How::Read))?;
     std::thread::sleep(TURN);
     let ended = guest.stop()?;
     if !is_there(guest, "plain.img") || ended.json["culled_objects"] != 0 || ended.json["cache_bytes"].as_u64() > Some(1 << 20) {
@@ -294,9 +290,7 @@ fn volumes_go(guest: &mut Guest) -> Outcome {
     wait_until("the volume goes with its last object", || !volume.exists())?;
     let graveyard = guest.cache.join("graveyard");
     wait_until("the graveyard is emptied", || fs::read_dir(&graveyard).is_ok_and(|mut dir| dir.next().is_none()))?;
-    let at = guest.mount("fsid=a.img")?;
-    expect_equal(&at, &data("tree.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole("fsid=a.img", "tree.json", (2, How::Read))?;
     let ended = guest.stop()?;
     if ended.json["culled_volumes"] != 1 {
         return Err(format!("the statistics do not say so: {}", ended.json).into());
@@ -378,9 +372,7 @@ fn kernel_answers(guest: &mut Guest) -> Outcome {
     if volume.exists() || empty_graveyard(&root)? != 1 {
         return Err("a culled directory is buried, and ours to delete".into());
     }
-    let at = guest.mount(&options("a.img"))?;
-    expect_equal(&at, &data("tree.json"), 2, How::Read)?;
-    guest.umount(&at)?;
+    guest.expect_whole(&options("a.img"), "tree.json", (2, How::Read))?;
     if std::env::current_dir()? != here {
         return Err("the working directory of another thread was changed".into());
     }

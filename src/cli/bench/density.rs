@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::inside::{Found, Inside, InsideArgs, PROGRESS};
+use super::inside::{Inside, InsideArgs, PROGRESS};
 use crate::cli::Failure;
 use crate::lab::bench::density::{self, Figures};
 use crate::lab::{Result, Scratch, disk, packages};
@@ -28,20 +28,6 @@ pub struct DensityArgs {
     /// Descriptors that they may take
     #[arg(long, default_value_t = 512)]
     fd_budget: u64,
-}
-
-impl Found for Figures {
-    fn is_good(&self) -> bool {
-        self.is_good()
-    }
-
-    fn table(&self) -> String {
-        self.table()
-    }
-
-    fn set_cache_fs(&mut self, name: String) {
-        self.cache_fs = Some(name);
-    }
 }
 
 /// Measures.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 
-use crate::cli::Failure;
+use crate::cli::{Failure, print_json};
 use crate::lab::bench::data::Data;
 use crate::lab::bench::figures::{Failed, Figures};
 use crate::lab::bench::grid::Grid;
@@ -130,8 +130,7 @@ pub(super) fn run(args: &GuestArgs) -> std::result::Result<(), Failure> {
         println!("FAILED {} {} {}: {}", cell.daemon, cell.scenario.name(), cell.cache_fs.name(), cell.error);
     }
     if args.json {
-        let text = serde_json::to_string(&report).map_err(|error| Failure::new(exit::FAILED, error))?;
-        println!("{text}");
+        print_json(&report)?;
     }
     if !report.failed.is_empty() {
         return Err(Failure::new(exit::FAILED, format!("{} cells failed; see above", report.failed.len())));

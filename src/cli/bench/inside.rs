@@ -7,7 +7,8 @@ use clap::Args;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::cli::Failure;
+use crate::cli::{Failure, print_json};
+use crate::lab::bench::Findings;
 use crate::lab::disk::CacheFs;
 use crate::lab::guest::GuestPlan;
 use crate::lab::init::INIT_PROGRAM;
@@ -40,14 +41,12 @@ pub(super) struct InsideArgs {
     here: bool,
 }
 
-/// What such a bench finds.
-pub(super) trait Found: Serialize + DeserializeOwned {
-    /// Whether it is as it should be.
-    fn is_good(&self) -> bool;
-    /// It in words.
-    fn table(&self) -> String;
-    /// Notes on which file system it was found.
-    fn set_cache_fs(&mut self, name: String);
+/// What is shown of such a bench as JSON: what was found, and on which file system.
+#[derive(Serialize)]
+struct Shown<'a, T> {
+    #[serde(flatten)]
+    findings: &'a T,
+    cache_fs: &'a str,
 }
 
 impl InsideArgs {
@@ -56,25 +55,22 @@ impl InsideArgs {
     ///
     /// # Errors
     /// Something that is needed could not be had, or the figures are not good.
-    pub(super) fn run<T: Found>(
+    pub(super) fn run<T: Findings>(
         &self,
         job: impl FnOnce() -> Result<T>,
         boot: impl FnOnce() -> Result<T>,
         bad: &str,
     ) -> std::result::Result<(), Failure> {
         let failed = |error: LabError| Failure::new(exit::FAILED, error);
-        let text = |found: &T| serde_json::to_string(found).map_err(|error| Failure::new(exit::FAILED, error));
         if self.here {
-            println!("{}", text(&job().map_err(failed)?)?);
-            return Ok(());
+            return print_json(&job().map_err(failed)?);
         }
-        let mut found = boot().map_err(failed)?;
-        found.set_cache_fs(self.fs.name().to_owned());
-        print!("\n{}", found.table());
+        let findings = boot().map_err(failed)?;
+        print!("\n{}", findings.table());
         if self.json {
-            println!("{}", text(&found)?);
+            print_json(&Shown { findings: &findings, cache_fs: self.fs.name() })?;
         }
-        if found.is_good() { Ok(()) } else { Err(Failure::new(exit::FAILED, bad)) }
+        if findings.is_good() { Ok(()) } else { Err(Failure::new(exit::FAILED, bad)) }
     }
 }
 

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 
-use super::Failure;
+use super::{Failure, print_json};
 use crate::lab::bench::{cell, engine, naive};
 use crate::ops::exit;
 
@@ -28,8 +28,8 @@ pub enum Bench {
         /// Numbers of shards to measure [default: one, and one for each processor]
         #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
         shards: Vec<u16>,
-        /// Only one run with this behind the engine and so many requests
-        #[arg(long, hide = true, num_args = 2, value_names = ["BEHIND", "REQUESTS"])]
+        /// Only one run with this behind the engine and so many requests, for so many shards
+        #[arg(long, hide = true, num_args = 2..=3, value_names = ["BEHIND", "REQUESTS", "SHARDS"])]
         pass: Vec<String>,
     },
     /// What readers notice when the daemon is killed and started anew, again and again, on a real kernel
@@ -65,11 +65,7 @@ pub fn run(bench: &Bench) -> Result<(), Failure> {
             let shards: Vec<usize> = shards.iter().copied().map(usize::from).collect();
             let report = engine::measure(None, &["bench", "engine", "--pass"], &shards).map_err(failed)?;
             print!("{}", report.table());
-            if *json {
-                let text = serde_json::to_string(&report).map_err(|error| Failure::new(exit::FAILED, error))?;
-                println!("{text}");
-            }
-            Ok(())
+            if *json { print_json(&report) } else { Ok(()) }
         }
         Bench::Restart(args) => restart::run(args),
         Bench::Density(args) => density::run(args),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::inside::{Found, Inside, InsideArgs, PROGRESS};
+use super::inside::{Inside, InsideArgs, PROGRESS};
 use crate::cli::Failure;
 use crate::lab::bench::restart::{self, Figures};
 use crate::lab::progress::Progress;
@@ -29,20 +29,6 @@ pub struct RestartArgs {
     /// Stop it with SIGTERM instead, which lets it finish the reads that have begun
     #[arg(long)]
     orderly: bool,
-}
-
-impl Found for Figures {
-    fn is_good(&self) -> bool {
-        self.is_good()
-    }
-
-    fn table(&self) -> String {
-        self.table()
-    }
-
-    fn set_cache_fs(&mut self, name: String) {
-        self.cache_fs = Some(name);
-    }
 }
 
 /// Measures.

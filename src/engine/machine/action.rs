@@ -58,8 +58,8 @@ pub enum Action<T> {
         /// Where.
         range: ByteRange,
     },
-    /// Tell the object's sink that it holds these whole pages now: only where the driver does not look for itself
-    /// ([`super::Limits::probe`]), and before the answers of those who waited for them.
+    /// Tell the object's sink that it holds these whole pages now: only if they want to know
+    /// ([`super::Limits::tell`]), and before the answers of those who waited for them.
     Filled {
         /// Whose sink.
         object: Handle,

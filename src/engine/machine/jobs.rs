@@ -96,7 +96,7 @@ impl<T> Machine<T> {
         object.running -= 1;
         if result.is_ok() {
             object.present.insert(&range);
-            if !self.limits.probe {
+            if self.limits.tell {
                 let complete = object.present.is_full();
                 self.actions.push_back(Action::Filled { object: handle, range: range.clone(), complete });
             }

@@ -6,6 +6,16 @@
 //! of any length has a bounded number of fills at a time, and "done" is said only when the bytes are there.
 //!
 //! [`Machine`] is generic over the ticket, so that the model kernel drives the very same code.
+//!
+//! | file | its subject |
+//! |---|---|
+//! | `needs` | how a waiting reader is linked to fills, and when it has its answer |
+//! | `jobs` | fills with a place in a queue, a slot and an operation in flight |
+//! | `groups` | whose turn it is: file systems of sources, and objects in them |
+//! | `background` | what is brought although nobody asked |
+//! | `deadlines` | what time brings |
+//! | `idle` | objects that nobody waits for |
+//! | `action` | what comes out, and what is counted |
 
 mod action;
 mod background;
@@ -59,6 +69,8 @@ pub struct Limits {
     pub timeout_ns: u64,
     /// A hole in a sink means "not there": the driver must look for what is there before filling.
     pub probe: bool,
+    /// Sinks are told what they hold ([`Action::Filled`]).
+    pub tell: bool,
 }
 
 #[derive(Debug)]

@@ -1,7 +1,7 @@
 //! The only folder that names `io_uring`: reads and writes through a ring of the shard's own.
 //!
 //! The ring is made in the thread that uses it, with the best flags the kernel takes, and is restricted to
-//! the few operations below before it is enabled. Writes to cachefiles' anonymous descriptors always go to
+//! the few operations below before it is enabled (`setup`). Writes to cachefiles' anonymous descriptors always go to
 //! the kernel's worker threads (the descriptor knows no non-blocking write), so their number is capped.
 
 mod setup;
@@ -49,6 +49,8 @@ pub struct Settings<'a> {
     pub near: &'a [usize],
     /// Every write goes to such a thread at once.
     pub sinks_block: bool,
+    /// Messages are read by read(2), because the ring would wait for them.
+    pub receives_aside: bool,
 }
 
 /// What came out of it.
@@ -78,6 +80,9 @@ pub struct Ring {
     free_files: Vec<u32>,
     /// The file of the messages has not refused `RWF_NOWAIT`.
     receive_nowait: bool,
+    receives_aside: bool,
+    /// Messages that were read so, and are to be told of.
+    received: Vec<Done>,
     sinks_block: bool,
     requests: Option<RawFd>,
     wake: RawFd,
@@ -125,6 +130,8 @@ impl Ring {
             backlog: Vec::new(),
             free_files,
             receive_nowait: true,
+            receives_aside: settings.receives_aside,
+            received: Vec::with_capacity(settings.receives as usize),
             sinks_block: settings.sinks_block,
             requests: watch.requests.map(|fd| fd.as_raw_fd()),
             wake: watch.wake.as_raw_fd(),
@@ -308,6 +315,10 @@ impl Io for Ring {
             let write = self.entry_for(&op, Kind::Write, file, offset);
             return self.push_linked(op, entry, write);
         }
+        if op.kind == Kind::Receive && self.receives_aside {
+            let result = op.memory.receive(op.file.fd);
+            return self.received.push(Done { op, result, copied: false });
+        }
         // Without `RWF_NOWAIT` the ring itself would wait for a file that can be polled, `O_NONBLOCK` or not
         // (`io_rw_init_file`). One that refuses the flag, as cachefiles' device, never waits; nothing was read of it.
         let nowait = if op.kind == Kind::Receive && self.receive_nowait { NOWAIT } else { 0 };
@@ -318,7 +329,8 @@ impl Io for Ring {
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready> {
         let mut ready = Ready::default();
         self.flush_backlog();
-        let idle = self.backlog.is_empty() && timeout != Some(Duration::ZERO);
+        let idle = self.backlog.is_empty() && self.received.is_empty() && timeout != Some(Duration::ZERO);
+        done.append(&mut self.received);
         let entered = self.enter(usize::from(idle), timeout);
         self.reap(done, &mut ready);
         entered?;

@@ -7,7 +7,11 @@ use std::os::unix::fs::FileExt;
 
 fn ring(buffers: &Buffers, wake: &EventFd) -> Option<Ring> {
     let watch = Watch { requests: None, wake: wake.as_fd() };
-    match Ring::new(Settings { depth: 4, receives: 4, workers: 2, near: &[], sinks_block: true }, &buffers.whole(), watch) {
+    match Ring::new(
+        Settings { depth: 4, receives: 4, workers: 2, near: &[], sinks_block: true, receives_aside: false },
+        &buffers.whole(),
+        watch,
+    ) {
         Ok(ring) => Some(ring),
         Err(error) => {
             eprintln!("not run: {}", explain(&error));

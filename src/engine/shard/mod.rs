@@ -217,7 +217,7 @@ impl<I: Io> Shard<I> {
         if self.attached.len() <= handle.0 {
             self.attached.resize_with(handle.0 + 1, || None);
         }
-        if !self.caps.holes_are_absent {
+        if self.caps.sinks_know {
             self.machine.learn_of(handle, &(0..0), adopted.sink.present());
         }
         self.attached[handle.0] = Some(Attached::new(adopted, &mut self.io));
@@ -396,7 +396,7 @@ impl<I: Io> Shard<I> {
         self.answers.begin(now_ns);
         for Done { op, mut result, copied } in done.drain(..) {
             if op.kind == Kind::Receive {
-                received = received.and(self.received(&op.memory, result));
+                received = received.and(self.received(&op.memory, result, now_ns));
                 continue;
             }
             if let Some(file) = op.memory.file()
@@ -422,11 +422,11 @@ impl<I: Io> Shard<I> {
         received
     }
 
-    fn received(&mut self, memory: &Memory, result: i32) -> Result<(), EngineError> {
+    fn received(&mut self, memory: &Memory, result: i32, now_ns: u64) -> Result<(), EngineError> {
         // Nobody but a receiver reads, and it is there as long as it reads.
         let Some(Intake { front, router, .. }) = &mut self.intake else { return Ok(()) };
         let read = usize::try_from(result).map(|len| memory.bytes(len)).map_err(|_| Errno::from_raw(-result));
-        let taken = router.take(&**front, read);
+        let taken = router.take(&**front, read, now_ns);
         memory.consume(result);
         taken.map_err(EngineError::Front)
     }

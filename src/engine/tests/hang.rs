@@ -4,8 +4,7 @@
 //! (tests/guest/hang.rs).
 
 use super::*;
-use crate::store::{Data, Extent};
-use std::os::unix::fs::MetadataExt;
+use crate::store::endless::Endless;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
 const LATE: Outcome = Outcome::Failed(Errno::ETIMEDOUT);
@@ -17,9 +16,6 @@ struct PipeAndFile {
     file: Arc<OneBlob>,
 }
 
-#[derive(Debug)]
-struct PipeBlob([Arc<SourceFile>; 1]);
-
 impl Store for PipeAndFile {
     fn name(&self) -> &'static str {
         "pipe"
@@ -30,24 +26,7 @@ impl Store for PipeAndFile {
             return self.file.open(key);
         }
         let fd = self.pipe.lock().unwrap().take().expect("opened once");
-        let (file, mode) = (std::fs::File::from(fd), SourceMode::Buffered);
-        let found = file.metadata().unwrap();
-        let file = SourceFile { fd: file.into(), len_bytes: 1 << 20, device: found.dev(), identity: (&found).into(), mode, map: None };
-        Ok(Some(Arc::new(PipeBlob([Arc::new(file)]))))
-    }
-}
-
-impl Blob for PipeBlob {
-    fn len_bytes(&self) -> u64 {
-        self.0[0].len_bytes
-    }
-
-    fn extent(&self, offset: u64) -> Extent {
-        Extent { len_bytes: self.len_bytes() - offset, data: Data::Read { file: 0, offset } }
-    }
-
-    fn files(&self) -> &[Arc<SourceFile>] {
-        &self.0
+        Ok(Some(Arc::new(Endless::new(fd, 1 << 20).unwrap())))
     }
 }
 

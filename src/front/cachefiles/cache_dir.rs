@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::statfs::{self, FsType};
+use nix::sys::statfs::{self, FsType, XFS_SUPER_MAGIC};
 use nix::unistd::{Whence, lseek};
 
 use super::tree::CACHE;
@@ -32,10 +32,6 @@ const PROBE_BLOCK_BYTES: usize = 4096;
 /// Length of the probe's file in bytes: larger than any block, so that it ends in a hole.
 const PROBE_FILE_BYTES: u64 = 1 << 20;
 
-/// `XFS_SUPER_MAGIC` (include/uapi/linux/magic.h).
-pub(super) const XFS_MAGIC: u32 = 0x5846_5342;
-/// `BTRFS_SUPER_MAGIC`.
-pub(super) const BTRFS_MAGIC: u32 = 0x9123_683e;
 /// Size of the pieces in which a cache file takes its space on XFS.
 pub const EXTENT_BYTES: u32 = 2 << 20;
 
@@ -174,7 +170,7 @@ fn check_kind(dir: &Path) -> Result<(), CacheDirError> {
 /// or if nobody wants anything, and the operator has set nothing, of [`EXTENT_BYTES`]. Only an improvement, so failing
 /// at it is no reason not to serve.
 fn keep_unfragmented(dir: &Path, wanted_bytes: Option<u32>) {
-    if !statfs::statfs(dir).is_ok_and(|stat| magic(stat.filesystem_type()) == XFS_MAGIC) {
+    if !statfs::statfs(dir).is_ok_and(|stat| stat.filesystem_type() == XFS_SUPER_MAGIC) {
         return;
     }
     let set = |dir: &Path| {
@@ -216,7 +212,7 @@ pub fn hinted_dirs(dir: &Path) -> [PathBuf; 2] {
 }
 
 /// The number in `f_type`: 32 bits, in a field that is signed and wider on most targets.
-pub(super) fn magic(kind: FsType) -> u32 {
+fn magic(kind: FsType) -> u32 {
     kind.0 as u32
 }
 

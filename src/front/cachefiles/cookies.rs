@@ -11,6 +11,7 @@ use std::path::Path;
 
 use super::cache_dir::CacheDirError;
 use super::layout::{Place, VOLUME_PREFIX, volume_key};
+use crate::hex::{hex, unhex};
 use crate::key::Key;
 
 /// fscache's volumes, a header of two lines and then one each (`fscache_volumes_seq_show`). Since Linux 6.8 the
@@ -89,7 +90,7 @@ impl List {
 pub fn listed(volumes: &[u8], cookies: &[u8], key: &Key) -> bool {
     let wanted = [b" ", &volume_key(key)[..]].concat();
     let volumes: Vec<_> = lines(volumes).filter(|line| line.ends_with(&wanted)).filter_map(|line| fields(line).next()).collect();
-    let name: String = key.name().iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = hex(key.name());
     !volumes.is_empty()
         && lines(cookies).any(|line| {
             // COOKIE VOLUME REF ACT ACC S FL KEY
@@ -112,10 +113,6 @@ pub fn live_in(volumes: &[u8], cookies: &[u8]) -> HashSet<Place> {
         Place::of(&Key::new(domain, &unhex(key)?)).ok()
     };
     lines(cookies).filter_map(place).collect()
-}
-
-fn unhex(digits: &[u8]) -> Option<Vec<u8>> {
-    digits.chunks(2).map(|pair| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok()).collect()
 }
 
 fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {

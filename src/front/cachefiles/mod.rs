@@ -2,9 +2,10 @@
 //! Linux 5.19 to 7.1.
 //!
 //! [`cache_dir`] and [`fsck`] prepare the directory, [`Device::bind`] takes the device, and then [`Device`] turns the
-//! kernel's messages into requests. [`wire`] knows the messages, `command` the answers, `object` the descriptors.
-//! [`layout`] knows where the kernel keeps what, so that [`seed`] can put it there beforehand; [`tree`] walks it, and
-//! [`cull`] has the kernel remove what is not in use.
+//! kernel's messages into requests. [`wire`] knows the messages, [`command`] the answers, `object` the descriptors;
+//! `bind` takes the device, with the `limits` of culling, and `counters` counts what goes wrong. [`layout`] knows where the
+//! kernel keeps what, so that [`seed`] can put it there beforehand; [`tree`] walks it, [`cookies`] says what of it is in
+//! use, and [`cull`] has the kernel remove what is not.
 
 pub mod cache_dir;
 pub mod cull;

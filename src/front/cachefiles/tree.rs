@@ -13,11 +13,11 @@ use nix::dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::sys::stat::{FileStat, Mode, SFlag, UtimensatFlags, fstatat, utimensat};
-use nix::sys::statfs;
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::cache_dir::{BTRFS_MAGIC, CacheDirError, XFS_MAGIC, magic};
+use super::cache_dir::CacheDirError;
 use super::layout::{Place, VOLUME_PREFIX, fanout_of};
 use crate::ops::reflink;
 
@@ -280,7 +280,7 @@ fn count_fanout(
 
 /// Whether files of this file system can have blocks in common.
 fn can_share(dir: &Dir) -> bool {
-    statfs::fstatfs(dir).is_ok_and(|stat| matches!(magic(stat.filesystem_type()), XFS_MAGIC | BTRFS_MAGIC))
+    fstatfs(dir).is_ok_and(|stat| matches!(stat.filesystem_type(), XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC))
 }
 
 /// Space that a file takes, in bytes.

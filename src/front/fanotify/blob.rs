@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use super::group::{Group, Inner};
 use super::map::{PAGE_BYTES, PresenceMap};
 use crate::front::{ObjectId, Sink};
+use crate::ops::reflink;
 use crate::range::{ByteRange, align_up};
 
 /// Name of a blob's map: its own with this.
@@ -28,6 +29,7 @@ pub struct BlobFile {
     /// Who is asked for it, when it is served.
     group: Arc<Inner>,
     object: ObjectId,
+    len_bytes: u64,
 }
 
 impl BlobFile {
@@ -46,7 +48,25 @@ impl BlobFile {
             file.set_len(0)?;
         }
         let map = PresenceMap::open(map, len_bytes, boot_id)?;
-        Ok(Self { path, file, map, group: group.inner(), object })
+        Ok(Self { path, file, map, group: group.inner(), object, len_bytes })
+    }
+
+    /// Makes an empty file whole by sharing all blocks of `source`, which has exactly the blob's bytes: where both lie on one
+    /// XFS or btrfs nothing is copied. `false`: not possible, or something is there already.
+    ///
+    /// # Errors
+    /// The file system.
+    pub fn share(&self, source: BorrowedFd<'_>) -> io::Result<bool> {
+        if self.map.present_bytes() > 0 {
+            return Ok(false);
+        }
+        match reflink::clone_whole(self.file.as_fd(), source) {
+            Err(Errno::EOPNOTSUPP | Errno::EXDEV | Errno::EINVAL | Errno::ENOTTY | Errno::EPERM | Errno::EACCES) => return Ok(false),
+            result => result?,
+        }
+        self.stretch(self.len_bytes)?;
+        self.map.insert(&(0..align_up(self.len_bytes, PAGE_BYTES)));
+        Ok(true)
     }
 
     /// The file of [`BlobFile::open`] in another process, which is dead: its descriptor was opened before the file was marked.
@@ -69,21 +89,16 @@ impl BlobFile {
         }
         let map = File::options().read(true).write(true).open(path.with_extension(MAP_SUFFIX))?;
         let map = PresenceMap::open(map, len_bytes, boot_id)?;
-        Ok(Self { path, file, map, group: group.inner(), object })
+        Ok(Self { path, file, map, group: group.inner(), object, len_bytes })
     }
 
-    /// Nobody reads it any more: the kernel does not ask for it. To be called before anybody else opens the file for the
-    /// same blob, and never for one that is mounted: who reads it then gets what is there.
-    pub fn forget(&self) {
-        self.group.forget(self.file.as_fd(), self.object);
-    }
-
-    /// Gives the file its length.
+    /// Gives the file its length, if it has another one: the kernel would ask about that too, once the file is marked.
     ///
     /// # Errors
     /// The file system.
     pub fn stretch(&self, len_bytes: u64) -> io::Result<()> {
-        self.file.set_len(align_up(len_bytes, PAGE_BYTES))
+        let len_bytes = align_up(len_bytes, PAGE_BYTES);
+        if self.file.metadata()?.len() == len_bytes { Ok(()) } else { self.file.set_len(len_bytes) }
     }
 
     /// Where it is.
@@ -98,10 +113,32 @@ impl BlobFile {
         self.object
     }
 
+    /// Length of the blob.
+    #[must_use]
+    pub const fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
     /// What is in it.
     #[must_use]
     pub const fn map(&self) -> &PresenceMap {
         &self.map
+    }
+
+    /// Whether nobody but us has the file open: no mount of it is left anywhere, in no namespace, and no event of it is
+    /// under way. (Only such a file can be leased for writing: `check_conflicting_open`, fs/locks.c.)
+    #[must_use]
+    pub fn is_unused(&self) -> bool {
+        let lease = |kind: libc::c_int| {
+            // SAFETY: the descriptor is open as long as `self`; the argument is a plain number.
+            Errno::result(unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_SETLEASE, kind) })
+        };
+        lease(libc::F_WRLCK).is_ok() && lease(libc::F_UNLCK).is_ok()
+    }
+
+    /// The kernel asks for it no more: when it [`BlobFile::is_unused`], or could not be served.
+    pub fn unwatch(&self) {
+        self.group.forget(self.file.as_fd(), self.object);
     }
 
     /// Makes durable what it holds. `false`: there was nothing to do.

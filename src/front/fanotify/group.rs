@@ -5,8 +5,10 @@
 //! that no other event gets the same name.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -28,6 +30,8 @@ const EVENTS_PER_READ: u32 = (MESSAGE_MAX_BYTES / wire::EVENT_BYTES) as u32;
 
 /// What /proc shows as the file of a group.
 const GROUP_LINK: &str = "anon_inode:[fanotify]";
+/// A file that is made and removed again to see what the kernel does with it.
+const PROBE_FILE: &str = ".probe";
 
 /// A file, by its number and its file system's: what an event's descriptor says of itself.
 type Inode = (u64, u64);
@@ -65,7 +69,7 @@ impl Group {
     /// # Errors
     /// No memory for its journal; `EPERM` without `CAP_SYS_ADMIN`, `EMFILE` beyond fs.fanotify.max_user_groups, `EINVAL` or `ENOSYS` on a kernel
     /// without fanotify's permission events.
-    pub fn new() -> io::Result<Self> {
+    pub fn new() -> Result<Self, Errno> {
         let flags = InitFlags::FAN_CLASS_PRE_CONTENT
             | InitFlags::FAN_CLOEXEC
             // An answer through a ring does not end on a group that may block.
@@ -74,7 +78,8 @@ impl Group {
             | InitFlags::FAN_UNLIMITED_QUEUE
             | InitFlags::FAN_UNLIMITED_MARKS;
         let fanotify = Fanotify::init(flags, EventFFlags::O_RDONLY | EventFFlags::O_LARGEFILE | EventFFlags::O_CLOEXEC)?;
-        Ok(Self::with(fanotify, Journal::new()?, None))
+        let journal = Journal::new().map_err(|error| error.raw_os_error().map_or(Errno::ENOMEM, Errno::from_raw))?;
+        Ok(Self::with(fanotify, journal, None))
     }
 
     /// Goes on with the group and the journal of a process that is dead, with what [`Group::kept`] gave there. No event is read
@@ -142,6 +147,18 @@ impl Group {
         self.0.set_mark(MarkFlags::FAN_MARK_ADD, file).inspect_err(|_| self.0.forget(file, object))
     }
 
+    /// Whether the kernel would watch a file in `dir`, by trying.
+    ///
+    /// # Errors
+    /// No file can be made there.
+    pub fn can_watch(&self, dir: &Path) -> io::Result<Result<(), Errno>> {
+        let path = dir.join(PROBE_FILE);
+        let file = File::create(&path)?;
+        let watched = self.mark(file.as_fd(), ObjectId(0), 0);
+        self.0.forget(file.as_fd(), ObjectId(0));
+        std::fs::remove_file(&path).map(|()| watched)
+    }
+
     /// What tickets and sinks hold of it.
     pub(super) fn inner(&self) -> Arc<Inner> {
         Arc::clone(&self.0)
@@ -158,7 +175,7 @@ impl Inner {
         self.set_mark(MarkFlags::FAN_MARK_REMOVE, file)
     }
 
-    /// A file that nobody reads any more is no object, unless it has become another one.
+    /// A file that nobody reads any more is no object, if it is this one still.
     pub(super) fn forget(&self, file: BorrowedFd<'_>, object: ObjectId) {
         let Ok(inode) = inode(file) else { return };
         let mut objects = self.objects();
@@ -179,7 +196,7 @@ impl Inner {
     }
 
     fn set_mark(&self, flags: MarkFlags, file: BorrowedFd<'_>) -> Result<(), Errno> {
-        self.fanotify.mark(flags, MaskFlags::from_bits_retain(wire::PRE_ACCESS), file, None::<&std::path::Path>)
+        self.fanotify.mark(flags, MaskFlags::from_bits_retain(wire::PRE_ACCESS), file, None::<&Path>)
     }
 
     fn objects(&self) -> MutexGuard<'_, HashMap<Inode, Known>> {
@@ -226,10 +243,12 @@ impl FrontEnd for Group {
         Caps {
             align_bytes: PAGE_BYTES,
             holes_are_absent: false,
+            sinks_know: true,
             sinks_block: true,
             reopens: false,
             events_per_read: EVENTS_PER_READ,
             needs_hold_fds: true,
+            ring_reads_wait: true,
         }
     }
 

@@ -213,3 +213,149 @@ fn words(map: &MmapRaw) -> &[AtomicU64] {
     // messages is under way (`take_stock`).
     unsafe { std::slice::from_raw_parts(map.as_ptr().cast::<AtomicU64>(), map.len() / WORD_BYTES) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::front::fanotify::wire::tests::event;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    /// A process with its journal, and the kernel's side of it: what it does is a list of single stores, any of which may
+    /// be the last one.
+    struct Process {
+        journal: Journal,
+        /// Numbers of events that the kernel has handed out and that have no answer, with their object and range.
+        open: BTreeMap<RawFd, (u32, ByteRange)>,
+    }
+
+    fn message(journal: &Journal, at: usize) -> &[AtomicU64] {
+        let words = MESSAGE_MAX_BYTES / WORD_BYTES;
+        &words_of(journal)[at * words..(at + 1) * words]
+    }
+
+    fn words_of(journal: &Journal) -> &[AtomicU64] {
+        words(&journal.messages)
+    }
+
+    fn range(page: u64) -> ByteRange {
+        page * 4096..(page + 1) * 4096
+    }
+
+    impl Process {
+        fn new() -> Self {
+            Self { journal: Journal::new().unwrap(), open: BTreeMap::new() }
+        }
+
+        /// The kernel writes so many events into a message, with the lowest numbers that are free.
+        fn read(&mut self, at: usize, events: &[(u32, u64)]) -> Vec<RawFd> {
+            let (mut bytes, mut numbers) = (Vec::new(), Vec::new());
+            for &(object, page) in events {
+                let number = (10..).find(|number| !self.open.contains_key(number)).unwrap();
+                bytes.extend(event(number, PRE_ACCESS, Some((range(page).start, 4096))));
+                self.open.insert(number, (object, range(page)));
+                numbers.push(number);
+            }
+            for (word, bytes) in message(&self.journal, at).iter().zip(bytes.chunks_exact(WORD_BYTES)) {
+                word.store(u64::from_ne_bytes(*bytes.first_chunk().unwrap()), Ordering::Relaxed);
+            }
+            numbers
+        }
+
+        /// What the process does with a message that was read, and with answers; gives up after `steps` of it.
+        fn run(&mut self, numbers: &[Vec<RawFd>], answers: &[bool], steps: &mut usize) -> Option<()> {
+            let mut step = || {
+                *steps = steps.checked_sub(1)?;
+                Some(())
+            };
+            for (at, numbers) in numbers.iter().enumerate() {
+                for number in numbers {
+                    step()?;
+                    let (object, range) = self.open[number].clone();
+                    assert!(self.journal.note(*number, ObjectId(object), &range));
+                }
+                for word in message(&self.journal, at).iter().take(numbers.len() * 6) {
+                    step()?;
+                    word.store(0, Ordering::Release);
+                }
+                for number in numbers.iter().zip(answers).filter_map(|(number, answered)| answered.then_some(number)) {
+                    step()?;
+                    // The kernel has the answer; its name is free only after the second step.
+                    let (object, range) = self.open.remove(number).unwrap();
+                    if step().is_none() {
+                        // Nobody else got the name: an answer too many finds no event.
+                        self.open.insert(*number, (object, range));
+                        return None;
+                    }
+                    self.journal.clear(*number);
+                }
+            }
+            Some(())
+        }
+    }
+
+    fn events() -> impl Strategy<Value = Vec<(u32, u64)>> {
+        proptest::collection::vec((0u32..3, 0u64..9), 0..5)
+    }
+
+    proptest! {
+        /// Killed anywhere, and again while it takes stock: each event without an answer is found once, with its range.
+        #[test]
+        fn every_event_without_an_answer_is_found_once(
+            first in proptest::collection::vec(events(), 1..4),
+            second in proptest::collection::vec(events(), 1..3),
+            answers in proptest::collection::vec(any::<bool>(), 5),
+            mut steps in 0usize..300,
+        ) {
+            let mut process = Process::new();
+            'life: for batch in [&first, &second] {
+                let numbers: Vec<_> = batch.iter().enumerate().map(|(at, events)| process.read(at, events)).collect();
+                if process.run(&numbers, &answers, &mut steps).is_none() {
+                    break 'life;
+                }
+            }
+            let open = process.open.clone();
+            let next = Journal::open(process.journal.as_fd().try_clone_to_owned().unwrap()).unwrap();
+            drop(process);
+            let found = next.take_stock();
+            let numbers: BTreeSet<_> = found.iter().map(|event| event.number).collect();
+            prop_assert_eq!(numbers.len(), found.len());
+            prop_assert_eq!(&numbers, &open.keys().copied().collect());
+            for event in &found {
+                let (object, range) = &open[&event.number];
+                prop_assert!(event.object.is_none_or(|found| found == ObjectId(*object)), "{event:?} is about {object}");
+                prop_assert!(event.range.start <= range.start && range.end <= event.range.end, "{event:?} wants {range:?}");
+            }
+            // Another one may be killed too, before it has done anything.
+            let third = Journal::open(next.as_fd().try_clone_to_owned().unwrap()).unwrap();
+            prop_assert_eq!(third.take_stock(), found.clone());
+            found.iter().for_each(|event| third.clear(event.number));
+            prop_assert_eq!(next.take_stock(), []);
+        }
+    }
+
+    /// Where the answer and the end of its name are one step, the next event of that name may be read before the first one's
+    /// entry is cleared: then both are brought.
+    #[test]
+    fn an_entry_of_an_event_before_hides_none() {
+        let journal = Journal::new().unwrap();
+        assert!(journal.note(7, ObjectId(1), &(0..4096)));
+        for (word, bytes) in words_of(&journal).iter().zip(event(7, PRE_ACCESS, Some((8192, 4096))).chunks_exact(WORD_BYTES)) {
+            word.store(u64::from_ne_bytes(*bytes.first_chunk().unwrap()), Ordering::Relaxed);
+        }
+        assert_eq!(journal.take_stock(), [Unanswered { number: 7, object: None, range: 0..12288 }]);
+    }
+
+    #[test]
+    fn what_is_no_journal_is_refused_and_numbers_that_are_too_high_are_not_noted() {
+        assert!(Journal::open(tempfile::tempfile().unwrap().into()).is_err());
+        let zeros = tempfile::tempfile().unwrap();
+        zeros.set_len(LEN_BYTES as u64).unwrap();
+        assert!(Journal::open(zeros.into()).is_err());
+        let journal = Journal::new().unwrap();
+        let last = RawFd::try_from(ENTRIES).unwrap() - 1;
+        assert!(!journal.note(last + 1, ObjectId(0), &(0..1)) && !journal.note(-1, ObjectId(0), &(0..1)));
+        assert!(journal.note(last, ObjectId(u32::MAX), &(5..6)));
+        assert_eq!(journal.take_stock(), [Unanswered { number: last, object: Some(ObjectId(u32::MAX)), range: 5..6 }]);
+    }
+}

@@ -1,7 +1,6 @@
 //! Simulated blobs: where each byte should come from, and which sectors of the sources are broken.
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use super::content::{Origin, Origins};
@@ -236,7 +235,7 @@ const fn place(used: u64, start: u64, mapped: bool, rng: &mut Rng) -> u64 {
 fn source_file(len: u64, mode: SourceMode) -> Arc<SourceFile> {
     let null = File::open("/dev/null").expect("/dev/null is there and readable");
     let found = null.metadata().expect("it is open");
-    Arc::new(SourceFile { fd: null.into(), len_bytes: len, device: found.dev(), identity: (&found).into(), mode, map: None })
+    Arc::new(SourceFile { len_bytes: len, mode, ..SourceFile::unchecked(null, &found) })
 }
 
 impl Blob for SimBlob {

@@ -6,6 +6,8 @@
 //!   blob      what the bytes should be           queue     requests to the daemon, ids, delivery
 //!   sink      the cache file and its write rules kernel    all of them together, as one device
 //! ```
+//! Three things are made of it: `world`, where everything goes wrong by chance; `timed`, where operations take time; and
+//! `socket`, where the daemon is the real one.
 
 pub mod blob;
 pub mod content;

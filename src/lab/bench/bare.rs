@@ -1,9 +1,10 @@
-//! The limit: only the kernel's part of what [`super::rig::Behind::Devices`] does for a request, in the largest batches,
-//! with nobody who decides anything.
+//! The limits: only the kernel's part of what [`super::rig::Behind::Devices`] does for a request, in the largest batches,
+//! with nobody who decides anything; and what it costs to wake a thread on another core.
 
 use std::fs::OpenOptions;
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::Serialize;
@@ -13,6 +14,7 @@ use super::memdisk::own_cpu_ns;
 use super::rig::DEPTH;
 use crate::engine::buffers::Buffers;
 use crate::engine::io::{FileRef, Io, Kind, Op, Watch};
+use crate::engine::placement::{pin, seats};
 use crate::engine::ring::{Ring, Settings, explain};
 use crate::lab::{LabError, Result, Trying};
 
@@ -20,6 +22,43 @@ use crate::lab::{LabError, Result, Trying};
 const BATCHES: u64 = 1 << 14;
 /// Longest wait for a batch.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Wake-ups of a run.
+const HOPS: u64 = 1 << 15;
+
+/// What it costs when work goes from core to core one piece at a time.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct WakeFigures {
+    /// From a write(2) to an eventfd until the thread on another core that slept in read(2) has answered by one of its own,
+    /// halved.
+    pub hop_us: f64,
+    /// CPU time of both together for one.
+    pub cpu_us: f64,
+}
+
+/// Measures it. `None`: there is one core only.
+///
+/// # Errors
+/// There is no eventfd.
+pub(super) fn wake() -> Result<Option<WakeFigures>> {
+    let [here, there, ..] = &seats()[..] else { return Ok(None) };
+    let pair = || EventFd::new().trying(|| "cannot make an eventfd");
+    let (ask, answer) = (pair()?, pair()?);
+    let hops = |cpu: usize, first: Option<&EventFd>, from: &EventFd, to: &EventFd| -> nix::Result<()> {
+        pin(cpu);
+        first.map_or(Ok(8), |first| first.write(1))?;
+        (0..HOPS / 2).try_for_each(|_| from.read().and_then(|_| to.write(1)).map(drop))
+    };
+    let (began, began_ns) = (Instant::now(), own_cpu_ns()?);
+    thread::scope(|scope| {
+        let other = scope.spawn(|| hops(there.cpu, None, &ask, &answer));
+        let this = scope.spawn(|| hops(here.cpu, Some(&ask), &answer, &ask));
+        [other, this].into_iter().try_for_each(|thread| thread.join().unwrap_or(Err(nix::Error::ECANCELED)))
+    })
+    .trying(|| "cannot wake a thread by an eventfd")?;
+    let each = |us: f64| us / HOPS as f64;
+    Ok(Some(WakeFigures { hop_us: each(began.elapsed().as_secs_f64() * 1e6), cpu_us: each((own_cpu_ns()? - began_ns) as f64 / 1e3) }))
+}
 
 /// What a bare ring does.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -39,7 +78,7 @@ pub(super) fn measure() -> Result<Option<LimitFigures>> {
     let flags = EfdFlags::EFD_SEMAPHORE | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
     let device = EventFd::from_flags(flags).trying(|| "cannot make an eventfd")?;
     let wake = EventFd::new().trying(|| "cannot make an eventfd")?;
-    let settings = Settings { depth, receives: depth, workers: 1, sinks_block: false, near: &[] };
+    let settings = Settings { depth, receives: depth, workers: 1, sinks_block: false, receives_aside: false, near: &[] };
     let watch = Watch { requests: Some(device.as_fd()), wake: wake.as_fd() };
     let mut ring = match Ring::new(settings, &buffers.whole(), watch) {
         Ok(ring) => ring,

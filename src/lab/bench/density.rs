@@ -17,6 +17,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::sync;
 use serde::{Deserialize, Serialize};
 
+use super::Findings;
 use super::daemon::Daemon;
 use crate::front::sim::rng::Rng;
 use crate::lab::{LabError, Result, Trying, blobs};
@@ -108,25 +109,20 @@ pub struct Figures {
     pub phases_ms: BTreeMap<String, u64>,
     /// Release of the kernel.
     pub kernel: String,
-    /// File system under the cache, if that was a guest's.
-    pub cache_fs: Option<String>,
     /// The first errors.
     pub described: Vec<String>,
 }
 
-impl Figures {
+impl Findings for Figures {
     /// Whether everything was readable within the budget.
-    #[must_use]
-    pub fn is_good(&self) -> bool {
+    fn is_good(&self) -> bool {
         self.errors == 0
             && self.opens_failed == 0
             && self.fds_peak <= self.fd_budget
             && self.reads == 2 * self.objects + (PARTS - 1) * self.objects.min(TIMED)
     }
 
-    /// The figures in words.
-    #[must_use]
-    pub fn table(&self) -> String {
+    fn table(&self) -> String {
         let us = |p50: u64, p99: u64| format!("p50 {p50} us, p99 {p99} us");
         let rows = [
             ("kernel", self.kernel.clone()),

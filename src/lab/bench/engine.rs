@@ -8,7 +8,7 @@ use std::process::Command;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use super::bare::{self, LimitFigures};
+use super::bare::{self, LimitFigures, WakeFigures};
 use super::machine;
 use super::rig::{self, Load};
 pub use super::rig::{Behind, RunFigures, Waits};
@@ -63,8 +63,13 @@ pub struct EngineReport {
     pub runs: Vec<RunFigures>,
     /// The kernel's part alone of the run with devices.
     pub limit: Option<LimitFigures>,
+    /// A wake-up on another core; none where there is one core.
+    pub wake: Option<WakeFigures>,
+    /// CPU time of the bench's own part of a request with nothing behind the engine: it runs in the shards' threads.
+    pub own_ns_per_request: f64,
     /// Some numbers of shards, with nothing and with devices behind them: requests spread over many objects, and so over all
-    /// shards; and all of them for one, which one shard owns.
+    /// shards; all of them for one, which one shard owns; and, as what this machine can do at most, as many engines of one
+    /// shard side by side.
     pub scale: Vec<RunFigures>,
     /// With files in memory, and a slow source beside them.
     pub isolation: Isolation,
@@ -85,14 +90,7 @@ pub fn measure(allocations: Option<fn() -> u64>, one_pass: &[&str], shards: &[us
     let runs = all.iter().map(|&behind| best_of(&Load { allocations, ..Load::plain(behind) })).collect::<Result<_>>()?;
     let usual = [1, usable_cpus().len().max(1)];
     let shards = if shards.is_empty() { &usual[..if usual[1] == 1 { 1 } else { 2 }] } else { shards };
-    let mut scale = Vec::new();
-    for behind in [Behind::Nothing, Behind::Devices] {
-        for &shards in shards {
-            for many in [true, false] {
-                scale.push(best_of(&Load { shards, many, ..Load::plain(behind) })?);
-            }
-        }
-    }
+    let scale = scale(shards)?;
     let mut system_calls_per_request = BTreeMap::new();
     for behind in [Behind::Devices, Behind::Files] {
         system_calls_per_request.extend(system_calls(one_pass, behind)?.map(|calls| (name(behind), calls)));
@@ -103,10 +101,28 @@ pub fn measure(allocations: Option<fn() -> u64>, one_pass: &[&str], shards: &[us
         machine,
         runs,
         limit: bare::measure()?,
+        wake: bare::wake()?,
+        own_ns_per_request: rig::own_ns_per_request()?,
         scale,
         isolation: isolation()?,
         system_calls_per_request,
     })
+}
+
+/// See [`EngineReport::scale`].
+fn scale(numbers: &[usize]) -> Result<Vec<RunFigures>> {
+    let mut scale = Vec::new();
+    for behind in [Behind::Nothing, Behind::Devices] {
+        for &shards in numbers {
+            let plain = Load::plain(behind);
+            scale.push(best_of(&Load { shards, many: true, ..plain })?);
+            scale.push(best_of(&Load { shards, ..plain })?);
+            if shards > 1 {
+                scale.push(best_of(&Load { engines: shards, many: true, ..plain })?);
+            }
+        }
+    }
+    Ok(scale)
 }
 
 /// The run of several that did most in a second of CPU time.
@@ -131,22 +147,25 @@ fn isolation() -> Result<Isolation> {
     Ok(Isolation { alone, beside, ratio_p99: beside.p99_us / alone.p99_us, limit: APART_MAX })
 }
 
-/// One run of the whole engine, for whoever watches from outside: what is behind it, and the number of requests.
+/// One run of the whole engine, for whoever watches from outside (strace, perf): what is behind it, the number of requests,
+/// and, if there is a third word, that many shards with requests for many objects.
 ///
 /// # Errors
-/// See [`measure`]; or these are not two such words.
+/// See [`measure`]; or these are not such words.
 pub fn pass_of(words: &[String]) -> Result<()> {
-    match words {
-        [behind, requests] => match (Behind::from_str(behind, false), requests.parse()) {
-            (Ok(behind), Ok(requests)) => pass(behind, requests),
-            _ => Err(LabError::Failed(format!("no such run: {behind} {requests}"))),
-        },
-        _ => Err(LabError::Failed("a run has two words: what is behind the engine, and a number of requests".into())),
-    }
-}
-
-fn pass(behind: Behind, requests: u64) -> Result<()> {
-    rig::run(&Load { requests, ..Load::plain(behind) }).map(drop)
+    let load = |behind: &str, requests: &str, shards: Option<&String>| {
+        let plain = Load::plain(Behind::from_str(behind, false).ok()?);
+        let shards = shards.map_or(Some(plain.shards), |shards| shards.parse().ok())?;
+        Some(Load { requests: requests.parse().ok()?, shards, many: shards > 1, ..plain })
+    };
+    let load = match words {
+        [behind, requests, rest @ ..] => load(behind, requests, rest.first()),
+        _ => None,
+    };
+    let load = load.ok_or_else(|| LabError::Failed(format!("no such run: {}", words.join(" "))))?;
+    let figures = rig::run(&load)?;
+    run_rows(&figures, None).iter().for_each(|(_, row)| println!("{row}"));
+    Ok(())
 }
 
 /// Memory allocations of the shard in the later three quarters of so many requests, with the default window, which adapts,
@@ -228,11 +247,11 @@ impl EngineReport {
                 format!("{:.0} requests/s a second of CPU time: devices, without an engine", limit.requests_per_cpu_s),
             ));
         }
-        for run in &self.scale {
-            let objects = if run.objects == 1 { "one object".into() } else { format!("{} objects", run.objects) };
-            let figures = format!("{:.0} requests/s, {:.0} a second of CPU time", run.requests_per_s, run.requests_per_cpu_s);
-            rows.push(("shards", format!("{}, {objects}: {figures} ({})", run.shards, name(run.behind))));
+        if let Some(WakeFigures { hop_us, cpu_us }) = self.wake {
+            rows.push(("wake-up", format!("{hop_us:.1} us from a core to another, {cpu_us:.1} us of CPU time")));
         }
+        rows.push(("bench's own", format!("{:.0} ns a request, in the figures with nothing behind the engine", self.own_ns_per_request)));
+        rows.extend(self.scale.iter().map(scale_row));
         let Isolation { alone, beside, ratio_p99, limit } = self.isolation;
         for (waits, what) in [(alone, "alone"), (beside, "beside a slow one")] {
             rows.push(("a fast blob", format!("{what}: p50 {:.0} us, p99 {:.0} us", waits.p50_us, waits.p99_us)));
@@ -240,6 +259,14 @@ impl EngineReport {
         rows.push(("", format!("{ratio_p99:.2} times as long; {limit} at most")));
         rows.iter().map(|(name, value)| format!("  {name:<14} {value}\n")).collect()
     }
+}
+
+fn scale_row(run: &RunFigures) -> (&'static str, String) {
+    let objects = if run.objects == 1 { "one object".into() } else { format!("{} objects", run.objects) };
+    let who = if run.engines > 1 { format!("1, {} engines apart", run.engines) } else { run.shards.to_string() };
+    let (rate, cpu_rate, sleeps) = (run.requests_per_s, run.requests_per_cpu_s, run.sleeps_per_request * 1e3);
+    let figures = format!("{rate:.0} requests/s, {cpu_rate:.0} a second of CPU time, {sleeps:.1} wake-ups in 1,000 requests");
+    ("shards", format!("{who}, {objects}: {figures} ({})", name(run.behind)))
 }
 
 fn run_rows(run: &RunFigures, system_calls: Option<&BTreeMap<String, f64>>) -> Vec<(&'static str, String)> {
@@ -280,7 +307,7 @@ mod tests {
     #[test]
     fn every_request_of_a_pass_is_answered() {
         for behind in [Behind::Nothing, Behind::Devices, Behind::Files] {
-            pass(behind, 300).expect("an engine");
+            pass_of(&[name(behind), "300".into()]).expect("an engine");
         }
     }
 

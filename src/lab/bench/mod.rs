@@ -1,12 +1,15 @@
 //! The benches. `infill bench guest`: what a daemon costs its readers, measured on a real kernel whose clock counts
 //! instructions. `infill bench engine`: what the engine costs without a kernel that asks. `infill bench restart`: what
 //! readers notice when the daemon is killed (`restart`), and `infill bench density`: far more objects than descriptors
-//! (`density`); these two are apart from all below.
+//! (`density`); these two, and the `daemon` that they start, are apart from all below.
 //!
 //! ```text
 //!  engine  engine    figures of the two below, and system calls counted by strace
 //!          machine   the machine alone, with a driver whose operations end at once
-//!          pump      the whole engine with files in memory
+//!          rig       the whole engine with memory behind it: one run
+//!          pump      its readers, without a kernel
+//!          sources   its blobs: files in memory, devices without an end, a slow source
+//!          bare      the kernel's part of that alone: the limit
 //!  host    corpus    the tree that is read, the same on every machine
 //!          data      tree -> images, disks, and the list that says what every file must read as
 //!          peer      another daemon, as a file describes it
@@ -49,6 +52,7 @@ pub mod targets;
 
 use std::collections::BTreeMap;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::disk::CacheFs;
@@ -77,6 +81,14 @@ pub const MANY: usize = 8;
 /// The line with this beginning ends with the cell's result.
 const RESULT_MARK: &str = "lab: result ";
 
+/// What a bench that is done inside a guest finds; as JSON it comes out of there.
+pub trait Findings: Serialize + DeserializeOwned {
+    /// Whether it is as it should be.
+    fn is_good(&self) -> bool;
+    /// It in words.
+    fn table(&self) -> String;
+}
+
 /// What is read, and by how many.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -93,7 +105,7 @@ pub enum Scenario {
     Rand1,
     /// The same, eight readers that share one queue.
     Rand8,
-    /// As rand8, but the blocks are those of eight images, an object each.
+    /// As rand8, but each reader reads an image of its own, an eighth as large: an object each.
     Many8,
 }
 

@@ -177,6 +177,20 @@ impl Pump {
         Ok(())
     }
 
+    /// Asks and answers so many requests of the first crowd with no engine between: what this costs is the bench's own part.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub(super) fn answer_all(self: &Arc<Self>, requests: u64) -> Result<()> {
+        self.ask(&self.crowds[0].1, self.crowds[0].0.readers).trying(|| "cannot ask")?;
+        for _ in 0..requests {
+            if let Some(Request::Need(need)) = self.next() {
+                need.ticket.answer(Outcome::Done).trying(|| "cannot answer")?;
+            }
+        }
+        Ok(())
+    }
+
     /// Value that a share of the first crowd's answers took at most, in nanoseconds, if that was measured.
     pub(super) fn took_ns(&self, share: f64) -> u64 {
         self.crowds[0].1.took.percentile_ns(share)
@@ -216,7 +230,7 @@ impl Pump {
     fn tell(&self, requests: u64) -> std::io::Result<()> {
         if self.counts {
             self.device.write(requests)?;
-        } else if self.idle.swap(false, Ordering::SeqCst) {
+        } else if self.idle.load(Ordering::SeqCst) && self.idle.swap(false, Ordering::SeqCst) {
             self.device.write(1)?;
         }
         Ok(())

@@ -91,19 +91,34 @@ fn order(scenario: Scenario, listing: &Listing) -> Vec<usize> {
     order
 }
 
+/// The same as queues that readers take from: one that they share, or one for each, with what it has of one image.
+fn queues(scenario: Scenario, listing: &Listing) -> Vec<Vec<usize>> {
+    let order = order(scenario, listing);
+    if scenario != Scenario::Many8 {
+        return vec![order];
+    }
+    let of_image = |file: &usize| order.iter().copied().filter(|block| listing.place(*block).0 == *file).collect();
+    listing.in_blocks.iter().map(of_image).collect()
+}
+
 /// A scenario ready to be read, so that the timed part only reads.
 pub(super) struct Plan {
     scenario: Scenario,
-    order: Vec<usize>,
+    queues: Vec<Vec<usize>>,
     paths: Vec<PathBuf>,
     listing: Listing,
+}
+
+/// What one reader takes from, maybe beside others.
+struct Queue<'a> {
+    items: &'a [usize],
+    next: AtomicUsize,
 }
 
 /// What one reader saw.
 #[derive(Default)]
 struct Seen {
-    /// Index into the order, and how long it took.
-    took: Vec<(usize, Duration)>,
+    took: Vec<Duration>,
     first: Option<Instant>,
     bytes: u64,
     wrong: Vec<String>,
@@ -111,30 +126,31 @@ struct Seen {
 
 impl Plan {
     pub(super) fn new(scenario: Scenario, listing: Listing, root: &Path) -> Self {
-        let order = order(scenario, &listing);
+        let queues = queues(scenario, &listing);
         let paths = listing.files.iter().map(|file| root.join(&file.path)).collect();
-        Self { scenario, order, paths, listing }
+        Self { scenario, queues, paths, listing }
     }
 
     /// Reads everything with all readers. Of the result, everything but the phase's cost is filled in.
     pub(super) fn read(&self, began: Instant) -> Reading {
-        let next = AtomicUsize::new(0);
+        let queues: Vec<Queue<'_>> = self.queues.iter().map(|items| Queue { items, next: AtomicUsize::new(0) }).collect();
         let seen: Vec<Seen> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..self.scenario.readers()).map(|_| scope.spawn(|| self.reader(&next))).collect();
+            let readers = queues.iter().cycle().take(self.scenario.readers());
+            let threads: Vec<_> = readers.map(|queue| scope.spawn(|| self.reader(queue))).collect();
             threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
         });
         self.sum_up(seen, began)
     }
 
-    fn reader(&self, next: &AtomicUsize) -> Seen {
-        let mut seen = Seen { took: Vec::with_capacity(self.order.len()), ..Seen::default() };
+    fn reader(&self, queue: &Queue<'_>) -> Seen {
+        let mut seen = Seen { took: Vec::with_capacity(queue.items.len()), ..Seen::default() };
         let mut buffer = vec![0; BUFFER_BYTES];
         let open = |index: &usize| File::open(&self.paths[*index]).map(|file| (*index, file)).map_err(|error| error.to_string());
         let in_blocks: Option<Result<HashMap<_, _>, _>> =
             self.scenario.reads_blocks().then(|| self.listing.in_blocks.iter().map(open).collect());
         loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(&item) = self.order.get(at) else { return seen };
+            let at = queue.next.fetch_add(1, Ordering::Relaxed);
+            let Some(&item) = queue.items.get(at) else { return seen };
             let began = Instant::now();
             let result = match &in_blocks {
                 None => self.file(item, &mut buffer),
@@ -149,7 +165,7 @@ impl Plan {
             if at == 0 {
                 seen.first = Some(ended);
             }
-            seen.took.push((at, ended - began));
+            seen.took.push(ended - began);
         }
     }
 
@@ -185,13 +201,14 @@ impl Plan {
     }
 
     fn sum_up(&self, seen: Vec<Seen>, began: Instant) -> Reading {
-        let mut took: Vec<u64> = seen.iter().flat_map(|s| &s.took).map(|(_, took)| nanoseconds(*took)).collect();
+        let mut took: Vec<u64> = seen.iter().flat_map(|s| &s.took).map(|took| nanoseconds(*took)).collect();
         took.sort_unstable();
         let rank = |share: usize| took.get(took.len() * share / 100).or(took.last()).copied().unwrap_or(0);
-        let first = seen.iter().find_map(|s| s.first);
+        let first = seen.iter().filter_map(|s| s.first).min();
         let mut wrong: Vec<String> = seen.iter().flat_map(|s| s.wrong.iter().cloned()).collect();
-        if took.len() != self.order.len() {
-            wrong.push(format!("{} of {} items were read", took.len(), self.order.len()));
+        let all: usize = self.queues.iter().map(Vec::len).sum();
+        if took.len() != all {
+            wrong.push(format!("{} of {all} items were read", took.len()));
         }
         wrong.truncate(WRONG_SHOWN);
         Reading {
@@ -257,6 +274,11 @@ mod tests {
         blocks.dedup();
         assert_eq!(blocks.len(), BLOCKS);
         assert_eq!((listing.place(2047), listing.place(2049)), ((0, 2047 * 4096), (3, 4096)));
+        assert_eq!(queues(Scenario::Rand8, &listing), [order(Scenario::Rand8, &listing)]);
+        let queues = queues(Scenario::Many8, &listing);
+        let is_of = |queue: &Vec<usize>, file| queue.iter().all(|block| listing.place(*block).0 == file);
+        assert!(queues.len() == 2 && is_of(&queues[0], 0) && is_of(&queues[1], 3));
+        assert_eq!(queues.concat().len(), BLOCKS);
     }
 
     #[test]

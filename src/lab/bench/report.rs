@@ -7,6 +7,8 @@ use super::{Scenario, targets};
 use crate::lab::disk::CacheFs;
 
 const MIB: f64 = (1 << 20) as f64;
+/// In a table: it was not measured.
+const NONE: &str = "-";
 
 /// For each file system: cold times beside the targets, what others took in comparison, what it cost, and rates.
 #[must_use]
@@ -25,7 +27,47 @@ pub fn tables(figures: &[Figures], with_targets: bool) -> String {
         section(&mut text, fs, "what it took", of_fs.costs());
         section(&mut text, fs, "rates; instructions are those of the daemon, in kernel and program", of_fs.rates());
     }
+    text + &contrasts(figures)
+}
+
+/// One hot object beside eight, and one file system beside the other, where all of that was measured.
+fn contrasts(figures: &[Figures]) -> String {
+    let all = Selection(figures.iter().collect());
+    let cell =
+        |daemon: &str, scenario, fs| -> Vec<&Figures> { all.runs(daemon, scenario).into_iter().filter(|f| f.cache_fs == fs).collect() };
+    let (hot, many, ext4, xfs) = (Scenario::Rand8, Scenario::Many8, CacheFs::Ext4, CacheFs::Xfs);
+    let columns = [
+        ("ext4: many8/rand8", (many, ext4), (hot, ext4)),
+        ("XFS: many8/rand8", (many, xfs), (hot, xfs)),
+        ("rand8: XFS/ext4", (hot, xfs), (hot, ext4)),
+        ("many8: XFS/ext4", (many, xfs), (many, ext4)),
+    ];
+    let row = |daemon: &str| -> Vec<String> {
+        let ratio = |((s, fs), (of_s, of_fs))| ratio(&cell(daemon, s, fs), &cell(daemon, of_s, of_fs));
+        [daemon.to_owned()].into_iter().chain(columns.iter().map(|(_, cell, of)| ratio((*cell, *of)))).collect()
+    };
+    let rows: Vec<Vec<String>> = all.daemons().into_iter().map(row).collect();
+    if !columns.iter().enumerate().any(|(n, _)| rows.iter().any(|row| row[n + 1] != NONE)) {
+        return String::new();
+    }
+    let mut text = String::from("\nCold reads as multiples of each other (spread)\n\n");
+    table(&mut text, &([words(&["daemon"]), columns.iter().map(|(name, ..)| (*name).to_owned()).collect()].concat(), rows));
     text
+}
+
+/// The fastest run of a cell as a multiple of the fastest of another one, since what else happens on a machine only adds
+/// time; and the least and greatest among runs of the same number, which were taken near each other.
+fn ratio(runs: &[&Figures], of: &[&Figures]) -> String {
+    let least = |runs: &[&Figures]| runs.iter().map(|f| f.cold_ms).min_by(f64::total_cmp);
+    let (Some(fastest), Some(fastest_of)) = (least(runs), least(of)) else { return NONE.to_owned() };
+    let pair = |f: &&Figures| Some(f.cold_ms / of.iter().find(|other| other.run == f.run)?.cold_ms);
+    let mut ratios: Vec<f64> = runs.iter().filter_map(pair).collect();
+    ratios.sort_by(f64::total_cmp);
+    let ratio = fastest / fastest_of;
+    match ratios[..] {
+        [first, .., last] => format!("{ratio:.2} ({first:.2}-{last:.2})"),
+        _ => format!("{ratio:.2}"),
+    }
 }
 
 /// For each file system and scenario, the stages of a read, per READ and per MiB.
@@ -118,18 +160,7 @@ impl<'a> Selection<'a> {
         let scenarios = self.scenarios();
         let daemons = self.daemons();
         let head = ["daemon".to_owned()].into_iter().chain(scenarios.iter().map(|s| s.name().to_owned()));
-        let ratio = |daemon: &str, s: Scenario| {
-            let pairs = self.runs(daemon, s);
-            let first = self.runs(daemons[0], s);
-            let mut ratios: Vec<f64> =
-                pairs.iter().filter_map(|f| Some(f.cold_ms / first.iter().find(|other| other.run == f.run)?.cold_ms)).collect();
-            ratios.sort_by(f64::total_cmp);
-            match ratios[..] {
-                [] => "-".to_owned(),
-                [only] => format!("{only:.2}"),
-                _ => format!("{:.2} ({:.2}-{:.2})", ratios[ratios.len() / 2], ratios[0], ratios[ratios.len() - 1]),
-            }
-        };
+        let ratio = |daemon: &str, s: Scenario| ratio(&self.runs(daemon, s), &self.runs(daemons[0], s));
         let row = |daemon: &&str| [(*daemon).to_owned()].into_iter().chain(scenarios.iter().map(|s| ratio(daemon, *s))).collect();
         (head.collect(), daemons[1..].iter().map(row).collect())
     }
@@ -202,15 +233,20 @@ fn time(f: &Figures) -> String {
     format!("{:.1} ({:.1}){written}", f.cold_ms, f.present_ms)
 }
 
-fn section(text: &mut String, fs: CacheFs, title: &str, (head, rows): Table) {
-    let width = |column: usize| rows.iter().map(|row| row[column].len()).chain([head[column].len()]).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+fn section(text: &mut String, fs: CacheFs, title: &str, cells: Table) {
     // Writing to a string does not fail.
     let _ = writeln!(text, "\nCache on {}: {title}\n", fs.name());
+    table(text, &cells);
+}
+
+fn table(text: &mut String, (head, rows): &Table) {
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).chain([head[column].len()]).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let rule: Vec<String> = widths.iter().map(|width| format!("{}:", "-".repeat(width.saturating_sub(1)))).collect();
-    for cells in [&head, &rule].into_iter().chain(&rows) {
+    for cells in [head, &rule].into_iter().chain(rows) {
         let _ = write!(text, "|");
         for (cell, width) in cells.iter().zip(&widths) {
+            // Writing to a string does not fail.
             let _ = write!(text, " {cell:>width$} |");
         }
         text.push('\n');
@@ -232,11 +268,19 @@ mod tests {
     }
 
     #[test]
-    fn runs_are_compared_in_pairs_and_shown_by_the_middle_one() {
+    fn runs_are_compared_by_the_fastest_and_shown_by_the_middle_one() {
         let all = [figures("infill", 0, 100), figures("naive", 0, 200), figures("infill", 1, 200), figures("naive", 1, 600)];
         let text = tables(&all, true);
-        assert!(text.contains("| 3.00 (2.00-3.00) |"), "{text}");
+        assert!(text.contains("| 2.00 (2.00-3.00) |"), "{text}");
         assert!(text.contains("200.0 (0.0)") && text.contains("target"), "{text}");
-        assert!(!tables(&all, false).contains("target"));
+        assert!(!tables(&all, false).contains("target") && !text.contains("multiples of each other"));
+    }
+
+    #[test]
+    fn one_object_stands_beside_eight() {
+        let of = |scenario, cold_ms| Figures { scenario, ..figures("infill", 0, cold_ms) };
+        let text = tables(&[of(Scenario::Rand8, 300), of(Scenario::Many8, 150)], false);
+        let fs = if figures("infill", 0, 1).cache_fs == CacheFs::Ext4 { "| infill |              0.50 |" } else { "0.50" };
+        assert!(text.contains("multiples of each other") && text.contains(fs), "{text}");
     }
 }

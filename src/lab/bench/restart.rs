@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::{Deserialize, Serialize};
 
+use super::Findings;
 use super::daemon::Daemon;
 use crate::front::sim::rng::Rng;
 use crate::lab::disk::{self, ErofsLayout};
@@ -94,28 +95,25 @@ pub struct Figures {
     pub seed: u64,
     /// Release of the kernel.
     pub kernel: String,
-    /// File system under the cache, if that was a guest's.
-    pub cache_fs: Option<String>,
     /// The first errors.
     pub errors: Vec<String>,
 }
 
 impl Figures {
-    /// Whether nobody noticed anything but time.
-    #[must_use]
-    pub const fn is_good(&self) -> bool {
-        self.read_errors == 0 && self.wrong_bytes == 0
-    }
-
     fn describe(&mut self, error: String) {
         if self.errors.len() < ERRORS_SHOWN {
             self.errors.push(error);
         }
     }
+}
 
-    /// The figures in words.
-    #[must_use]
-    pub fn table(&self) -> String {
+impl Findings for Figures {
+    /// Whether nobody noticed anything but time.
+    fn is_good(&self) -> bool {
+        self.read_errors == 0 && self.wrong_bytes == 0
+    }
+
+    fn table(&self) -> String {
         let rows = [
             ("kernel", self.kernel.clone()),
             ("daemon ended", format!("{} times (seed {}), {} of them while it started", self.kills, self.seed, self.kills_at_start)),

@@ -1,19 +1,23 @@
 //! An engine with a pump in front of it and nothing but memory behind it: one measured run.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::time::ClockId;
 use serde::Serialize;
 
 use super::machine::PAGE_BYTES;
-use super::memdisk::own_cpu_ns;
+use super::memdisk::{clock_ns, own_cpu_ns};
 use super::pump::{Crowd, Parts, Probe, Pump};
 use super::sources::{self, Shelf};
 use crate::engine::placement;
 use crate::engine::plan::{Completion, Window};
+use crate::engine::stats::Snapshot;
 use crate::engine::{Engine, EngineKind, Settings};
 use crate::front::OpenRequest;
-use crate::lab::{LabError, Result};
+use crate::lab::{LabError, Result, Trying};
 use crate::store::{Blob, Store};
 
 /// Requests that wait at a time, for each shard.
@@ -53,11 +57,13 @@ pub struct RunFigures {
     pub behind: Behind,
     /// `uring`, `blocking` or `null`.
     pub kind: String,
-    /// Event loops.
+    /// Event loops of an engine.
     pub shards: usize,
+    /// Engines side by side, each with requests and a front end of its own: they share nothing but the machine.
+    pub engines: usize,
     /// Objects that the requests were spread over.
     pub objects: u32,
-    /// Requests of 4 KiB, 32 at a time for each shard, each with a fill of its own.
+    /// Requests of 4 KiB, 32 at a time for each shard, each with a fill of its own; of all engines together.
     pub requests: u64,
     /// In a second, with all cores there are.
     pub requests_per_s: f64,
@@ -71,6 +77,8 @@ pub struct RunFigures {
     pub p999_us: u64,
     /// Turns of the event loop; at most one entry into the ring each.
     pub turns_per_request: f64,
+    /// How often a thread slept and was woken again.
+    pub sleeps_per_request: f64,
     /// Reads and writes.
     pub operations_per_request: f64,
     /// Memory allocations of the shard after the first quarter of the requests, if the program counts them.
@@ -82,8 +90,10 @@ pub struct RunFigures {
 pub(super) struct Load {
     pub(super) behind: Behind,
     pub(super) shards: usize,
+    /// How many such engines side by side.
+    pub(super) engines: usize,
     pub(super) many: bool,
-    /// Requests; no more than there are pages.
+    /// Requests for each; no more than there are pages.
     pub(super) requests: u64,
     /// How much is brought for each.
     pub(super) window: Window,
@@ -97,7 +107,7 @@ impl Load {
             Behind::Nothing | Behind::Devices => PAGES,
             Behind::Files => PAGES_KEPT,
         };
-        Self { behind, shards: 1, many: false, requests, window: Window::Fixed(PAGE_BYTES), allocations: None }
+        Self { behind, shards: 1, engines: 1, many: false, requests, window: Window::Fixed(PAGE_BYTES), allocations: None }
     }
 
     fn crowd(&self) -> Crowd {
@@ -112,11 +122,14 @@ impl Load {
         }
     }
 
-    /// As `infill serve` has it.
-    fn settings(&self) -> Settings {
+    /// As `infill serve` has it; each engine has places of its own as long as there are some.
+    fn settings(&self, engine: usize) -> Settings {
+        let mut seats = placement::seats();
+        let taken = engine * self.shards % seats.len().max(1);
+        seats.rotate_left(taken);
         Settings {
             shards: self.shards,
-            seats: placement::seats(),
+            seats,
             kind: if self.behind == Behind::Nothing { EngineKind::Null } else { EngineKind::Auto },
             window: self.window,
             completion: Completion::default(),
@@ -146,12 +159,13 @@ struct Rig {
 }
 
 impl Rig {
-    fn start(load: &Load, crowds: Vec<Crowd>, blobs: Vec<Arc<dyn Blob>>, parts: Parts) -> Result<Self> {
+    /// The engine of this number.
+    fn start(number: usize, load: &Load, crowds: Vec<Crowd>, blobs: Vec<Arc<dyn Blob>>, parts: Parts) -> Result<Self> {
         let keeps = load.behind == Behind::Files;
         let parts = Parts { counts: load.behind != Behind::Nothing, holes_are_absent: keeps, crowds: crowds.clone(), ..parts };
         let pump = Pump::new(parts)?;
         let store: Arc<dyn Store> = Arc::new(Shelf(blobs));
-        let engine = Engine::start(&pump.front(), &store, &load.settings()).map_err(|e| LabError::Failed(e.to_string()))?;
+        let engine = Engine::start(&pump.front(), &store, &load.settings(number)).map_err(|e| LabError::Failed(e.to_string()))?;
         let null = sources::null_sink()?;
         let mut opens = Vec::new();
         for (blob, crowd) in crowds.iter().enumerate() {
@@ -166,36 +180,69 @@ impl Rig {
     }
 }
 
-/// Lets an engine answer requests.
+/// Lets an engine, or several of them, answer requests.
 ///
 /// # Errors
 /// The engine cannot be had, a request failed, or the answers do not come.
 pub(super) fn run(load: &Load) -> Result<RunFigures> {
     let crowd = load.crowd();
     let requests = crowd.requests.unwrap_or(0);
-    let probe = load.allocations.map(|allocations| Probe::new(allocations, requests / 4));
-    let Rig { pump, engine } = Rig::start(load, vec![crowd], vec![load.blob(&crowd)?], Parts { probe, ..Parts::default() })?;
-    let turns = engine.snapshot().turns;
-    let (began, began_cpu_ns) = (Instant::now(), own_cpu_ns()?);
-    pump.run()?;
+    let start = |number| {
+        let probe = load.allocations.map(|allocations| Probe::new(allocations, requests / 4));
+        Rig::start(number, load, vec![crowd], vec![load.blob(&crowd)?], Parts { probe, ..Parts::default() })
+    };
+    let rigs = (0..load.engines).map(start).collect::<Result<Vec<Rig>>>()?;
+    let turns: u64 = rigs.iter().map(|rig| rig.engine.snapshot().turns).sum();
+    let (began, began_cpu_ns, slept) = (Instant::now(), own_cpu_ns()?, sleeps()?);
+    thread::scope(|scope| -> Result<()> {
+        let pumps: Vec<_> = rigs.iter().map(|rig| scope.spawn(|| rig.pump.run())).collect();
+        let failed = |_| Err(LabError::Failed("a thread of the bench died".into()));
+        pumps.into_iter().try_for_each(|pump| pump.join().unwrap_or_else(failed))
+    })?;
     let (wall_s, cpu_s) = (began.elapsed().as_secs_f64(), (own_cpu_ns()? - began_cpu_ns) as f64 / 1e9);
-    let kind = engine.started().kind.to_owned();
-    let counts = engine.stop(STOP_MAX, || false).map_err(|e| LabError::Failed(e.to_string()))?;
+    let slept = sleeps()? - slept;
+    let kind = rigs.first().map_or("none", |rig| rig.engine.started().kind).to_owned();
+    let allocations = rigs.iter().map(|rig| rig.pump.counted()).sum();
+    let stop = |rig: Rig| rig.engine.stop(STOP_MAX, || false).map_err(|e| LabError::Failed(e.to_string()));
+    let counts = rigs.into_iter().map(stop).collect::<Result<Vec<Snapshot>>>()?;
+    let requests = requests * load.engines as u64;
+    let sum = |of: fn(&Snapshot) -> u64| counts.iter().map(of).sum::<u64>();
+    let most = |of: fn(&Snapshot) -> u64| counts.iter().map(of).max().unwrap_or(0);
     Ok(RunFigures {
         behind: load.behind,
         kind,
         shards: load.shards,
+        engines: load.engines,
         objects: crowd.objects,
         requests,
         requests_per_s: requests as f64 / wall_s,
         requests_per_cpu_s: requests as f64 / cpu_s,
-        p50_us: counts.p50_us,
-        p99_us: counts.p99_us,
-        p999_us: counts.p999_us,
-        turns_per_request: (counts.turns - turns) as f64 / requests as f64,
-        operations_per_request: counts.operations as f64 / requests as f64,
-        allocations: pump.counted(),
+        p50_us: most(|counts| counts.p50_us),
+        p99_us: most(|counts| counts.p99_us),
+        p999_us: most(|counts| counts.p999_us),
+        turns_per_request: (sum(|counts| counts.turns) - turns) as f64 / requests as f64,
+        sleeps_per_request: slept as f64 / requests as f64,
+        operations_per_request: sum(|counts| counts.operations) as f64 / requests as f64,
+        allocations,
     })
+}
+
+/// How often threads of this process have slept so far.
+fn sleeps() -> Result<i64> {
+    Ok(getrusage(UsageWho::RUSAGE_SELF).trying(|| "cannot read what this process used")?.voluntary_context_switches())
+}
+
+/// CPU time that the bench itself takes for a question and its answer, without an engine between.
+///
+/// # Errors
+/// There is no clock, or no eventfd.
+pub(super) fn own_ns_per_request() -> Result<f64> {
+    let crowd = Load::plain(Behind::Nothing).crowd();
+    let pump = Pump::new(Parts { crowds: vec![crowd], ..Parts::default() })?;
+    let requests = crowd.requests.unwrap_or(1);
+    let began_ns = clock_ns(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
+    pump.answer_all(requests)?;
+    Ok((clock_ns(ClockId::CLOCK_THREAD_CPUTIME_ID)? - began_ns) as f64 / requests as f64)
 }
 
 /// How long readers of a fast blob wait, in microseconds.
@@ -219,7 +266,7 @@ pub(super) fn apart(beside: bool) -> Result<Waits> {
     let slow = Crowd { first: fast.first + fast.objects, requests: None, ..fast };
     let crowds = if beside { vec![fast, slow] } else { vec![fast] };
     let blobs = vec![load.blob(&fast)?, sources::trickle(slow.pages * PAGE_BYTES, PAUSE)?];
-    let Rig { pump, engine } = Rig::start(&load, crowds, blobs, Parts { timed: true, ..Parts::default() })?;
+    let Rig { pump, engine } = Rig::start(0, &load, crowds, blobs, Parts { timed: true, ..Parts::default() })?;
     pump.run()?;
     let slow_answers = if beside { pump.answered(1) } else { 0 };
     // What waits for the slow one need not end well.

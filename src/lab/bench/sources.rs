@@ -4,7 +4,6 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -16,7 +15,8 @@ use super::machine::PAGE_BYTES;
 use crate::front::Sink;
 use crate::key::Key;
 use crate::lab::{LabError, Result, Trying};
-use crate::store::{Blob, Data, Extent, FileBlob, SourceFile, SourceMode, Store, StoreError};
+use crate::store::endless::Endless;
+use crate::store::{Blob, FileBlob, SourceFile, SourceMode, Store, StoreError};
 
 /// A store whose blobs are told apart by the first byte of their domain.
 #[derive(Debug)]
@@ -39,43 +39,20 @@ impl Store for Shelf {
     }
 }
 
-/// A blob whose bytes come from something without an end.
-#[derive(Debug)]
-struct Endless([Arc<SourceFile>; 1]);
-
-impl Endless {
-    fn open(fd: OwnedFd, len_bytes: u64) -> Result<Arc<dyn Blob>> {
-        let file = File::from(fd);
-        let found = file.metadata().trying(|| "cannot look at a source")?;
-        let (fd, device, identity) = (file.into(), found.dev(), (&found).into());
-        Ok(Arc::new(Self([Arc::new(SourceFile { fd, len_bytes, device, identity, mode: SourceMode::Buffered, map: None })])))
-    }
-}
-
-impl Blob for Endless {
-    fn len_bytes(&self) -> u64 {
-        self.0[0].len_bytes
-    }
-
-    fn extent(&self, offset: u64) -> Extent {
-        Extent { len_bytes: self.len_bytes() - offset, data: Data::Read { file: 0, offset } }
-    }
-
-    fn files(&self) -> &[Arc<SourceFile>] {
-        &self.0
-    }
+fn endless(fd: OwnedFd, len_bytes: u64) -> Result<Arc<dyn Blob>> {
+    Ok(Arc::new(Endless::new(fd, len_bytes).trying(|| "cannot look at a source")?))
 }
 
 /// A blob of zeros that are read from a device at once.
 pub(super) fn zeros(len_bytes: u64) -> Result<Arc<dyn Blob>> {
     let zero = OpenOptions::new().read(true).open("/dev/zero").trying(|| "cannot open /dev/zero")?;
-    Endless::open(zero.into(), len_bytes)
+    endless(zero.into(), len_bytes)
 }
 
 /// A blob that gives one page after each `pause`, whoever waits for it, until it is dropped.
 pub(super) fn trickle(len_bytes: u64, pause: Duration) -> Result<Arc<dyn Blob>> {
     let (reader, writer) = pipe().trying(|| "cannot make a pipe")?;
-    let mut writer = std::fs::File::from(writer);
+    let mut writer = File::from(writer);
     let feed = move || {
         // Ends with the pipe's reader.
         while writer.write_all(&[0xA5; PAGE_BYTES as usize]).is_ok() {
@@ -83,7 +60,7 @@ pub(super) fn trickle(len_bytes: u64, pause: Duration) -> Result<Arc<dyn Blob>> 
         }
     };
     thread::Builder::new().name("trickle".into()).spawn(feed).trying(|| "cannot start a thread")?;
-    Endless::open(reader, len_bytes)
+    endless(reader, len_bytes)
 }
 
 /// A blob whose pages are in memory, so that reading it is a copy.

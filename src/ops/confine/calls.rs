@@ -39,6 +39,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_pwritev2,
     libc::SYS_lseek,
     libc::SYS_ioctl,
+    // Files that are watched, as far as Landlock lets them be found.
+    libc::SYS_fanotify_mark,
     libc::SYS_close,
     libc::SYS_fcntl,
     libc::SYS_dup,
@@ -61,6 +63,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
     // Blobs and the cache's files, as far as Landlock lets them be found.
     libc::SYS_openat,
     libc::SYS_openat2,

@@ -6,24 +6,19 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use nix::sys::statfs::{Statfs, statfs};
+use nix::sys::statfs::{EXT4_SUPER_MAGIC, FsType, Statfs, XFS_SUPER_MAGIC, statfs};
 
-use super::{Check, DEVICE, Subject, Verdict};
+use super::{Check, Subject, Verdict};
 use crate::front::cachefiles::cache_dir::{CacheDirError, EXTENT_BYTES, check, hinted_dirs};
 use crate::front::cachefiles::fsck::{self, FsckReport};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
-use crate::front::cachefiles::{CullLimits, Percents};
+use crate::front::cachefiles::{CullLimits, DEFAULT_DEVNODE, Percents};
 use crate::ops::processes::{describe, find_holders};
 use crate::ops::space::policy::{Level, Room};
 use crate::ops::{exit, extsize, space};
 
 /// The block size with which every request is made of whole pages.
 const BLOCK_BYTES: u64 = 4096;
-
-/// `XFS_SB_MAGIC` (fs/xfs/libxfs/xfs_format.h).
-const XFS_MAGIC: u32 = 0x5846_5342;
-/// `EXT4_SUPER_MAGIC` (include/uapi/linux/magic.h).
-const EXT4_MAGIC: u32 = 0xEF53;
 
 /// Damaged objects that are named; of more only the number is given.
 const NAMED_MAX: usize = 3;
@@ -78,18 +73,17 @@ fn unfit(id: &'static str, error: &CacheDirError) -> Check {
 }
 
 fn judge(stat: &Statfs) -> [Check; 2] {
-    // The types of these fields differ between targets; f_type has 32 bits.
-    let magic = stat.filesystem_type().0 as u32;
+    // The type of f_bsize differs between targets.
     let block_bytes = u64::try_from(stat.block_size()).unwrap_or(0);
-    [kind_check(magic), block_check(block_bytes)]
+    [kind_check(stat.filesystem_type()), block_check(block_bytes)]
 }
 
-fn kind_check(magic: u32) -> Check {
+fn kind_check(kind: FsType) -> Check {
     const ID: &str = "cache-fs";
-    match magic {
-        XFS_MAGIC => Check::ok(ID, "XFS"),
-        EXT4_MAGIC => Check::ok(ID, "ext4; XFS is better: ext4 fills the holes of one file one write at a time"),
-        other => Check::warn(ID, format!("neither XFS nor ext4 (magic {other:#x}); not tried as a cache"), "use XFS or ext4"),
+    match kind {
+        XFS_SUPER_MAGIC => Check::ok(ID, "XFS"),
+        EXT4_SUPER_MAGIC => Check::ok(ID, "ext4; XFS is better: ext4 fills the holes of one file one write at a time"),
+        FsType(magic) => Check::warn(ID, format!("neither XFS nor ext4 (magic {magic:#x}); not tried as a cache"), "use XFS or ext4"),
     }
 }
 
@@ -108,7 +102,7 @@ fn block_check(block_bytes: u64) -> Check {
 
 /// On XFS: whether cache files will have few extents.
 fn extents_check(subject: &Subject<'_>, dir: &Path, is_cache: bool, stat: &Statfs) -> Option<Check> {
-    if stat.filesystem_type().0 as u32 != XFS_MAGIC {
+    if stat.filesystem_type() != XFS_SUPER_MAGIC {
         return None;
     }
     let hint = |dir: &PathBuf| extsize::hinted(File::open(dir).ok()?).ok().flatten();
@@ -166,7 +160,7 @@ fn space_check(room: &Room, limits: &CullLimits) -> Check {
 /// what is there changes all the time.
 fn objects_check(dir: &Path, budget_bytes: Option<u64>) -> Check {
     const ID: &str = "cache-objects";
-    let holders = find_holders(Path::new(DEVICE));
+    let holders = find_holders(DEFAULT_DEVNODE.as_ref());
     if !holders.is_empty() {
         return Check::ok(ID, format!("not looked at while the device is in use by {}", describe(&holders)));
     }
@@ -267,8 +261,8 @@ mod tests {
         let found = checks(&subject(&dir, &CullLimits::default()));
         assert!(!dir.exists());
         assert!(matches!(found.len(), 4 | 5) || found[0].status == Status::Fail, "{found:?}");
-        assert_eq!(kind_check(XFS_MAGIC).status, Status::Ok);
-        assert_eq!(kind_check(1).status, Status::Warn);
+        assert_eq!(kind_check(XFS_SUPER_MAGIC).status, Status::Ok);
+        assert_eq!(kind_check(FsType(1)).status, Status::Warn);
         assert_eq!(block_check(1024).status, Status::Warn);
     }
 }

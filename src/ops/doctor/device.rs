@@ -8,7 +8,8 @@ use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
 use super::features::{Driver, Kernel};
-use super::{Check, DEVICE, Verdict, read};
+use super::{Check, Verdict, read};
+use crate::front::cachefiles::DEFAULT_DEVNODE;
 use crate::ops::processes::{Process, describe, find_holders, find_waiting};
 
 /// `CAP_IPC_LOCK` of include/uapi/linux/capability.h.
@@ -42,7 +43,7 @@ pub enum Node {
 /// Looks at the device node and the rights of this process.
 #[must_use]
 pub fn checks(kernel: &Kernel) -> Vec<Check> {
-    let path = Path::new(DEVICE);
+    let path = Path::new(DEFAULT_DEVNODE);
     let node = match fs::metadata(path) {
         Err(_) => Node::Missing,
         Ok(meta) if !meta.file_type().is_char_device() => Node::NotADevice,
@@ -63,33 +64,36 @@ pub fn checks(kernel: &Kernel) -> Vec<Check> {
 fn node_check(node: &Node, driver: &Driver) -> Check {
     const ID: &str = "device";
     match (node, driver) {
-        (Node::Device(Ok(())), _) => Check::ok(ID, format!("{DEVICE} may be opened")),
+        (Node::Device(Ok(())), _) => Check::ok(ID, format!("{DEFAULT_DEVNODE} may be opened")),
         (Node::Device(Err(errno)), _) => Check::fail(
             ID,
             Verdict::NotPermitted,
-            format!("{DEVICE} may not be read and written: {errno}"),
+            format!("{DEFAULT_DEVNODE} may not be read and written: {errno}"),
             "run as root, or give this user the device (chown); the capability below is needed as well",
         ),
         (Node::NotADevice, _) => Check::fail(
             ID,
             Verdict::Unavailable,
-            format!("{DEVICE} is no device"),
-            format!("remove it, then load the driver again: modprobe -r cachefiles; modprobe cachefiles ({DEVICE} is made by it)"),
+            format!("{DEFAULT_DEVNODE} is no device"),
+            format!("remove it, then load the driver again: modprobe -r cachefiles; modprobe cachefiles ({DEFAULT_DEVNODE} is made by it)"),
         ),
         (Node::Missing, Driver::Running) => Check::fail(
             ID,
             Verdict::Unavailable,
-            format!("{DEVICE} is missing although the driver is there"),
+            format!("{DEFAULT_DEVNODE} is missing although the driver is there"),
             "in a container: pass the device in; elsewhere: mount devtmpfs on /dev, or mknod it with major 10 and the minor number from /proc/misc",
         ),
         (Node::Missing, Driver::Loadable(_)) => Check::warn(
             ID,
-            format!("{DEVICE} is missing because the driver is not loaded"),
+            format!("{DEFAULT_DEVNODE} is missing because the driver is not loaded"),
             "modprobe cachefiles; at every boot: a line 'cachefiles' in /etc/modules-load.d/infill.conf",
         ),
-        (Node::Missing, Driver::Absent) => {
-            Check::fail(ID, Verdict::Unavailable, format!("{DEVICE} is missing, and so is its driver"), "see the line on cachefiles above")
-        }
+        (Node::Missing, Driver::Absent) => Check::fail(
+            ID,
+            Verdict::Unavailable,
+            format!("{DEFAULT_DEVNODE} is missing, and so is its driver"),
+            "see the line on cachefiles above",
+        ),
     }
 }
 

@@ -29,9 +29,6 @@ use crate::front::cachefiles::CullLimits;
 use crate::ops::exit;
 use crate::store::{SourceMode, StoreSpec, open_store};
 
-/// The device of the cachefiles front end.
-pub const DEVICE: &str = "/dev/cachefiles";
-
 /// How a check ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 #[serde(rename_all = "lowercase")]

@@ -3,6 +3,13 @@
 //! A scheduler picks at random what happens next: a message is delivered, an operation ends (well or not), a
 //! reader goes on or dies, a blob is unmounted, time passes, the daemon crashes. After every step the rules
 //! of `check` must hold. At last the faults end, and everything must come to rest with nothing left.
+//!
+//! ```text
+//!   setup     a seed -> a world                  daemon    messages in, answers out
+//!   steps     what happens next                  shard     a real machine, with slots and sinks that are none
+//!   io        how operations end                 check     the rules
+//!   sources   the same when nothing is injected  sabotage  mistakes on purpose, which the rules must find
+//! ```
 
 mod check;
 mod daemon;

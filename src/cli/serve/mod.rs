@@ -1,5 +1,7 @@
 //! `infill serve`: the daemon.
 
+mod front;
+
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -11,8 +13,9 @@ use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
+use self::front::Opened;
 use super::Failure;
-use crate::config::{Config, FrontEndKind, Options};
+use crate::config::{Config, Options};
 use crate::engine::buffers::Pages;
 use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
@@ -20,10 +23,11 @@ use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
-use crate::front::cachefiles::{BindOptions, CullLimits, Device};
-use crate::front::sim::socket::SocketFront;
+use crate::front::cachefiles::Device;
+use crate::mount::Service;
+use crate::mount::control::{self, Listener};
 use crate::ops::confine::{self, Kept, Mode, User};
-use crate::ops::keep::{Keep, KeepError, KeepMode};
+use crate::ops::keep::Keep;
 use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
@@ -79,33 +83,38 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
-    let claimed = claim(&config)?;
+    let claimed = front::claim(&config)?;
     let user = become_user(&config)?;
     let store = open_stores(&config)?;
-    let Opened { front, device, limits, mut keep } = open_front(&config, claimed, sim_socket)?;
+    let mut opened = Opened::new(&config, claimed, sim_socket)?;
     let remembered = Arc::new(Remembered::open(&config.cache_dir));
     remembered.tidy();
-    seed(&config, &*store, &remembered);
+    if opened.device.is_some() {
+        seed(&config, &*store, &remembered);
+    }
     // What it looks up on this host cannot be read later.
-    let space = space::Settings::new(&config.cache_dir, limits, config.cache_bytes);
+    let space = space::Settings::new(&config.cache_dir, opened.limits, config.cache_bytes);
     let seats = placement::seats();
+    let listener = opened.blobs.as_ref().map(|_| control::listen(&config.state_dir)).transpose().map_err(no_control)?;
     let store = confine_to(&config, user.as_ref(), store)?;
-    let (steward, no_room) = start_steward(space, device)?.unzip();
+    let (steward, no_room) = start_steward(space, opened.device.take())?.unzip();
     if user.is_some() {
         confine::drop_cache_powers().map_err(|why| Failure::new(exit::FAILED, format!("cannot give up capabilities: {why}")))?;
     }
     let (tracer, printer) = start_tracer(trace_requests)?;
-    let leave_rest = is_kept(keep.as_ref());
+    let leave_rest = is_kept(opened.keep.as_ref());
     let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
-    let engine = start_engine(&front, &store, &settings)?;
+    let engine = start_engine(&opened.fronts, &store, &settings)?;
     seal(&config);
-    announce(&config, &*front, &engine, keep.as_ref());
+    let mounts = start_mounts(&config, &opened, &engine, store, listener)?;
+    announce(&config, &opened, &engine);
     let started = engine.started().clone();
-    let result = serve(&config, engine, steward.as_ref(), &signals, &*front, keep.as_mut());
+    let result = serve(&config, engine, steward.as_ref(), &signals, &mut opened);
+    mounts.inspect(|mounts| mounts.save());
     finish(printer);
     let space = steward.map(Steward::stop);
     // If nobody else keeps the device, the kernel now fails what still waits, and unbinds.
-    drop(front);
+    drop(opened);
     report(&started, result, space, json)
 }
 
@@ -114,71 +123,9 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
     Ok(Arc::new(stores))
 }
 
-/// Makes this process the one that serves this kernel; with the rights of whoever starts it, whose directory that is.
-fn claim(config: &Config) -> Result<Option<Keep>, Failure> {
-    if config.front_end == FrontEndKind::Sim {
-        return Ok(None);
-    }
-    Keep::claim(&config.state_dir).map(Some).map_err(|error| Failure::new(error.exit_code(), error))
-}
-
-/// A front end.
-struct Opened {
-    front: Arc<dyn FrontEnd>,
-    /// The device, if that is what it is.
-    device: Option<Arc<Device>>,
-    /// The culling limits that it is bound with.
-    limits: CullLimits,
-    /// The hold on it that outlives this process.
-    keep: Option<Keep>,
-}
-
-/// The kernel interface, and for the one of a real kernel the hold on it that outlives this process.
-fn open_front(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -> Result<Opened, Failure> {
-    match (claimed, sim_socket) {
-        (None, Some(0)) => {
-            let front = SocketFront::from_stdin(&config.cache_dir)
-                .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-            Ok(Opened { front: Arc::new(front), device: None, limits: config.cull, keep: None })
-        }
-        (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
-        (Some(mut keep), _) => {
-            let mut options = BindOptions::new(&config.cache_dir);
-            options.tag.clone_from(&config.tag);
-            options.secctx.clone_from(&config.secctx);
-            options.limits = config.cull;
-            options.xfs_extent_bytes = config.xfs_extent_bytes;
-            let (device, limits) = open_device(config, &options, &mut keep)?;
-            Ok(Opened { front: Arc::clone(&device) as Arc<dyn FrontEnd>, device: Some(device), limits, keep: Some(keep) })
-        }
-    }
-}
-
-/// Takes over the device that an earlier daemon had, or binds it. Gives also the culling limits that it has.
-fn open_device(config: &Config, options: &BindOptions, keep: &mut Keep) -> Result<(Arc<Device>, CullLimits), Failure> {
-    let failed = |error: KeepError| Failure::new(error.exit_code(), error);
-    let opened = match keep.find().map_err(failed)? {
-        Some(kept) => Device::take_over(kept, options, &keep.noted_cache())
-            .inspect(|_| tracing::info!("took over the device of an earlier daemon: mounted images go on, unanswered requests come again"))
-            .map(|device| (device, keep.limits_of_kept(options.limits))),
-        None => Device::bind(options).inspect(|_| keep.note_limits(&options.limits)).map(|device| (device, options.limits)),
-    };
-    let (device, limits) = opened.map_err(|error| Failure::new(error.exit_code(), error))?;
-    // A kernel that does not repeat requests would leave readers and mounts hanging, for whom errors are better.
-    let mode = if device.caps().reopens { config.keep } else { KeepMode::Off };
-    match keep.hold(mode, device.requests(), &config.cache_dir) {
-        Err(error) if mode == KeepMode::Auto => tracing::warn!("nobody keeps the device over a restart: {error}"),
-        result => result.map_err(failed)?,
-    }
-    Ok((device, limits))
-}
-
 /// Shares the blobs that are configured with the cache: after binding, when the cache is checked and ours, and before
 /// requests are answered. Whatever cannot be shared is read on demand, so nothing here keeps it from serving.
 fn seed(config: &Config, store: &dyn Store, remembered: &Remembered) {
-    if config.front_end == FrontEndKind::Sim {
-        return;
-    }
     for key in &config.seed {
         let Seeding { fate, len_bytes, .. } = seed_key(store, &config.cache_dir, remembered, key);
         match fate {
@@ -259,11 +206,30 @@ fn engine_settings(config: &Config, raised: Raised, seats: Vec<Seat>) -> Result<
     })
 }
 
-fn start_engine(front: &Arc<dyn FrontEnd>, store: &Arc<dyn Store>, settings: &Settings) -> Result<Engine, Failure> {
-    Engine::start(front, store, settings).map_err(|error| {
+fn start_engine(fronts: &[Arc<dyn FrontEnd>], store: &Arc<dyn Store>, settings: &Settings) -> Result<Engine, Failure> {
+    Engine::start_all(fronts, store, settings).map_err(|error| {
         let code = if matches!(error, EngineError::NoRing(_)) { exit::UNAVAILABLE } else { exit::FAILED };
         Failure::new(code, error)
     })
+}
+
+fn no_control(error: std::io::Error) -> Failure {
+    Failure::new(exit::FAILED, format!("no verb can talk to the daemon: {error}; see the state directory"))
+}
+
+/// Starts to do what verbs ask for, where images are mounted from files.
+fn start_mounts(
+    config: &Config,
+    opened: &Opened,
+    engine: &Engine,
+    store: Arc<dyn Store>,
+    listener: Option<Listener>,
+) -> Result<Option<Arc<Service>>, Failure> {
+    let Some((blobs, listener)) = opened.blobs.as_ref().zip(listener) else { return Ok(None) };
+    let patience = config.open_timeout + config.request_timeout;
+    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, patience));
+    service.watch().and_then(|()| listener.serve(Arc::clone(&service))).map_err(no_control)?;
+    Ok(Some(service))
 }
 
 /// Whether somebody has the device when this process ends.
@@ -273,8 +239,8 @@ fn is_kept(keep: Option<&Keep>) -> bool {
 
 /// Says that requests are being answered: in the log, to the service manager, and on standard output for whoever waits
 /// for it.
-fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine, keep: Option<&Keep>) {
-    let started = engine.started();
+fn announce(config: &Config, opened: &Opened, engine: &Engine) {
+    let (front, keep, started) = (opened.front(), opened.keep.as_ref(), engine.started());
     if started.kind == "blocking" && started.detail != "as set" {
         tracing::warn!("serving with blocking threads: {}", started.detail);
     }
@@ -292,7 +258,7 @@ fn announce(config: &Config, front: &dyn FrontEnd, engine: &Engine, keep: Option
         kept_by = keep.and_then(Keep::by).unwrap_or("nobody"),
         "serving"
     );
-    if !caps.reopens {
+    if opened.blobs.is_none() && !caps.reopens {
         tracing::warn!(
             "this kernel cannot repeat requests to a new daemon, so the device is not kept: if infill ends, for whatever reason, mounted images give I/O errors until they are mounted anew; Linux 6.1.95, 6.6.35 and 6.8 can"
         );
@@ -308,13 +274,12 @@ fn serve(
     engine: Engine,
     steward: Option<&Steward>,
     signals: &Signals,
-    front: &dyn FrontEnd,
-    mut keep: Option<&mut Keep>,
+    opened: &mut Opened,
 ) -> Result<Snapshot, EngineError> {
     while !engine.has_failed() {
-        if wait_for(signals, &engine, keep.as_deref()) {
-            keep.iter_mut().for_each(|keep| renew(keep, front));
-            engine.leave_rest(is_kept(keep.as_deref()));
+        if wait_for(signals, &engine, opened.keep.as_ref()) {
+            opened.renew();
+            engine.leave_rest(is_kept(opened.keep.as_ref()));
         }
         match signals.next() {
             Some(Event::Stop) => {
@@ -326,7 +291,7 @@ fn serve(
             None => {}
         }
     }
-    say_what_becomes(engine.snapshot().objects, keep.as_deref());
+    say_what_becomes(engine.snapshot().objects, opened.keep.as_ref());
     engine.stop(config.drain_timeout, || signals.next() == Some(Event::Stop))
 }
 
@@ -343,14 +308,6 @@ fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
             "images are still mounted: what they have not read yet gives I/O errors until infill serves again and they are mounted anew"
         ),
         None => {}
-    }
-}
-
-/// Starts another keeper.
-fn renew(keep: &mut Keep, front: &dyn FrontEnd) {
-    match keep.renew(front.requests()) {
-        Ok(keepers) => tracing::warn!("a keeper has died; the device is kept by {keepers} now"),
-        Err(error) => tracing::error!("the last keeper has died, and no other keeps the device over a restart now: {error}"),
     }
 }
 
