@@ -8,11 +8,14 @@ use std::io;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use memmap2::MmapRaw;
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use serde::Serialize;
 
+use crate::front::{MESSAGE_MAX_BYTES, MESSAGES_MAX};
 use crate::range::page_bytes;
 use crate::store::SourceFile;
 
@@ -21,6 +24,8 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// `MADV_COLLAPSE` (include/uapi/asm-generic/mman-common.h, Linux 6.1): makes huge pages of what is there, or says that
 /// it cannot. Not every C library knows it.
 const MADV_COLLAPSE: libc::c_int = 25;
+/// Unit in which messages are zeroed.
+const WORD_BYTES: usize = size_of::<u64>();
 
 /// What a region lies in. Huge pages spare the processor look-ups of addresses, and the kernel
 /// pages to count in each operation; small ones work as well.
@@ -192,10 +197,40 @@ impl Buffers {
     }
 }
 
+/// Where messages are read into: those of a batch lie one behind the other.
 #[derive(Debug)]
+pub(super) struct Messages(Owner);
+
+impl Messages {
+    /// In `given` memory if there is some (see [`crate::front::FrontEnd::message_memory`]).
+    ///
+    /// # Errors
+    /// No memory, or too little was given.
+    pub(super) fn new(given: Option<Arc<MmapRaw>>) -> io::Result<Self> {
+        let len = MESSAGES_MAX as usize * MESSAGE_MAX_BYTES;
+        match given {
+            None => Ok(Self(Owner::Region(Arc::new(Region::new(len)?)))),
+            Some(map) if map.len() >= len => Ok(Self(Owner::Given(map))),
+            Some(_) => Err(Errno::ENOBUFS.into()),
+        }
+    }
+
+    /// Where message `n` of a batch comes to lie.
+    ///
+    /// # Panics
+    /// If a batch has none of that number.
+    pub(super) fn slot(&self, n: u32) -> Memory {
+        assert!(n < MESSAGES_MAX, "message outside of its batch");
+        Memory { owner: self.0.clone(), offset: n as usize * MESSAGE_MAX_BYTES, len: MESSAGE_MAX_BYTES }
+    }
+}
+
+#[derive(Clone, Debug)]
 enum Owner {
     Region(Arc<Region>),
     File(Arc<SourceFile>),
+    /// Of a front end, for messages.
+    Given(Arc<MmapRaw>),
 }
 
 /// A piece of memory for one operation.
@@ -220,6 +255,7 @@ impl Memory {
         match &self.owner {
             Owner::Region(region) => region.base.as_ptr().cast::<u8>().wrapping_add(self.offset),
             Owner::File(file) => file.map.as_ref().map_or(std::ptr::null_mut(), |map| map.as_mut_ptr().wrapping_add(self.offset)),
+            Owner::Given(map) => map.as_mut_ptr().wrapping_add(self.offset),
         }
     }
 
@@ -233,7 +269,7 @@ impl Memory {
     pub(super) const fn file(&self) -> Option<&Arc<SourceFile>> {
         match &self.owner {
             Owner::File(file) => Some(file),
-            Owner::Region(_) => None,
+            Owner::Region(_) | Owner::Given(_) => None,
         }
     }
 
@@ -242,6 +278,19 @@ impl Memory {
         // SAFETY: the memory is alive as long as `self` and long enough (checked when it was made, and here), the kernel
         // has initialised all of it, and it belongs to this operation, which has ended: nobody writes to it.
         unsafe { std::slice::from_raw_parts(self.ptr(), len.min(self.len)) }
+    }
+
+    /// The message that a read with this result has put there was handed on: who finds given memory when this process is dead
+    /// must not find the message too. Its first word goes first, so that a death in between leaves none that is half one.
+    pub(super) fn consume(&self, result: i32) {
+        let Owner::Given(_) = self.owner else { return };
+        let len = usize::try_from(result).unwrap_or(0).min(self.len).next_multiple_of(WORD_BYTES);
+        for at in (0..len).step_by(WORD_BYTES) {
+            let word = self.ptr().wrapping_add(at).cast::<u64>();
+            // SAFETY: the word lies inside of the memory, which is alive as long as `self` and begins on a word, as its slots do.
+            // The operation that it belongs to has ended, so the kernel does not write there.
+            unsafe { AtomicU64::from_ptr(word) }.store(0, Ordering::Release);
+        }
     }
 
     /// Whether it lies in the region that [`Buffers::whole`] describes.

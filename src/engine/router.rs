@@ -11,11 +11,11 @@ use super::fds::{Charge, Evictor};
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
 use super::{Shared, clock::Clock};
-use crate::front::{Caps, FrontEnd, FrontError, ObjectId, OpenRequest, Outcome, Request};
+use crate::front::{Caps, FrontEnd, FrontError, MESSAGES_MAX, ObjectId, OpenRequest, Outcome, Request};
 use nix::errno::Errno;
 
 /// Messages read at a time at most.
-pub(super) const BATCH_MAX: u32 = 64;
+pub(super) const BATCH_MAX: u32 = MESSAGES_MAX;
 /// From so many answers in a turn on their readers are expected to ask again at once.
 const AGAIN_MIN: u32 = 4;
 /// Requests for data that may wait for their answer at a time. Beyond it nothing is read from the kernel,

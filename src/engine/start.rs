@@ -8,7 +8,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::blocking::Blocking;
-use super::buffers::{Buffers, Pages};
+use super::buffers::{Buffers, Messages, Pages};
 use super::clock::Clock;
 use super::entry::Entry;
 use super::fds::{Budget, Evictor, Offer};
@@ -24,7 +24,7 @@ use super::router::{BATCH_MAX, Router};
 use super::shard::{Intake, Parts, Shard};
 use super::stats::Snapshot;
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
-use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES};
+use crate::front::{Caps, FrontEnd};
 use crate::store::Store;
 
 /// Pause between two looks at whether the shards have ended.
@@ -328,10 +328,11 @@ impl Plan {
         buffers: Buffers,
         threads: Option<u32>,
     ) -> Result<(), EngineError> {
-        let intake = match self.source.map(|source| (source, Buffers::new(BATCH_MAX, MESSAGE_MAX_BYTES))) {
+        let messages = |source: (Arc<dyn FrontEnd>, Router)| (Messages::new(source.0.message_memory()), source);
+        let intake = match self.source.map(messages) {
             None => None,
-            Some(((front, router), Ok(messages))) => Some(Intake { front, router, messages }),
-            Some((_, Err(error))) => return drop_report(report, EngineError::Resources(error)),
+            Some((Ok(messages), (front, router))) => Some(Intake { front, router, messages }),
+            Some((Err(error), _)) => return drop_report(report, EngineError::Resources(error)),
         };
         let caps = self.caps;
         let limits = Limits {

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use memmap2::MmapRaw;
 use nix::errno::Errno;
 
 use crate::key::Key;
@@ -219,6 +220,9 @@ impl Default for Caps {
 /// Room that one message of any front end needs.
 pub const MESSAGE_MAX_BYTES: usize = 1024;
 
+/// Messages that are read at a time at most.
+pub const MESSAGES_MAX: u32 = 64;
+
 /// One source of requests of a kernel interface. It delivers messages by read(2) and understands them; who reads, when
 /// and how many at a time is the engine's business.
 pub trait FrontEnd: Send + Sync {
@@ -232,6 +236,13 @@ pub trait FrontEnd: Send + Sync {
     /// [`Caps::events_per_read`] of them at most, or finds none, and never waits (`O_NONBLOCK` is set). It polls readable
     /// when there may be one.
     fn requests(&self) -> BorrowedFd<'_>;
+
+    /// Memory of its own for messages, [`MESSAGES_MAX`] of [`MESSAGE_MAX_BYTES`] at least, if it wants to know what was read
+    /// when this process is dead. A message lies at the beginning of its part from the moment it is read until
+    /// [`FrontEnd::parse`] has returned; then the part is zeroed, its first word first.
+    fn message_memory(&self) -> Option<Arc<MmapRaw>> {
+        None
+    }
 
     /// Adds the requests in what one read gave to `requests`; `false` if there was nothing to read. What was read is this
     /// process's to answer (and an open's descriptor its to close), so every result must come here, in the order of the

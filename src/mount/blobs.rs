@@ -1,13 +1,13 @@
 //! The groups, and the blobs that they are asked for: what is made before an image can be mounted.
 
-use std::collections::{HashMap, hash_map};
+use std::collections::HashMap;
 use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,10 +18,11 @@ use crate::engine::Entry;
 use crate::front::fanotify::{BlobFile, Group, map};
 use crate::front::{Answer, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Sink, Ticket};
 use crate::key::Key;
+use crate::ops::bag::Bag;
 use crate::store::{Blob, Store, StoreError};
 
 /// Blobs' files in the cache directory.
-const BLOBS_DIR: &str = "blobs";
+pub(super) const BLOBS_DIR: &str = "blobs";
 /// Only ours: whoever reads a blob's file beside a mount has it filled.
 const DIR_MODE: u32 = 0o700;
 /// Name of the two answers that a blob waits for.
@@ -30,19 +31,27 @@ const TOKEN: u64 = 0;
 /// See the module's description.
 #[derive(Debug)]
 pub struct Blobs {
-    dir: PathBuf,
-    boot_id: String,
-    groups: Vec<Arc<Group>>,
-    next: AtomicU32,
-    served: Mutex<HashMap<String, Served>>,
+    pub(super) dir: PathBuf,
+    pub(super) boot_id: String,
+    pub(super) groups: Vec<Arc<Group>>,
+    pub(super) next: AtomicU32,
+    pub(super) served: Mutex<All>,
+    /// What another process needs to go on.
+    pub(super) bag: Mutex<Bag>,
 }
+
+/// Blobs that are served, by the names of their files.
+pub(super) type All = HashMap<String, Served>;
 
 /// A blob that is served.
 #[derive(Debug)]
-struct Served {
-    file: Arc<BlobFile>,
+pub(super) struct Served {
+    pub(super) file: Arc<BlobFile>,
+    pub(super) key: Key,
+    /// The engine knows it, or nobody has to.
+    pub(super) opened: bool,
     /// Who is about to mount it.
-    pins: usize,
+    pub(super) pins: usize,
 }
 
 /// A blob that is ready to be mounted, and stays so until this is dropped; after that, as long as it is mounted.
@@ -88,6 +97,9 @@ pub enum BlobsError {
         /// Why not.
         errno: Errno,
     },
+    /// Nothing can outlive the process, or what an earlier one has left is of no use.
+    #[error("fanotify: cannot keep files watched over a restart: {0}; see RLIMIT_NOFILE, and infill release")]
+    Bag(#[source] io::Error),
     /// The cache directory cannot be used.
     #[error("cannot use {} as a cache directory: {source}", dir.display())]
     Dir {
@@ -149,6 +161,14 @@ pub enum AttachError {
         /// Why not.
         errno: Errno,
     },
+    /// It could not be kept over a restart, and nothing is served that is not.
+    #[error("cannot keep {key} watched over a restart: {source}; raise LimitNOFILE=")]
+    Unkept {
+        /// What.
+        key: Key,
+        /// Why not.
+        source: io::Error,
+    },
     /// It did not answer.
     #[error("{0} was not brought in time; see whether its store can be read, and request_timeout_ms")]
     TimedOut(Key),
@@ -187,6 +207,43 @@ impl Answer for Waiter {
     }
 }
 
+/// An open that the engine has not answered yet.
+pub(super) struct Opening {
+    engine: Entry,
+    answer: Receiver<Outcome>,
+    file: Arc<BlobFile>,
+    key: Key,
+}
+
+impl Opening {
+    /// Has the engine open a blob whose store was looked at.
+    pub(super) fn begin(engine: &Entry, served: &Served) -> Self {
+        let (answers, answer) = sync_channel(1);
+        let Served { file, key, .. } = served;
+        let ticket = Ticket::new(Arc::new(Waiter { answers, file: Arc::clone(file) }) as Arc<dyn Answer>, TOKEN);
+        engine.open(OpenRequest { object: file.object(), key: key.clone(), ticket, sink: Arc::clone(file) as Arc<dyn Sink> });
+        Self { engine: engine.clone(), answer, file: Arc::clone(file), key: key.clone() }
+    }
+
+    /// Waits until it is open.
+    pub(super) fn end(self, patience: Duration) -> Result<(), AttachError> {
+        let opened = wait(&self.answer, &self.key, patience).and_then(|outcome| match outcome {
+            Outcome::Opened { len_bytes } if len_bytes == self.file.len_bytes() => Ok(()),
+            Outcome::Failed(errno) => Err(AttachError::Refused { key: self.key.clone(), errno }),
+            _ => Err(AttachError::Refused { key: self.key.clone(), errno: Errno::ESTALE }),
+        });
+        // It may be open all the same.
+        opened.inspect_err(|_| self.engine.close(self.file.object()))
+    }
+}
+
+fn wait(answer: &Receiver<Outcome>, key: &Key, patience: Duration) -> Result<Outcome, AttachError> {
+    answer.recv_timeout(patience).map_err(|error| match error {
+        RecvTimeoutError::Timeout => AttachError::TimedOut(key.clone()),
+        RecvTimeoutError::Disconnected => AttachError::Refused { key: key.clone(), errno: Errno::ECANCELED },
+    })
+}
+
 impl Blobs {
     /// Groups for so many shards, and what they serve from now on, kept in `dir`.
     ///
@@ -199,8 +256,12 @@ impl Blobs {
         let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
         DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir).map_err(unusable)?;
         let boot_id = map::boot_id().map_err(unusable)?;
+        let bag = Bag::new().map_err(BlobsError::Bag)?;
         groups[0].can_watch(&dir).map_err(unusable)?.map_err(|errno| BlobsError::NoEvents { dir: dir.clone(), errno })?;
-        Ok(Self { dir, boot_id, groups, next: AtomicU32::new(0), served: Mutex::default() })
+        let (next, served, bag) = (AtomicU32::new(0), Mutex::default(), Mutex::new(bag));
+        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        blobs.pack(&All::new()).map_err(BlobsError::Bag)?;
+        Ok(blobs)
     }
 
     /// The sources of requests, one for each shard.
@@ -226,13 +287,15 @@ impl Blobs {
         let name = name_of(key, &*blob);
         // One at a time: two mounts of one blob share what the first one made.
         let mut all = self.served();
-        let served = match all.entry(name) {
-            hash_map::Entry::Occupied(served) => served.into_mut(),
-            hash_map::Entry::Vacant(place) => {
-                let file = self.make(engine, place.key(), key, &*blob, patience)?;
-                place.insert(Served { file, pins: 0 })
-            }
-        };
+        if !all.contains_key(&name) {
+            self.make(&mut all, engine, &name, key, &*blob, patience)?;
+        }
+        let served = all.get_mut(&name).ok_or_else(|| AttachError::NotFound(key.clone()))?;
+        if !served.opened {
+            // Restored, but its store was not there then.
+            Opening::begin(engine, served).end(patience)?;
+            served.opened = true;
+        }
         served.pins += 1;
         let file = Arc::clone(&served.file);
         drop(all);
@@ -243,54 +306,54 @@ impl Blobs {
         Ok(pinned)
     }
 
-    /// Opens the blob's file, and has it served if something is missing.
-    fn make(&self, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<Arc<BlobFile>, AttachError> {
+    /// Opens the blob's file, and has it served if something is missing. From when the file is watched on, another process
+    /// can go on with it.
+    fn make(&self, all: &mut All, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<(), AttachError> {
         let object = ObjectId(self.next.fetch_add(1, Ordering::Relaxed));
-        let group = &self.groups[engine.owner(object)];
+        let group = self.group(object);
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
         let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
-        let file = Arc::new(file);
+        let served = Served { file: Arc::new(file), key: key.clone(), opened: true, pins: 0 };
+        let file = Arc::clone(&served.file);
         if file.map().is_full() || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed)? {
-            return Ok(file);
+            all.insert(name.to_owned(), served);
+            return Ok(());
         }
-        let ask = |ticket| engine.open(OpenRequest { object, key: key.clone(), ticket, sink: Arc::clone(&file) as Arc<dyn Sink> });
-        match self.ask(&file, key, patience, ask)? {
-            Outcome::Opened { len_bytes } if len_bytes == blob.len_bytes() => {}
-            Outcome::Failed(errno) => return Err(AttachError::Refused { key: key.clone(), errno }),
-            _ => return Err(AttachError::Refused { key: key.clone(), errno: Errno::ESTALE }),
-        }
-        let marked = group.mark(file.as_fd(), object, blob.len_bytes());
-        marked.map(|()| Arc::clone(&file)).map_err(|errno| {
+        Opening::begin(engine, &served).end(patience)?;
+        all.insert(name.to_owned(), served);
+        let kept = self.pack(all).map_err(|source| AttachError::Unkept { key: key.clone(), source });
+        let mark = || group.mark(file.as_fd(), object, blob.len_bytes());
+        kept.and_then(|()| mark().map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })).inspect_err(|_| {
             file.unwatch();
             engine.close(object);
-            AttachError::Mark { path: file.path().to_owned(), errno }
+            all.remove(name);
+            self.repack(all);
         })
+    }
+
+    /// Whose events are about an object.
+    pub(super) fn group(&self, object: ObjectId) -> &Arc<Group> {
+        &self.groups[object.0 as usize % self.groups.len()]
     }
 
     /// Brings all of a blob.
     fn bring(&self, engine: &Entry, file: &Arc<BlobFile>, key: &Key, len_bytes: u64, patience: Duration) -> Result<(), AttachError> {
-        let ask = |ticket| engine.need(NeedRequest { object: file.object(), range: 0..len_bytes, ticket });
-        match self.ask(file, key, patience, ask)? {
+        let (answers, answer) = sync_channel(1);
+        let ticket = Ticket::new(Arc::new(Waiter { answers, file: Arc::clone(file) }) as Arc<dyn Answer>, TOKEN);
+        engine.need(NeedRequest { object: file.object(), range: 0..len_bytes, ticket });
+        match wait(&answer, key, patience)? {
             Outcome::Done => Ok(()),
             Outcome::Failed(errno) => Err(AttachError::Refused { key: key.clone(), errno }),
             Outcome::Opened { .. } => Err(AttachError::Refused { key: key.clone(), errno: Errno::EINVAL }),
         }
     }
 
-    fn ask(&self, file: &Arc<BlobFile>, key: &Key, patience: Duration, ask: impl FnOnce(Ticket)) -> Result<Outcome, AttachError> {
-        let (answers, answer) = sync_channel(1);
-        ask(Ticket::new(Arc::new(Waiter { answers, file: Arc::clone(file) }) as Arc<dyn Answer>, TOKEN));
-        answer.recv_timeout(patience).map_err(|error| match error {
-            RecvTimeoutError::Timeout => AttachError::TimedOut(key.clone()),
-            RecvTimeoutError::Disconnected => AttachError::Refused { key: key.clone(), errno: Errno::ECANCELED },
-        })
-    }
-
     /// Ends the service of blobs that nobody has mounted any more. Gives how many.
     pub fn release(&self, engine: &Entry) -> usize {
         let mut served = self.served();
         let before = served.len();
-        served.retain(|_, Served { file, pins }| {
+        // Who goes on before this is packed watches them again, and finds them unused too.
+        served.retain(|_, Served { file, pins, .. }| {
             let is_used = *pins > 0 || !file.is_unused();
             if !is_used {
                 file.unwatch();
@@ -298,7 +361,11 @@ impl Blobs {
             }
             is_used
         });
-        before - served.len()
+        let released = before - served.len();
+        if released > 0 {
+            self.repack(&served);
+        }
+        released
     }
 
     /// Makes durable what the blobs' files hold. Gives how many had something new.
@@ -313,14 +380,14 @@ impl Blobs {
         files.iter().filter(|file| saved(file)).count()
     }
 
-    fn served(&self) -> MutexGuard<'_, HashMap<String, Served>> {
+    pub(super) fn served(&self) -> MutexGuard<'_, All> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The name of a blob's file: another one for each blob that ever had this key, so that bytes of two never meet. A hash,
 /// because keys may be longer than file names.
-fn name_of(key: &Key, blob: &dyn Blob) -> String {
+pub(super) fn name_of(key: &Key, blob: &dyn Blob) -> String {
     let mut hash = Sha256::new();
     for part in [key.domain(), key.name(), format!("{:?}", blob.identity()).as_bytes()] {
         hash.update((part.len() as u64).to_le_bytes());

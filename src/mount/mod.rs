@@ -3,6 +3,8 @@
 //! | file | subject |
 //! |---|---|
 //! | `blobs` | the files of blobs: made, served, watched, let go |
+//! | `restore` | going on with what a dead daemon served |
+//! | `poisoned` | mounts that nobody watches |
 //! | `service` | what a daemon does for images |
 //! | `control` | how a verb asks a daemon |
 //! | `fsmount` | mounting EROFS from files |
@@ -10,8 +12,12 @@
 mod blobs;
 pub mod control;
 mod fsmount;
+mod poisoned;
+mod restore;
 mod service;
 
 pub use self::blobs::{AttachError, Blobs, BlobsError, Pinned};
 pub use self::fsmount::{FsMountError, Source, mount};
+pub use self::poisoned::{Poisoned, poisoned};
+pub use self::restore::Restored;
 pub use self::service::{Prepared, Service};

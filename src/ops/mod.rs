@@ -11,6 +11,7 @@
 //! | `processes`, `signals`, `log`, `exit` | the host's processes, and what passes between it and this one |
 //! | `erofs`, `extsize`, `reflink`, `xattr` | what file systems are asked beside reading and writing |
 
+pub mod bag;
 pub mod confine;
 pub mod doctor;
 pub mod erofs;

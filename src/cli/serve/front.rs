@@ -110,6 +110,7 @@ fn no_fanotify(error: &BlobsError) -> u8 {
     match error {
         BlobsError::NotPermitted => exit::NO_PERMISSION,
         BlobsError::NoGroup { .. } | BlobsError::NoEvents { .. } => exit::UNAVAILABLE,
+        BlobsError::Bag(_) => exit::FAILED,
         BlobsError::Dir { .. } => exit::BAD_CONFIGURATION,
     }
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::attached::{Attached, Target, is_whole};
-use super::buffers::{Buffers, Memory};
+use super::buffers::{Buffers, Memory, Messages};
 use super::clock::Clock;
 use super::fds::Offer;
 use super::fill::From;
@@ -26,7 +26,7 @@ use super::router::{BATCH_MAX, Router};
 use super::stats::{Gauges, ShardStats};
 use super::trace::Tracer;
 use super::{EngineError, Shared, probe};
-use crate::front::{Caps, FrontEnd, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Sink, Ticket};
+use crate::front::{Caps, FrontEnd, NeedRequest, ObjectId, Sink, Ticket};
 use crate::range::ByteRange;
 
 #[cfg(test)]
@@ -70,7 +70,7 @@ pub(super) struct Intake {
     pub(super) front: Arc<dyn FrontEnd>,
     pub(super) router: Router,
     /// Where messages are read into; those of a batch lie one behind the other.
-    pub(super) messages: Buffers,
+    pub(super) messages: Messages,
 }
 
 /// What a shard is made of.
@@ -178,7 +178,7 @@ impl<I: Io> Shard<I> {
             router.notice();
         }
         for n in 0..router.wanted(&**front, BATCH_MAX) {
-            let memory = messages.slot(n, 0, MESSAGE_MAX_BYTES);
+            let memory = messages.slot(n);
             let file = FileRef::plain(front.requests());
             self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory, then: None });
         }
@@ -426,7 +426,9 @@ impl<I: Io> Shard<I> {
         // Nobody but a receiver reads, and it is there as long as it reads.
         let Some(Intake { front, router, .. }) = &mut self.intake else { return Ok(()) };
         let read = usize::try_from(result).map(|len| memory.bytes(len)).map_err(|_| Errno::from_raw(-result));
-        router.take(&**front, read, now_ns).map_err(EngineError::Front)
+        let taken = router.take(&**front, read, now_ns);
+        memory.consume(result);
+        taken.map_err(EngineError::Front)
     }
 
     /// How long it may sleep: to the next deadline of a fill, and of the router if it is here.

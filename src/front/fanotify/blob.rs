@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -68,12 +69,36 @@ impl BlobFile {
         Ok(true)
     }
 
-    /// Gives the file its length.
+    /// The file of [`BlobFile::open`] in another process, which is dead: its descriptor was opened before the file was marked.
+    ///
+    /// # Errors
+    /// The directory or the file system; `ESTALE`: it has another file of that name.
+    pub fn restore(
+        dir: &Path,
+        name: &str,
+        file: OwnedFd,
+        len_bytes: u64,
+        boot_id: &str,
+        group: &Group,
+        object: ObjectId,
+    ) -> io::Result<Self> {
+        let (path, file) = (dir.join(name), File::from(file));
+        let (there, kept) = (std::fs::metadata(&path)?, file.metadata()?);
+        if (there.dev(), there.ino()) != (kept.dev(), kept.ino()) || kept.len() != align_up(len_bytes, PAGE_BYTES) {
+            return Err(Errno::ESTALE.into());
+        }
+        let map = File::options().read(true).write(true).open(path.with_extension(MAP_SUFFIX))?;
+        let map = PresenceMap::open(map, len_bytes, boot_id)?;
+        Ok(Self { path, file, map, group: group.inner(), object, len_bytes })
+    }
+
+    /// Gives the file its length, if it has another one: the kernel would ask about that too, once the file is marked.
     ///
     /// # Errors
     /// The file system.
     pub fn stretch(&self, len_bytes: u64) -> io::Result<()> {
-        self.file.set_len(align_up(len_bytes, PAGE_BYTES))
+        let len_bytes = align_up(len_bytes, PAGE_BYTES);
+        if self.file.metadata()?.len() == len_bytes { Ok(()) } else { self.file.set_len(len_bytes) }
     }
 
     /// Where it is.

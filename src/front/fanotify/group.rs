@@ -10,13 +10,17 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use memmap2::MmapRaw;
 use nix::errno::Errno;
 use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
 use nix::sys::stat::fstat;
 
+use super::journal::Journal;
 use super::map::PAGE_BYTES;
+use super::stale::{self, Stale};
 use super::wire::{self, Event, Events};
 use crate::front::{Answer, Caps, FrontEnd, FrontError, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Outcome, Request, Ticket};
 use crate::range::{ByteRange, align_up};
@@ -25,6 +29,8 @@ use crate::range::{ByteRange, align_up};
 #[expect(clippy::cast_possible_truncation, reason = "a few")]
 const EVENTS_PER_READ: u32 = (MESSAGE_MAX_BYTES / wire::EVENT_BYTES) as u32;
 
+/// What /proc shows as the file of a group.
+const GROUP_LINK: &str = "anon_inode:[fanotify]";
 /// Of a file that is made to see what the kernel does with it.
 const FILE_MODE: u32 = 0o600;
 
@@ -39,6 +45,11 @@ pub struct Group(Arc<Inner>);
 #[derive(Debug)]
 pub(super) struct Inner {
     fanotify: Fanotify,
+    journal: Journal,
+    /// Events of a dead process, until [`Group::resume`].
+    stale: Mutex<Option<Vec<Stale>>>,
+    /// For so many reasons no event is read now.
+    holds: AtomicUsize,
     /// The objects whose files are marked. One shard looks into it, once an event; others only when an image is mounted.
     objects: Mutex<HashMap<Inode, Known>>,
 }
@@ -57,7 +68,7 @@ impl Group {
     /// A new group.
     ///
     /// # Errors
-    /// `EPERM` without `CAP_SYS_ADMIN`, `EMFILE` beyond fs.fanotify.max_user_groups, `EINVAL` or `ENOSYS` on a kernel
+    /// No memory for its journal; `EPERM` without `CAP_SYS_ADMIN`, `EMFILE` beyond fs.fanotify.max_user_groups, `EINVAL` or `ENOSYS` on a kernel
     /// without fanotify's permission events.
     pub fn new() -> Result<Self, Errno> {
         let flags = InitFlags::FAN_CLASS_PRE_CONTENT
@@ -68,10 +79,67 @@ impl Group {
             | InitFlags::FAN_UNLIMITED_QUEUE
             | InitFlags::FAN_UNLIMITED_MARKS;
         let fanotify = Fanotify::init(flags, EventFFlags::O_RDONLY | EventFFlags::O_LARGEFILE | EventFFlags::O_CLOEXEC)?;
-        Ok(Self(Arc::new(Inner { fanotify, objects: Mutex::default() })))
+        let journal = Journal::new().map_err(|error| error.raw_os_error().map_or(Errno::ENOMEM, Errno::from_raw))?;
+        Ok(Self::with(fanotify, journal, None))
     }
 
-    /// Has the kernel ask before `file`, which is `object`, is read. Who opened it before that is not asked for.
+    /// Goes on with the group and the journal of a process that is dead, with what [`Group::kept`] gave there. No event is read
+    /// before [`Group::resume`].
+    ///
+    /// # Errors
+    /// They are not what they should be.
+    pub fn restore(group: OwnedFd, journal: OwnedFd) -> io::Result<Self> {
+        let kind = std::fs::read_link(format!("/proc/self/fd/{}", group.as_raw_fd()))?;
+        if kind.as_os_str() != GROUP_LINK {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        // SAFETY: it is a group, as has just been seen.
+        let fanotify = unsafe { Fanotify::from_owned_fd(group) };
+        let journal = Journal::open(journal)?;
+        let unanswered = journal.take_stock();
+        let stale = unanswered.into_iter().map(|event| Stale::reserve(event, journal.as_fd())).collect();
+        Ok(Self::with(fanotify, journal, Some(stale)))
+    }
+
+    fn with(fanotify: Fanotify, journal: Journal, stale: Option<Vec<Stale>>) -> Self {
+        let holds = stale.as_ref().map_or(0, |stale| 1 + stale.iter().filter(|stale| stale.is_in_the_way()).count());
+        let (stale, holds, objects) = (Mutex::new(stale), AtomicUsize::new(holds), Mutex::default());
+        Self(Arc::new(Inner { fanotify, journal, stale, holds, objects }))
+    }
+
+    /// What has to outlive the process, so that another one can go on: the group and its journal.
+    #[must_use]
+    pub fn kept(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>) {
+        (self.0.fanotify.as_fd(), self.0.journal.as_fd())
+    }
+
+    /// How many events a dead process has left, for [`Group::resume`].
+    #[must_use]
+    pub fn unanswered(&self) -> usize {
+        self.0.stale().as_ref().map_or(0, Vec::len)
+    }
+
+    /// `file` is `object`, of which a dead process was asked already. It is asked for again, unless it is complete.
+    ///
+    /// # Errors
+    /// As [`Group::mark`].
+    pub fn adopt(&self, file: BorrowedFd<'_>, object: ObjectId, len_bytes: u64, complete: bool) -> Result<(), Errno> {
+        self.mark(file, object, len_bytes)?;
+        if complete { self.0.complete(file) } else { Ok(()) }
+    }
+
+    /// When every object that can be served is: has `ask` bring what a dead process was asked for and did not answer. Events are
+    /// read from now on.
+    pub fn resume(&self, ask: impl Fn(NeedRequest)) {
+        let Some(stale) = self.0.stale().take() else { return };
+        let present = |known: &Known| if known.complete { 0 } else { known.len_bytes };
+        let objects: Vec<_> = self.0.objects().values().map(|known| (known.object, present(known))).collect();
+        stale.iter().for_each(|stale| stale::owe(&self.0, stale, &objects, &ask));
+        self.0.let_go();
+    }
+
+    /// Has the kernel ask before `file`, which is `object`, is read. Who opened it before that is not asked for. Its
+    /// events are answered from now on if the engine knows the object.
     ///
     /// # Errors
     /// `EOPNOTSUPP`: its file system has no such events; `EINVAL`: the kernel has none (before Linux 6.14).
@@ -118,6 +186,15 @@ impl Inner {
         }
     }
 
+    /// One reason less not to read events.
+    pub(super) fn let_go(&self) {
+        self.holds.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    fn stale(&self) -> MutexGuard<'_, Option<Vec<Stale>>> {
+        self.stale.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set_mark(&self, flags: MarkFlags, file: BorrowedFd<'_>) -> Result<(), Errno> {
         self.fanotify.mark(flags, MaskFlags::from_bits_retain(wire::PRE_ACCESS), file, None::<&Path>)
     }
@@ -128,8 +205,15 @@ impl Inner {
 
     /// Answers an event, then closes its descriptor: in this order, so that no other event gets its name before.
     fn respond(&self, event: OwnedFd, result: Result<(), Errno>) -> io::Result<bool> {
-        let given = nix::unistd::write(&self.fanotify, &wire::response(event.as_raw_fd(), result));
+        let given = self.give(event.as_raw_fd(), result);
         drop(event);
+        given
+    }
+
+    /// Answers the event of this number, and notes that. The number must not be free before.
+    pub(super) fn give(&self, number: RawFd, result: Result<(), Errno>) -> io::Result<bool> {
+        let given = nix::unistd::write(&self.fanotify, &wire::response(number, result));
+        self.journal.clear(number);
         match given {
             Ok(_) => Ok(true),
             // Nobody waits for an event of this name.
@@ -172,6 +256,14 @@ impl FrontEnd for Group {
         self.0.fanotify.as_fd()
     }
 
+    fn message_memory(&self) -> Option<Arc<MmapRaw>> {
+        Some(self.0.journal.messages())
+    }
+
+    fn settle(&self) -> bool {
+        self.0.holds.load(Ordering::Acquire) == 0
+    }
+
     fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
         let bytes = match read {
             Err(Errno::EAGAIN | Errno::EINTR) | Ok([]) => return Ok(false),
@@ -210,6 +302,11 @@ impl Group {
         if range.is_empty() {
             return self.0.respond(fd, Ok(())).map(drop).map_err(|error| format!("an answer was refused: {error}"));
         }
+        if !self.0.journal.note(fd.as_raw_fd(), object, &range) {
+            let number = fd.as_raw_fd();
+            let _ = self.0.respond(fd, Err(Errno::EIO));
+            return Err(format!("an event with the descriptor {number}, for which the journal has no room; its reader gets an error"));
+        }
         let token = u64::try_from(fd.into_raw_fd()).unwrap_or(u64::MAX);
         let ticket = Ticket::new(Arc::clone(&self.0) as Arc<dyn Answer>, token);
         requests.push(Request::Need(NeedRequest { object, range, ticket }));
@@ -234,7 +331,7 @@ impl Answer for Inner {
 
 /// Owns an event's descriptor. The number must come from an event that this process has read, or from the token of one, and
 /// only once from each.
-fn take_over(raw: RawFd) -> OwnedFd {
+pub(super) fn take_over(raw: RawFd) -> OwnedFd {
     // SAFETY: the kernel installed this number in our table for this event alone; from the event it went into at most one
     // token, and a token is answered once.
     unsafe { OwnedFd::from_raw_fd(raw) }

@@ -8,12 +8,16 @@
 //! |---|---|
 //! | `wire` | events and answers, as bytes |
 //! | `group` | a source of requests, for one shard |
+//! | `journal` | what has no answer yet, over the end of the process |
+//! | `stale` | events of a process that is dead |
 //! | `map` | what a file holds, over crashes and losses of power |
 //! | `blob` | a blob's file, as the engine's sink |
 
 mod blob;
 mod group;
+mod journal;
 pub mod map;
+mod stale;
 pub mod wire;
 
 pub use self::blob::BlobFile;
