@@ -163,7 +163,10 @@ fn check(name: &str, key: &Key, store: &dyn Store) -> Result<(), AttachError> {
 }
 
 /// Groups with their journals, and the rest.
-fn sort(items: Vec<Item>) -> io::Result<(Vec<(OwnedFd, OwnedFd)>, Vec<(Label, OwnedFd)>)> {
+type Sorted = (Vec<(OwnedFd, OwnedFd)>, Vec<(Label, OwnedFd)>);
+
+/// What is in a bag.
+fn sort(items: Vec<Item>) -> io::Result<Sorted> {
     let (mut groups, mut journals, mut files) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
     for (label, fd) in items {
         match serde_json::from_slice(&label)? {
