@@ -3,14 +3,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use nix::sys::stat::{SFlag, fstat};
-
 use super::Failure;
 use crate::config::{Config, FrontEndKind};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindError, BindOptions, CullLimits, Device};
 use crate::front::sim::socket::SocketFront;
-use crate::mount::{Blobs, BlobsError, Poisoned, Restored, poisoned};
+use crate::mount::{Blobs, BlobsError, Poisoned, Restored, is_bag, poisoned};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError, KeepMode};
 
@@ -54,7 +52,7 @@ impl Opened {
     fn of_kernel(config: &Config, mut keep: Keep) -> Result<Self, Failure> {
         let kept = keep.find().map_err(failed)?;
         match (config.front_end, kept) {
-            (FrontEndKind::Auto | FrontEndKind::Fanotify, Some(bag)) if is_socket(&bag) => Self::go_on(config, keep, bag),
+            (FrontEndKind::Auto | FrontEndKind::Fanotify, Some(bag)) if is_bag(&bag) => Self::go_on(config, keep, bag),
             (FrontEndKind::Fanotify, Some(_)) => {
                 let why = "what was kept over the restart is no bag of the fanotify front end: use --front-end auto, or unmount the images and give it up with `infill release`";
                 Err(Failure::new(exit::BAD_CONFIGURATION, why))
@@ -165,10 +163,6 @@ fn say_poisoned(config: &Config) {
             image.display()
         );
     }
-}
-
-fn is_socket(kept: &OwnedFd) -> bool {
-    fstat(kept).is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK)
 }
 
 fn failed(error: KeepError) -> Failure {

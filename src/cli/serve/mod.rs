@@ -301,13 +301,15 @@ fn serve(
             None => {}
         }
     }
-    say_what_becomes(engine.snapshot().objects, opened.keep.as_ref());
+    opened.keep.iter().for_each(Keep::stopping);
+    if !opened.blobs.as_ref().is_some_and(|blobs| blobs.is_idle()) {
+        say_what_becomes(engine.snapshot().objects, opened.keep.as_ref());
+    }
     engine.stop(config.drain_timeout, || signals.next() == Some(Event::Stop))
 }
 
 /// Says what becomes of images that are mounted when the daemon ends.
 fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
-    keep.inspect(|keep| keep.stopping());
     match keep.and_then(Keep::by) {
         Some(by) => tracing::info!(
             objects,
