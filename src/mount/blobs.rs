@@ -48,6 +48,8 @@ pub(super) type All = HashMap<String, Served>;
 pub(super) struct Served {
     pub(super) file: Arc<BlobFile>,
     pub(super) key: Key,
+    /// The place of the group that is asked for it.
+    pub(super) group: usize,
     /// The engine knows it, or nobody has to.
     pub(super) opened: bool,
     /// Who is about to mount it.
@@ -310,10 +312,12 @@ impl Blobs {
     /// can go on with it.
     fn make(&self, all: &mut All, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<(), AttachError> {
         let object = ObjectId(self.next.fetch_add(1, Ordering::Relaxed));
-        let group = self.group(object);
+        // The one whose shard owns it, if there is a group for each.
+        let place = engine.owner(object) % self.groups.len();
+        let group = &self.groups[place];
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
         let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
-        let served = Served { file: Arc::new(file), key: key.clone(), opened: true, pins: 0 };
+        let served = Served { file: Arc::new(file), key: key.clone(), group: place, opened: true, pins: 0 };
         let file = Arc::clone(&served.file);
         if file.map().is_full() || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed)? {
             all.insert(name.to_owned(), served);
@@ -329,11 +333,6 @@ impl Blobs {
             all.remove(name);
             self.repack(all);
         })
-    }
-
-    /// Whose events are about an object.
-    pub(super) fn group(&self, object: ObjectId) -> &Arc<Group> {
-        &self.groups[object.0 as usize % self.groups.len()]
     }
 
     /// Brings all of a blob.

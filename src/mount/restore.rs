@@ -32,14 +32,20 @@ enum Label {
     /// The journal of the group in this place.
     Journal(usize),
     /// The file of a blob.
-    Blob {
-        domain: Vec<u8>,
-        name: Vec<u8>,
-        /// In the cache directory.
-        file: String,
-        object: u32,
-        len_bytes: u64,
-    },
+    Blob(BlobLabel),
+}
+
+/// What there is to know of a blob.
+#[derive(PartialEq, Eq, Debug, Serialize, Deserialize)]
+struct BlobLabel {
+    domain: Vec<u8>,
+    name: Vec<u8>,
+    /// In the cache directory.
+    file: String,
+    /// The place of its group.
+    group: usize,
+    object: u32,
+    len_bytes: u64,
 }
 
 /// What was found.
@@ -73,11 +79,9 @@ impl Blobs {
         let (next, served, bag) = (AtomicU32::new(0), Mutex::new(All::new()), Mutex::new(bag));
         let blobs = Self { dir, boot_id, groups, next, served, bag };
         for (label, file) in files {
-            let Label::Blob { domain, name: key, file: name, object, len_bytes } = label else { continue };
-            blobs.next.fetch_max(object.wrapping_add(1), Ordering::Relaxed);
-            let key = Key::new(&domain, &key);
-            match blobs.adopt(&name, &key, file, ObjectId(object), len_bytes) {
-                Ok(served) => drop(blobs.served().insert(name, served)),
+            blobs.next.fetch_max(label.object.wrapping_add(1), Ordering::Relaxed);
+            match blobs.adopt(&label, file) {
+                Ok(served) => drop(blobs.served().insert(label.file, served)),
                 Err(error) => restored.lost.push(error),
             }
         }
@@ -86,14 +90,15 @@ impl Blobs {
     }
 
     /// A blob that was served.
-    fn adopt(&self, name: &str, key: &Key, file: OwnedFd, object: ObjectId, len_bytes: u64) -> Result<Served, AttachError> {
-        let group = self.group(object);
-        let file = BlobFile::restore(&self.dir, name, file, len_bytes, &self.boot_id, group, object);
-        let file = file.map_err(|source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source })?;
+    fn adopt(&self, label: &BlobLabel, file: OwnedFd) -> Result<Served, AttachError> {
+        let (key, object) = (Key::new(&label.domain, &label.name), ObjectId(label.object));
+        let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
+        let group = self.groups.get(label.group).ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))?;
+        let file = BlobFile::restore(&self.dir, &label.file, file, label.len_bytes, &self.boot_id, group, object).map_err(failed)?;
         let complete = file.map().is_full();
-        let adopted = group.adopt(file.as_fd(), object, len_bytes, complete);
+        let adopted = group.adopt(file.as_fd(), object, label.len_bytes, complete);
         adopted.map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })?;
-        Ok(Served { file: Arc::new(file), key: key.clone(), opened: complete, pins: 0 })
+        Ok(Served { file: Arc::new(file), key, group: label.group, opened: complete, pins: 0 })
     }
 
     /// Has `engine` serve again what was restored, from `store`, and answers what was left unanswered. From then on readers are
@@ -136,14 +141,15 @@ impl Blobs {
             items.push((serde_json::to_vec(&Label::Group(place))?, group));
             items.push((serde_json::to_vec(&Label::Journal(place))?, journal));
         }
-        for (name, Served { file, key, .. }) in all {
-            let label = Label::Blob {
+        for (name, Served { file, key, group, .. }) in all {
+            let label = Label::Blob(BlobLabel {
                 domain: key.domain().to_vec(),
                 name: key.name().to_vec(),
                 file: name.clone(),
+                group: *group,
                 object: file.object().0,
                 len_bytes: file.len_bytes(),
-            };
+            });
             items.push((serde_json::to_vec(&label)?, (**file).as_fd()));
         }
         self.bag.lock().unwrap_or_else(PoisonError::into_inner).pack(&items)
@@ -169,6 +175,9 @@ fn check(name: &str, key: &Key, store: &dyn Store) -> Result<(), AttachError> {
     if name_of(key, &*blob) == name { Ok(()) } else { Err(AttachError::Refused { key: key.clone(), errno: Errno::ESTALE }) }
 }
 
+/// A group and its journal.
+type Pair = (OwnedFd, OwnedFd);
+
 /// Groups with their journals, and the rest.
 type Sorted = (Vec<(OwnedFd, OwnedFd)>, Vec<(Label, OwnedFd)>);
 
@@ -179,7 +188,7 @@ fn sort(items: Vec<Item>) -> io::Result<Sorted> {
         match serde_json::from_slice(&label)? {
             Label::Group(place) => drop(groups.insert(place, fd)),
             Label::Journal(place) => drop(journals.insert(place, fd)),
-            label @ Label::Blob { .. } => files.push((label, fd)),
+            Label::Blob(label) => files.push((label, fd)),
         }
     }
     // The places are those from 0 on, of both.
