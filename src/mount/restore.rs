@@ -175,11 +175,8 @@ fn check(name: &str, key: &Key, store: &dyn Store) -> Result<(), AttachError> {
     if name_of(key, &*blob) == name { Ok(()) } else { Err(AttachError::Refused { key: key.clone(), errno: Errno::ESTALE }) }
 }
 
-/// A group and its journal.
-type Pair = (OwnedFd, OwnedFd);
-
 /// Groups with their journals, and the rest.
-type Sorted = (Vec<(OwnedFd, OwnedFd)>, Vec<(Label, OwnedFd)>);
+type Sorted = (Vec<(OwnedFd, OwnedFd)>, Vec<(BlobLabel, OwnedFd)>);
 
 /// What is in a bag.
 fn sort(items: Vec<Item>) -> io::Result<Sorted> {

@@ -60,9 +60,10 @@ impl BlobFile {
         if self.map.present_bytes() > 0 {
             return Ok(false);
         }
-        match reflink::clone_whole(self.file.as_fd(), source) {
-            Err(Errno::EOPNOTSUPP | Errno::EXDEV | Errno::EINVAL | Errno::ENOTTY | Errno::EPERM | Errno::EACCES) => return Ok(false),
-            result => result?,
+        if let Err(errno) = reflink::clone_whole(self.file.as_fd(), source) {
+            // Whatever the reason: it can be read on demand.
+            tracing::debug!(blob = %self.path.display(), "shares no blocks with its source: {errno}");
+            return Ok(false);
         }
         self.stretch(self.len_bytes)?;
         self.map.insert(&(0..align_up(self.len_bytes, PAGE_BYTES)));
