@@ -310,15 +310,7 @@ impl Blobs {
 
     /// Opens the blob's file, and has it served if something is missing. From when the file is watched on, another process
     /// can go on with it.
-    fn make(
-        &self,
-        all: &mut All,
-        engine: &Entry,
-        name: &str,
-        key: &Key,
-        blob: &dyn Blob,
-        patience: Duration,
-    ) -> Result<(), AttachError> {
+    fn make(&self, all: &mut All, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<(), AttachError> {
         let object = ObjectId(self.next.fetch_add(1, Ordering::Relaxed));
         // The one whose shard owns it, if there is a group for each.
         let place = engine.owner(object) % self.groups.len();

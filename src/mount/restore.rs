@@ -171,8 +171,11 @@ fn check(name: &str, key: &Key, store: &dyn Store) -> Result<(), AttachError> {
 /// A group and its journal.
 type Pair = (OwnedFd, OwnedFd);
 
+/// A blob and its file.
+type Labeled = (BlobLabel, OwnedFd);
+
 /// Groups with their journals, and the rest.
-fn sort(items: Vec<Item>) -> io::Result<(Vec<Pair>, Vec<(BlobLabel, OwnedFd)>)> {
+fn sort(items: Vec<Item>) -> io::Result<(Vec<Pair>, Vec<Labeled>)> {
     let (mut groups, mut journals, mut files) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
     for (label, fd) in items {
         match serde_json::from_slice(&label)? {

@@ -171,9 +171,9 @@ impl Journal {
         words(&self.messages).chunks_exact(MESSAGE_MAX_BYTES / WORD_BYTES).flat_map(|message| {
             let bytes: Vec<u8> = message.iter().flat_map(|word| word.load(Ordering::Acquire).to_ne_bytes()).collect();
             let events: Vec<_> = Events::new(&bytes).filter(|event| event.mask & PRE_ACCESS != 0).collect();
-            events.into_iter().filter_map(|event| {
-                Some(Unanswered { number: event.fd?, object: None, range: event.range.unwrap_or(0..u64::MAX) })
-            })
+            events
+                .into_iter()
+                .filter_map(|event| Some(Unanswered { number: event.fd?, object: None, range: event.range.unwrap_or(0..u64::MAX) }))
         })
     }
 
