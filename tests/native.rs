@@ -252,3 +252,141 @@ fn what_was_brought_is_there_after_a_restart_and_a_complete_blob_is_not_asked_fo
         assert_eq!((snapshot.needs, snapshot.opens), (0, 0), "{snapshot:?}");
     });
 }
+
+/// The daemon as a process.
+struct Daemon(std::process::Child);
+
+impl Daemon {
+    fn start(host: &Host) -> Self {
+        let path = |name: &str| host.ground.path().join(name);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+        command.args(["serve", "--front-end=fanotify", "--window=4K", "--complete=off", "--keep=keeper", "--store"]);
+        command.arg(format!("dir:{}", path("store").display()));
+        command.arg("--cache-dir").arg(path("cache")).arg("--state-dir").arg(path("state"));
+        let log = File::options().append(true).create(true).open(path("log")).unwrap();
+        let mut child = command.stdout(std::process::Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
+        assert!(line.starts_with("infill: ready"), "{line}{}", std::fs::read_to_string(path("log")).unwrap());
+        Self(child)
+    }
+
+    fn verb(host: &Host, args: &[&str]) -> std::process::Output {
+        let state = host.ground.path().join("state");
+        Command::new(env!("CARGO_BIN_EXE_infill")).args(args).arg("--state-dir").arg(state).arg(host.at()).output().unwrap()
+    }
+
+    fn end(mut self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0.id().cast_signed()), signal).unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// How often the daemon is killed while readers read.
+const KILLS: u64 = 20;
+
+/// With the real process: at any moment, in the middle of answers and before any of them. Readers are slowed down by a window
+/// of a page, so that there is always something left to ask for.
+#[test]
+fn a_daemon_is_killed_again_and_again_and_no_reader_notices() {
+    if let Some(why) = unfit() {
+        return println!("not run: {why}");
+    }
+    let host = Host::new(Fs::Here).unwrap();
+    let first = Daemon::start(&host);
+    let mounted = Daemon::verb(&host, &["mount", "--domain=dom", "--device", demo::BLOB, demo::IMAGE]);
+    assert!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
+    let last = std::thread::scope(|scope| {
+        let mut daemon = first;
+        let readers = scope.spawn(|| host.expect_equal(&host.at(), 8));
+        for kill in 0..KILLS {
+            std::thread::sleep(Duration::from_millis(5 + kill * 13 % 40));
+            daemon.end(nix::sys::signal::Signal::SIGKILL);
+            daemon = Daemon::start(&host);
+        }
+        readers.join().unwrap();
+        daemon
+    });
+    host.expect_equal(&host.at(), 2);
+    let unmounted = Daemon::verb(&host, &["umount"]);
+    assert!(unmounted.status.success(), "{}", String::from_utf8_lossy(&unmounted.stderr));
+    last.end(nix::sys::signal::Signal::SIGTERM);
+    let log = std::fs::read_to_string(host.ground.path().join("log")).unwrap();
+    let owed = log.lines().filter_map(|line| line.split("unanswered=").nth(1)?.trim().parse::<u64>().ok()).sum::<u64>();
+    println!("{KILLS} kills, {owed} reads were left unanswered by the dead and answered by their successors");
+    assert!(!log.contains("ERROR"), "{log}");
+    // Nothing is mounted, so nobody keeps anything.
+    let socket = host.ground.path().join("state/keeper.sock");
+    let lives = || std::os::unix::net::UnixStream::connect(&socket).is_ok();
+    let asked = std::time::Instant::now();
+    while lives() {
+        // It ends some time after it has said that it will.
+        assert!(asked.elapsed() < PATIENCE, "a keeper lives: {log}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_mount_in_the_foreground_serves_itself_and_leaves_nothing_behind() {
+    if let Some(why) = unfit() {
+        return println!("not run: {why}");
+    }
+    let host = Host::new(Fs::Here).unwrap();
+    let path = |name: &str| host.ground.path().join(name);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+    command.args(["mount", "--foreground", "--domain=dom", "--device", demo::BLOB, demo::IMAGE]).arg(host.at());
+    command.arg("--store").arg(format!("dir:{}", path("store").display()));
+    command.arg("--cache-dir").arg(path("cache")).arg("--state-dir").arg(path("state"));
+    let mut mounting = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(mounting.stdout.take().unwrap()), &mut line).unwrap();
+    assert!(line.contains("is mounted on"), "{line}");
+    host.expect_equal(&host.at(), 8);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(mounting.id().cast_signed()), nix::sys::signal::Signal::SIGINT).unwrap();
+    assert!(mounting.wait().unwrap().success());
+    assert!(std::fs::read_dir(host.at()).unwrap().next().is_none(), "it is not mounted any more");
+    assert!(std::os::unix::net::UnixStream::connect(path("state/control.sock")).is_err());
+}
+
+/// What a user does wrong, and what is said of it.
+#[test]
+fn what_cannot_be_mounted_is_explained_and_nothing_is_left() {
+    if let Some(why) = unfit() {
+        return println!("not run: {why}");
+    }
+    let host = Host::new(Fs::Here).unwrap();
+    let path = |name: &str| host.ground.path().join(name);
+    std::fs::write(path("store/no.img"), vec![7; 100_000]).unwrap();
+    std::fs::write(path("store/short.img"), b"x").unwrap();
+    let daemon = Daemon::start(&host);
+    let refused = |args: &[&str], words: &[&str]| {
+        let output = Daemon::verb(&host, args);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.lines().count() == 1, "{args:?}: {text}");
+        words.iter().for_each(|word| assert!(text.contains(word), "{args:?}: {text:?} does not say {word:?}"));
+    };
+    refused(&["mount", "nothing.img"], &["nothing.img", "no store has"]);
+    refused(&["mount", "no.img"], &["no.img", "does not take the image"]);
+    refused(&["mount", "short.img"], &["does not take the image"]);
+    refused(&["mount", demo::IMAGE], &["--device", "1 devices"]);
+    refused(&["mount", "--device=nothing.blob", demo::IMAGE], &["nothing.blob", "no store has"]);
+    refused(&["umount"], &["no EROFS image is mounted"]);
+    daemon.end(nix::sys::signal::Signal::SIGTERM);
+    let off = Command::new(env!("CARGO_BIN_EXE_infill"))
+        .args(["serve", "--front-end=fanotify", "--keep=off", "--store"])
+        .arg(format!("dir:{}", path("store").display()))
+        .arg("--cache-dir")
+        .arg(path("cache"))
+        .arg("--state-dir")
+        .arg(path("state"))
+        .output()
+        .unwrap();
+    assert!(off.status.code() == Some(78) && String::from_utf8_lossy(&off.stderr).contains("--keep auto"), "{off:?}");
+    let tmpfs = Command::new(env!("CARGO_BIN_EXE_infill"))
+        .args(["serve", "--front-end=fanotify", "--store=dir:/", "--cache-dir=/dev/shm/infill-test", "--state-dir"])
+        .arg(path("state"))
+        .output()
+        .unwrap();
+    let _ = std::fs::remove_dir_all("/dev/shm/infill-test");
+    assert!(String::from_utf8_lossy(&tmpfs.stderr).contains("ext4, XFS or btrfs"), "{tmpfs:?}");
+}

@@ -13,7 +13,7 @@ use crate::ops::exit;
 /// Width of a line, in columns.
 const LINE_COLUMNS: usize = 110;
 
-/// Find out whether this host can serve images through cachefiles, and what to do if not.
+/// Find out whether this host can serve images, and what to do if not.
 ///
 /// It takes the settings of `infill serve`, also from its file, and judges by them; no store needs to be named.
 ///
@@ -40,6 +40,7 @@ pub struct DoctorArgs {
 pub fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
     let config = args.options.look(args.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let subject = Subject {
+        front_end: config.front_end,
         cache_dir: &config.cache_dir,
         stores: &config.stores,
         limits: &config.cull,

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod demo;
 pub mod doctor;
+mod foreground;
 pub mod mount;
 pub mod place;
 pub mod prefetch;

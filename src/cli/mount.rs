@@ -8,6 +8,7 @@ use nix::unistd::geteuid;
 use serde::Serialize;
 
 use super::Failure;
+use super::foreground;
 use super::place::Place;
 use crate::config::Config;
 use crate::front::cachefiles::{DEFAULT_DEVNODE, cache_dir};
@@ -41,6 +42,9 @@ pub struct MountArgs {
     /// Share no blobs with the cache
     #[arg(long)]
     no_seed: bool,
+    /// Serve it too, without a daemon, until a signal comes; then unmount it
+    #[arg(long)]
+    foreground: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -98,6 +102,9 @@ struct Report {
 /// It is not mounted; the message says what to do.
 pub fn run(args: &MountArgs) -> Result<(), Failure> {
     let config = args.place.find()?;
+    if args.foreground {
+        return foreground::run(&args.place, &config, &args.dir, |daemon| mount_files(args, &config, daemon));
+    }
     if let Some(daemon) = Client::find(&config.state_dir).map_err(|error| no_answer(&config, &error))? {
         return mount_files(args, &config, daemon);
     }
@@ -129,7 +136,8 @@ fn mount_files(args: &MountArgs, config: &Config, mut daemon: Client) -> Result<
         Reply::Released(_) => return Err(no_answer(config, &ErrorKind::InvalidData.into())),
     };
     let Prepared { image: file, devices, len_bytes, present_bytes } = prepared;
-    mount::mount(&Source { image: file, devices, direct: false }, &args.dir).map_err(|error| Failure::new(exit::FAILED, error))?;
+    mount::mount(&Source { image: file, devices, direct: false }, &args.dir)
+        .map_err(|error| Failure::new(exit::FAILED, format!("cannot mount {image} on {}: {error}", args.dir.display())))?;
     // The daemon keeps everything ready until then.
     drop(daemon);
     let report = FromFiles { image: image.clone(), dir: args.dir.clone(), len_bytes, present_bytes };
@@ -138,7 +146,7 @@ fn mount_files(args: &MountArgs, config: &Config, mut daemon: Client) -> Result<
     Ok(())
 }
 
-fn no_answer(config: &Config, error: &std::io::Error) -> Failure {
+pub(super) fn no_answer(config: &Config, error: &std::io::Error) -> Failure {
     let dir = config.state_dir.display();
     Failure::new(exit::UNAVAILABLE, format!("the daemon that has its state in {dir} does not answer: {error}; see its log"))
 }

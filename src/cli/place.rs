@@ -1,5 +1,6 @@
 //! Where blobs come from and where the cache is: flags of the verbs that work beside a daemon, with its settings file.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -40,6 +41,14 @@ impl Place {
     /// They cannot be used.
     pub fn find(&self) -> Result<Config, Failure> {
         self.options().look(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
+    }
+
+    /// The same flags, for another verb.
+    #[must_use]
+    pub fn arguments(&self) -> Vec<OsString> {
+        let paths = [("--config", &self.config), ("--cache-dir", &self.cache_dir), ("--state-dir", &self.state_dir)];
+        let paths = paths.into_iter().filter_map(|(flag, path)| Some([flag.into(), path.as_ref()?.into()])).flatten();
+        paths.chain(self.stores.iter().flat_map(|store| ["--store".into(), store.into()])).collect()
     }
 
     fn options(&self) -> Options {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::Failure;
+use crate::mount::{is_bag, poisoned};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError};
 use crate::ops::state::DEFAULT_STATE_DIR;
@@ -40,6 +41,9 @@ pub fn run(args: &ReleaseArgs) -> Result<(), Failure> {
         let message = format!("no keeper of {} holds a device: nothing to release", args.state_dir.display());
         return Err(Failure::new(exit::FAILED, message));
     };
+    if is_bag(&device) {
+        return release_bag(args, keep);
+    }
     let in_use = in_use(&std::fs::read_to_string(CACHES).unwrap_or_default());
     if in_use > 0 && !args.force {
         let message = format!(
@@ -50,6 +54,22 @@ pub fn run(args: &ReleaseArgs) -> Result<(), Failure> {
     drop(device);
     keep.give_up().map_err(failed)?;
     println!("infill: the device is given up");
+    Ok(())
+}
+
+/// The same of what is kept for images that are mounted from files. Without it nothing holds their readers back from what
+/// is not there.
+fn release_bag(args: &ReleaseArgs, keep: Keep) -> Result<(), Failure> {
+    let mounted = poisoned(keep.noted_cache().as_ref()).unwrap_or_default();
+    if let (Some(first), false) = (mounted.first(), args.force) {
+        let (count, at) = (mounted.len(), first.at.display());
+        let message = format!(
+            "{count} images are mounted, the first on {at}: unmount them first, or with --force whoever reads them gets zeros for what is not in the cache"
+        );
+        return Err(Failure::new(exit::UNAVAILABLE, message));
+    }
+    keep.give_up().map_err(|error| Failure::new(error.exit_code(), error))?;
+    println!("infill: what was kept is given up");
     Ok(())
 }
 

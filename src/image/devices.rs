@@ -30,13 +30,17 @@ pub fn names(head: &[u8]) -> Option<Vec<Vec<u8>>> {
 /// How much of an image is read to find the names of its devices: some 500 of them.
 const HEAD_BYTES: usize = 64 << 10;
 
+/// Memory that a direct read can be made into.
+#[repr(C, align(4096))]
+struct Head([u8; HEAD_BYTES]);
+
 /// The same of an image in a store; none if it cannot be read here.
 #[must_use]
 pub fn names_of(image: &dyn Blob) -> Vec<Vec<u8>> {
     let read = |file: &SourceFile| {
-        let mut head = vec![0; HEAD_BYTES];
-        let len = pread(&file.fd, &mut head, 0).ok()?;
-        names(&head[..len])
+        let mut head = Box::new(Head([0; HEAD_BYTES]));
+        let len = pread(&file.fd, &mut head.0, 0).ok()?;
+        names(&head.0[..len])
     };
     image.whole_file().and_then(read).unwrap_or_default()
 }

@@ -96,6 +96,14 @@ pub enum Way {
 }
 
 impl Way {
+    /// Who is to keep it over a restart: it would be nobody, if the kernel did not let readers through to holes then.
+    const fn keep(self) -> &'static str {
+        match self {
+            Self::Cachefiles => "off",
+            Self::Fanotify => "auto",
+        }
+    }
+
     /// As `--front-end` calls it.
     const fn name(self) -> &'static str {
         match self {
@@ -226,7 +234,7 @@ impl Daemon {
         let log = cache_dir.with_extension("log");
         let log_file = fs::File::create(&log).trying(|| format!("cannot write {}", log.display()))?;
         let mut command = Command::new(infill);
-        command.args(["serve", "--keep=off", "--trace-requests", "--json", "--front-end", way.name()]);
+        command.args(["serve", "--trace-requests", "--json", "--front-end", way.name(), "--keep", way.keep()]);
         command.arg("--cache-dir").arg(cache_dir).arg("--state-dir").arg(state_dir(cache_dir));
         command.arg("--store").arg(format!("dir:{}", data.display()));
         println!("  infill serve --front-end {} --cache-dir {} --store dir:{}", way.name(), cache_dir.display(), data.display());

@@ -367,6 +367,12 @@ impl Blobs {
         released
     }
 
+    /// Whether nothing is served that somebody may read.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.served().values().all(|served| served.pins == 0 && served.file.is_unused())
+    }
+
     /// Makes durable what the blobs' files hold. Gives how many had something new.
     pub fn save(&self) -> usize {
         let files: Vec<_> = self.served().values().map(|served| Arc::clone(&served.file)).collect();

@@ -30,10 +30,8 @@ pub struct Source {
 
 /// Why there is no mount.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot mount {} on {}: {what}: {source}{}", image.display(), dir.display(), if said.is_empty() { String::new() } else { format!(" ({said})") })]
+#[error("{what}: {source}{}; dmesg may say more", if said.is_empty() { String::new() } else { format!(" ({said})") })]
 pub struct FsMountError {
-    image: PathBuf,
-    dir: PathBuf,
     what: &'static str,
     /// The kernel's words.
     said: String,
@@ -47,9 +45,7 @@ pub struct FsMountError {
 /// # Errors
 /// The kernel refuses, with its reason if it gives one.
 pub fn mount(source: &Source, dir: &Path) -> Result<(), FsMountError> {
-    let failed = |what, said: String| {
-        move |errno: Errno| FsMountError { image: source.image.clone(), dir: dir.to_owned(), what, said, source: errno.into() }
-    };
+    let failed = |what, said: String| move |errno: Errno| FsMountError { what, said, source: errno.into() };
     let context =
         fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed("this kernel has no EROFS; try modprobe erofs", String::new()))?;
     let devices = source.devices.iter().map(|device| ("device", device));

@@ -19,5 +19,5 @@ mod service;
 pub use self::blobs::{AttachError, Blobs, BlobsError, Pinned};
 pub use self::fsmount::{FsMountError, Source, mount};
 pub use self::poisoned::{Poisoned, poisoned};
-pub use self::restore::Restored;
+pub use self::restore::{Restored, is_bag};
 pub use self::service::{Prepared, Service};

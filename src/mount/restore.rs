@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sys::stat::{SFlag, fstat};
 use serde::{Deserialize, Serialize};
 
 use super::blobs::{All, AttachError, BLOBS_DIR, Blobs, BlobsError, Opening, Served, name_of};
@@ -160,6 +161,12 @@ impl Blobs {
             tracing::warn!("what is not served any more is kept over a restart all the same: {error}");
         }
     }
+}
+
+/// Whether what was kept over a restart is a bag: what cachefiles has kept is a device.
+#[must_use]
+pub fn is_bag(kept: &OwnedFd) -> bool {
+    fstat(kept).is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK)
 }
 
 /// Whether the store still has the blob whose bytes lie in the file `name`.

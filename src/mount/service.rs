@@ -51,6 +51,12 @@ impl Service {
         Self { blobs, entry, store, patience }
     }
 
+    /// Where the bytes come from.
+    #[must_use]
+    pub const fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
     /// Does what has to be done from time to time, until the process ends.
     ///
     /// # Errors

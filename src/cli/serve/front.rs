@@ -8,7 +8,7 @@ use crate::config::{Config, FrontEndKind};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindError, BindOptions, CullLimits, Device};
 use crate::front::sim::socket::SocketFront;
-use crate::mount::{Blobs, BlobsError};
+use crate::mount::{Blobs, BlobsError, Poisoned, Restored, is_bag, poisoned};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError, KeepMode};
 
@@ -48,22 +48,27 @@ impl Opened {
         }
     }
 
-    /// What this kernel has and the settings allow.
-    fn of_kernel(config: &Config, keep: Keep) -> Result<Self, Failure> {
-        match config.front_end {
-            FrontEndKind::Fanotify => Self::fanotify(config, keep),
-            FrontEndKind::Cachefiles | FrontEndKind::Sim => {
-                let mut keep = keep;
-                let (device, limits) = open_device(config, &mut keep)?.map_err(|error| Failure::new(error.exit_code(), error))?;
+    /// What an earlier daemon had, or what this kernel has and the settings allow.
+    fn of_kernel(config: &Config, mut keep: Keep) -> Result<Self, Failure> {
+        let kept = keep.find().map_err(failed)?;
+        match (config.front_end, kept) {
+            (FrontEndKind::Auto | FrontEndKind::Fanotify, Some(bag)) if is_bag(&bag) => Self::go_on(config, keep, bag),
+            (FrontEndKind::Fanotify, Some(_)) => {
+                let why = "what was kept over the restart is no bag of the fanotify front end: use --front-end auto, or unmount the images and give it up with `infill release`";
+                Err(Failure::new(exit::BAD_CONFIGURATION, why))
+            }
+            (FrontEndKind::Fanotify, None) => Self::fanotify(config, keep),
+            (FrontEndKind::Auto, None) => Self::either(config, keep),
+            (_, kept) => {
+                let (device, limits) = open_device(config, &mut keep, kept)?.map_err(|error| Failure::new(error.exit_code(), error))?;
                 Ok(Self::cachefiles(device, limits, keep))
             }
-            FrontEndKind::Auto => Self::either(config, keep),
         }
     }
 
     /// Cachefiles where the kernel has its on-demand mode, else fanotify.
     fn either(config: &Config, mut keep: Keep) -> Result<Self, Failure> {
-        match open_device(config, &mut keep)? {
+        match open_device(config, &mut keep, None)? {
             Ok((device, limits)) => Ok(Self::cachefiles(device, limits, keep)),
             Err(error @ (BindError::NoDevice(_) | BindError::NoOnDemand(_))) => {
                 tracing::info!("not through cachefiles: {error}");
@@ -81,6 +86,27 @@ impl Opened {
 
     fn fanotify(config: &Config, keep: Keep) -> Result<Self, Failure> {
         let blobs = Blobs::new(&config.cache_dir, config.shards).map_err(|error| Failure::new(no_fanotify(&error), error))?;
+        say_poisoned(config);
+        Self::of_blobs(config, keep, blobs)
+    }
+
+    /// Goes on with what an earlier daemon served.
+    fn go_on(config: &Config, keep: Keep, bag: OwnedFd) -> Result<Self, Failure> {
+        let (blobs, restored) = Blobs::restore(&config.cache_dir, bag).map_err(|error| Failure::new(no_fanotify(&error), error))?;
+        let Restored { groups, blobs: count, unanswered, lost } = restored;
+        tracing::info!(groups, blobs = count, unanswered, "took over from an earlier daemon: mounted images go on");
+        lost.iter().for_each(|error| tracing::error!("its readers get I/O errors: {error}"));
+        Self::of_blobs(config, keep, blobs)
+    }
+
+    /// Has it kept first: from then on nothing that is mounted can be read without being asked for.
+    fn of_blobs(config: &Config, mut keep: Keep, blobs: Blobs) -> Result<Self, Failure> {
+        if config.keep == KeepMode::Off {
+            let why = "--keep off: the kernel would let readers through to what is not there when infill ends; use --keep auto with the fanotify front end";
+            return Err(Failure::new(exit::BAD_CONFIGURATION, why));
+        }
+        let bag = blobs.bag().map_err(|error| Failure::new(exit::FAILED, format!("no descriptor is free: {error}")))?;
+        keep.hold(config.keep, bag.as_fd(), &config.cache_dir).map_err(failed)?;
         let fronts = blobs.fronts();
         Ok(Self { fronts, device: None, blobs: Some(Arc::new(blobs)), limits: config.cull, keep: Some(keep) })
     }
@@ -92,7 +118,19 @@ impl Opened {
 
     /// What is kept while no daemon serves.
     fn to_keep(&self) -> std::io::Result<OwnedFd> {
-        self.front().requests().try_clone_to_owned()
+        match &self.blobs {
+            Some(blobs) => blobs.bag(),
+            None => self.front().requests().try_clone_to_owned(),
+        }
+    }
+
+    /// Gives up what is kept if nobody needs it: images that are mounted from files are all that does.
+    pub(super) fn give_up_if_idle(&mut self) {
+        if self.blobs.as_ref().is_some_and(|blobs| blobs.is_idle())
+            && let Some(Err(error)) = self.keep.take().map(Keep::give_up)
+        {
+            tracing::warn!("nothing is mounted, but a keeper stays: {error}");
+        }
     }
 
     /// Starts other keepers in the place of those that have died.
@@ -115,6 +153,18 @@ fn no_fanotify(error: &BlobsError) -> u8 {
     }
 }
 
+/// Says which mounts nobody watched for a while. Nothing is kept of an earlier daemon when this is called.
+fn say_poisoned(config: &Config) {
+    let found = poisoned(&config.cache_dir).unwrap_or_default();
+    for Poisoned { at, image } in found {
+        tracing::error!(
+            "{}: this mount of {} outlived the daemon and its keepers, so whoever read it since may have got zeros: unmount it, and mount the image anew with infill mount",
+            at.display(),
+            image.display()
+        );
+    }
+}
+
 fn failed(error: KeepError) -> Failure {
     Failure::new(error.exit_code(), error)
 }
@@ -122,13 +172,13 @@ fn failed(error: KeepError) -> Failure {
 type Bound = Result<(Arc<Device>, CullLimits), BindError>;
 
 /// Takes over the device that an earlier daemon had, or binds it. Gives also the culling limits that it has.
-fn open_device(config: &Config, keep: &mut Keep) -> Result<Bound, Failure> {
+fn open_device(config: &Config, keep: &mut Keep, kept: Option<OwnedFd>) -> Result<Bound, Failure> {
     let mut options = BindOptions::new(&config.cache_dir);
     options.tag.clone_from(&config.tag);
     options.secctx.clone_from(&config.secctx);
     options.limits = config.cull;
     options.xfs_extent_bytes = config.xfs_extent_bytes;
-    let opened = match keep.find().map_err(failed)? {
+    let opened = match kept {
         Some(kept) => Device::take_over(kept, &options, &keep.noted_cache())
             .inspect(|_| tracing::info!("took over the device of an earlier daemon: mounted images go on, unanswered requests come again"))
             .map(|device| (device, keep.limits_of_kept(options.limits))),

@@ -103,14 +103,21 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     }
     let (tracer, printer) = start_tracer(trace_requests)?;
     let leave_rest = is_kept(opened.keep.as_ref());
-    let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
+    let mut settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
+    if opened.blobs.is_some() {
+        // As many as there are groups, also of an earlier daemon with another setting.
+        settings.shards = opened.fronts.len();
+    }
     let engine = start_engine(&opened.fronts, &store, &settings)?;
     seal(&config);
     let mounts = start_mounts(&config, &opened, &engine, store, listener)?;
     announce(&config, &opened, &engine);
     let started = engine.started().clone();
     let result = serve(&config, engine, steward.as_ref(), &signals, &mut opened);
-    mounts.inspect(|mounts| mounts.save());
+    if let Some(mounts) = mounts {
+        mounts.save();
+        opened.give_up_if_idle();
+    }
     finish(printer);
     let space = steward.map(Steward::stop);
     // If nobody else keeps the device, the kernel now fails what still waits, and unbinds.
@@ -228,6 +235,9 @@ fn start_mounts(
     let Some((blobs, listener)) = opened.blobs.as_ref().zip(listener) else { return Ok(None) };
     let patience = config.open_timeout + config.request_timeout;
     let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, patience));
+    for error in blobs.resume(&engine.entry(), &**service.store(), patience) {
+        tracing::error!("its readers get I/O errors: {error}");
+    }
     service.watch().and_then(|()| listener.serve(Arc::clone(&service))).map_err(no_control)?;
     Ok(Some(service))
 }
@@ -291,13 +301,15 @@ fn serve(
             None => {}
         }
     }
-    say_what_becomes(engine.snapshot().objects, opened.keep.as_ref());
+    opened.keep.iter().for_each(Keep::stopping);
+    if !opened.blobs.as_ref().is_some_and(|blobs| blobs.is_idle()) {
+        say_what_becomes(engine.snapshot().objects, opened.keep.as_ref());
+    }
     engine.stop(config.drain_timeout, || signals.next() == Some(Event::Stop))
 }
 
 /// Says what becomes of images that are mounted when the daemon ends.
 fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
-    keep.inspect(|keep| keep.stopping());
     match keep.and_then(Keep::by) {
         Some(by) => tracing::info!(
             objects,

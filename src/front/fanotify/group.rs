@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,8 +31,8 @@ const EVENTS_PER_READ: u32 = (MESSAGE_MAX_BYTES / wire::EVENT_BYTES) as u32;
 
 /// What /proc shows as the file of a group.
 const GROUP_LINK: &str = "anon_inode:[fanotify]";
-/// A file that is made and removed again to see what the kernel does with it.
-const PROBE_FILE: &str = ".probe";
+/// Of a file that is made to see what the kernel does with it.
+const FILE_MODE: u32 = 0o600;
 
 /// A file, by its number and its file system's: what an event's descriptor says of itself.
 type Inode = (u64, u64);
@@ -147,16 +148,15 @@ impl Group {
         self.0.set_mark(MarkFlags::FAN_MARK_ADD, file).inspect_err(|_| self.0.forget(file, object))
     }
 
-    /// Whether the kernel would watch a file in `dir`, by trying.
+    /// Whether the kernel would watch a file in `dir`, by trying with one that has no name.
     ///
     /// # Errors
     /// No file can be made there.
     pub fn can_watch(&self, dir: &Path) -> io::Result<Result<(), Errno>> {
-        let path = dir.join(PROBE_FILE);
-        let file = File::create(&path)?;
+        let file = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(FILE_MODE).open(dir)?;
         let watched = self.mark(file.as_fd(), ObjectId(0), 0);
         self.0.forget(file.as_fd(), ObjectId(0));
-        std::fs::remove_file(&path).map(|()| watched)
+        Ok(watched)
     }
 
     /// What tickets and sinks hold of it.

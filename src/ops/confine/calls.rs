@@ -96,7 +96,8 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_fgetxattr,
     libc::SYS_fsetxattr,
     libc::SYS_flistxattr,
-    // Memory.
+    // Memory; also such as outlives the process.
+    libc::SYS_memfd_create,
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,

@@ -200,7 +200,15 @@ mod tests {
     use crate::ops::space::policy::Resource;
 
     fn subject<'a>(cache_dir: &'a Path, limits: &'a CullLimits) -> Subject<'a> {
-        Subject { cache_dir, stores: &[], limits, cache_bytes: None, xfs_extent_bytes: None, shards: 1 }
+        Subject {
+            front_end: crate::config::FrontEndKind::Cachefiles,
+            cache_dir,
+            stores: &[],
+            limits,
+            cache_bytes: None,
+            xfs_extent_bytes: None,
+            shards: 1,
+        }
     }
 
     #[test]

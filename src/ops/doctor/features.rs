@@ -9,7 +9,6 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::release::{Running, Version};
 use super::{Check, Verdict, read};
 
 /// What to do about a missing option where the driver is a module.
@@ -193,25 +192,6 @@ fn ondemand(id: &'static str, option: &str, feature: &Feature) -> Check {
             Check::unknown(id, found, "run as root, with this kernel's modules installed")
         }
     }
-}
-
-/// Whether the fanotify front end could work here one day; never more than a remark.
-#[must_use]
-pub fn later_front_end(running: &Running, kernel: &Kernel) -> Check {
-    const ID: &str = "fanotify";
-    let new_enough = running.version.is_some_and(|version| version >= Version(6, 14, 0));
-    let config = kernel.config.as_ref();
-    let missing = ["FANOTIFY_ACCESS_PERMISSIONS", "EROFS_FS_BACKED_BY_FILE"]
-        .into_iter()
-        .find(|name| config.is_some_and(|config| config.setting(name) == Setting::No));
-    let found = match (new_enough, missing) {
-        (false, _) => "for information: pre-content events, the later front end, need 6.14".to_owned(),
-        (true, Some(name)) => {
-            format!("for information: pre-content events are there, but CONFIG_{name} is not set")
-        }
-        (true, None) => "for information: pre-content events, the later front end, are possible".to_owned(),
-    };
-    Check::ok(ID, found)
 }
 
 /// Looks for on-demand code; see the head of this file for the order.

@@ -1,4 +1,4 @@
-//! `infill doctor`: can this host serve images through cachefiles, and if not, what is to be done?
+//! `infill doctor`: can this host serve images, through cachefiles or from files, and if not, what is to be done?
 //!
 //! | file | its subject |
 //! |---|---|
@@ -6,6 +6,7 @@
 //! | `features` | what is compiled into the kernel and its modules |
 //! | `device` | the device node and who may open it |
 //! | `cache_dir` | the cache directory and its file system |
+//! | `fanotify` | pre-content events, for images that are mounted from files |
 //! | `host` | io_uring, limits |
 //! | `confinement` | Landlock, seccomp |
 //!
@@ -15,6 +16,7 @@
 pub mod cache_dir;
 pub mod confinement;
 pub mod device;
+pub mod fanotify;
 pub mod features;
 pub mod host;
 pub mod release;
@@ -25,6 +27,7 @@ use std::path::Path;
 
 use self::features::Kernel;
 use self::release::Running;
+use crate::config::FrontEndKind;
 use crate::front::cachefiles::CullLimits;
 use crate::ops::exit;
 use crate::store::{SourceMode, StoreSpec, open_store};
@@ -76,7 +79,7 @@ impl Verdict {
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Ready => "this host can serve images through cachefiles",
+            Self::Ready => "this host can serve images",
             Self::Unavailable => "not possible: the kernel lacks what is needed, or its device is in use",
             Self::NotPermitted => "not possible: this process is not permitted to",
             Self::BadCacheDir => "not possible: the cache directory cannot be used",
@@ -145,6 +148,8 @@ impl Report {
 /// What is to be checked.
 #[derive(Clone, Copy, Debug)]
 pub struct Subject<'a> {
+    /// The kernel interface that is to be served.
+    pub front_end: FrontEndKind,
     /// Where the cache is to be.
     pub cache_dir: &'a Path,
     /// The stores that are to be used.
@@ -162,17 +167,48 @@ pub struct Subject<'a> {
 /// Examines this host.
 #[must_use]
 pub fn examine(subject: &Subject<'_>) -> Report {
-    let running = Running::read();
-    let kernel = Kernel::read(&running.release);
-    let mut checks = release::checks(&running);
-    checks.extend(kernel.checks());
-    checks.extend(device::checks(&kernel));
+    let mut checks = interface(subject);
     checks.extend(cache_dir::checks(subject));
     checks.extend(host::checks(subject.shards));
     checks.extend(confinement::checks());
     checks.extend(subject.stores.iter().map(check_store));
-    checks.push(features::later_front_end(&running, &kernel));
     Report::new(checks)
+}
+
+/// What is found of the kernel interface: that of the settings, or the one that a daemon would take.
+fn interface(subject: &Subject<'_>) -> Vec<Check> {
+    let running = Running::read();
+    let kernel = Kernel::read(&running.release);
+    let mut cachefiles = release::checks(&running);
+    cachefiles.extend(kernel.checks());
+    cachefiles.extend(device::checks(&kernel));
+    let files = fanotify::checks(&kernel, subject.cache_dir, subject.shards);
+    match subject.front_end {
+        FrontEndKind::Fanotify => files,
+        FrontEndKind::Auto if !is_possible(&cachefiles) && is_possible(&files) => {
+            let mut checks = vec![instead(&cachefiles)];
+            checks.extend(files);
+            checks
+        }
+        FrontEndKind::Auto if !is_possible(&cachefiles) => {
+            cachefiles.extend(files);
+            cachefiles
+        }
+        _ => cachefiles,
+    }
+}
+
+fn is_possible(checks: &[Check]) -> bool {
+    checks.iter().all(|check| check.verdict == Verdict::Ready)
+}
+
+/// In a line, why not through cachefiles, where that does not matter.
+fn instead(cachefiles: &[Check]) -> Check {
+    let mut wrong = cachefiles.iter().filter(|check| check.status == Status::Fail).map(|check| check.found.as_str());
+    let (first, rest) = (wrong.next().unwrap_or_default(), wrong.count());
+    let found =
+        format!("not with this kernel ({first}, and {rest} more: --front-end cachefiles shows them); images are mounted from files");
+    Check::ok("cachefiles", found)
 }
 
 fn check_store(spec: &StoreSpec) -> Check {
