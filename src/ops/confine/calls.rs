@@ -102,7 +102,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_mremap,
     libc::SYS_madvise,
     libc::SYS_brk,
-    libc::SYS_memfd_create,
     libc::SYS_mlock2,
     libc::SYS_munlock,
     libc::SYS_membarrier,
