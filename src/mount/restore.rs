@@ -175,11 +175,14 @@ fn check(name: &str, key: &Key, store: &dyn Store) -> Result<(), AttachError> {
     if name_of(key, &*blob) == name { Ok(()) } else { Err(AttachError::Refused { key: key.clone(), errno: Errno::ESTALE }) }
 }
 
-/// Groups with their journals, and the rest.
-type Sorted = (Vec<(OwnedFd, OwnedFd)>, Vec<(BlobLabel, OwnedFd)>);
+/// A group and its journal.
+type Pair = (OwnedFd, OwnedFd);
 
-/// What is in a bag.
-fn sort(items: Vec<Item>) -> io::Result<Sorted> {
+/// A blob and its file.
+type Labeled = (BlobLabel, OwnedFd);
+
+/// Groups with their journals, and the rest.
+fn sort(items: Vec<Item>) -> io::Result<(Vec<Pair>, Vec<Labeled>)> {
     let (mut groups, mut journals, mut files) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
     for (label, fd) in items {
         match serde_json::from_slice(&label)? {
