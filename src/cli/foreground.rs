@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -17,9 +18,11 @@ use super::place::Place;
 use crate::config::Config;
 use crate::mount::control::{Client, Question};
 use crate::ops::exit;
-use crate::ops::mounting::unmount;
+use crate::ops::mounting::{MountError, unmount};
 use crate::ops::signals::{Event, Signals};
 
+/// Pause between two tries to unmount.
+const TRY_EVERY: Duration = Duration::from_millis(200);
 /// How often the daemon is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -49,7 +52,8 @@ pub(super) fn run(place: &Place, config: &Config, dir: &Path, mount: impl FnOnce
         return Err(error);
     }
     wait(&signals, &mut daemon)?;
-    unmount(dir).map_err(|error| Failure::new(error.exit_code(), format!("{error}; it stays mounted, and infill serve goes on")))?;
+    unmount_when_free(dir, &signals)
+        .map_err(|error| Failure::new(error.exit_code(), format!("{error}; it stays mounted, and infill serve goes on")))?;
     if let Ok(Some(mut client)) = Client::find(&config.state_dir) {
         // Else it finds out when it ends.
         let _ = client.ask(&Question::Release);
@@ -70,6 +74,24 @@ fn wait(signals: &Signals, daemon: &mut Child) -> Result<(), Failure> {
             let message = format!("infill serve has ended ({status}): readers wait for another one; start it, or unmount the image");
             return Err(Failure::new(exit::FAILED, message));
         }
+    }
+}
+
+/// Unmounts as soon as nobody uses it, or says why not when another signal comes.
+fn unmount_when_free(dir: &Path, signals: &Signals) -> Result<(), MountError> {
+    let mut said = false;
+    loop {
+        let error = match unmount(dir) {
+            Err(error @ MountError::NotUnmounted { errno: Errno::EBUSY, .. }) => error,
+            result => return result,
+        };
+        if signals.next() == Some(Event::Stop) {
+            return Err(error);
+        }
+        if !std::mem::replace(&mut said, true) {
+            eprintln!("infill: {error}; waiting for that, another signal ends the wait");
+        }
+        std::thread::sleep(TRY_EVERY);
     }
 }
 
