@@ -22,38 +22,22 @@ use infill::store::dir::DirStore;
 use infill::store::{SourceMode, Store};
 use tempfile::TempDir;
 
+#[path = "common/settings.rs"]
+mod common;
+
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why this machine cannot run these tests.
 fn unfit() -> Option<String> {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let file = File::create(dir.path().join("probe")).unwrap();
-    let group = match Group::new() {
-        Ok(group) => group,
-        Err(errno) => return Some(format!("no fanotify group: {errno}")),
-    };
-    group.mark(std::os::fd::AsFd::as_fd(&file), infill::front::ObjectId(0), 0).err().map(|errno| format!("no pre-content events: {errno}"))
+    let watched = Group::new().and_then(|group| group.can_watch(dir.path()).unwrap());
+    watched.err().map(|errno| format!("no pre-content events: {errno}"))
 }
 
 fn settings(kind: EngineKind, shards: usize) -> Settings {
-    Settings {
-        shards,
-        seats: seats(),
-        kind,
-        window: Window::Adaptive { budget_percent: 100 },
-        completion: Completion::default(),
-        slot_bytes: 256 << 10,
-        slots: 16,
-        workers: 4,
-        fd_budget: 1000,
-        open_timeout: Duration::from_secs(20),
-        request_timeout: Duration::from_secs(30),
-        no_room: None,
-        tracer: None,
-        remembered: Arc::default(),
-        leave_rest: false,
-    }
+    let window = Window::Adaptive { budget_percent: 100 };
+    Settings { seats: seats(), window, slot_bytes: 256 << 10, slots: 16, workers: 4, ..common::settings(kind, shards) }
 }
 
 /// A file system to try.

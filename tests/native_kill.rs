@@ -33,6 +33,9 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 
+#[path = "common/settings.rs"]
+mod common;
+
 /// Where the daemon works; it is one if this is set.
 const DIR: &str = "INFILL_TEST_DAEMON";
 /// Where its store is.
@@ -58,23 +61,9 @@ const LIFE_MAX_MS: u64 = 60;
 
 fn settings() -> Settings {
     let kind = if std::env::var(KIND).is_ok_and(|kind| kind == "blocking") { EngineKind::Blocking } else { EngineKind::Uring };
-    Settings {
-        shards: SHARDS,
-        seats: Vec::new(),
-        kind,
-        window: Window::Fixed(64 << 10),
-        completion: Completion { when: Complete::Off, ..Completion::default() },
-        slot_bytes: 256 << 10,
-        slots: 16,
-        workers: 4,
-        fd_budget: 1000,
-        open_timeout: Duration::from_secs(20),
-        request_timeout: Duration::from_secs(30),
-        no_room: None,
-        tracer: None,
-        remembered: Arc::default(),
-        leave_rest: true,
-    }
+    let completion = Completion { when: Complete::Off, ..Completion::default() };
+    let window = Window::Fixed(64 << 10);
+    Settings { window, completion, slot_bytes: 256 << 10, slots: 16, workers: 4, leave_rest: true, ..common::settings(kind, SHARDS) }
 }
 
 /// An image, its blob, and what it must read as.
@@ -87,8 +76,7 @@ impl Data {
     /// `None`: not on this machine, as it says.
     fn new() -> Option<Self> {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let probe = File::create(dir.path().join("probe")).unwrap();
-        let marked = Group::new().and_then(|group| group.mark(probe.as_fd(), ObjectId(0), 0));
+        let marked = Group::new().and_then(|group| group.can_watch(dir.path()).unwrap());
         if let Err(errno) = marked {
             println!("not run: no pre-content events: {errno}");
             return None;
@@ -298,14 +286,7 @@ fn no_reader_sees_a_daemon_die() {
             daemon.wait();
             let left = AtomicUsize::new(READERS);
             std::thread::scope(|scope| {
-                for _ in 0..READERS {
-                    let (host, left) = (&host, &left);
-                    scope.spawn(move || {
-                        // Also by a panic, which ends the test.
-                        let _left = Leaves(left);
-                        host.read_all();
-                    });
-                }
+                spawn_readers(scope, &host, &left);
                 while left.load(Ordering::Acquire) > 0 {
                     // Half of them are killed before they serve.
                     if kills % 2 == 0 {
@@ -333,6 +314,17 @@ struct Leaves<'a>(&'a AtomicUsize);
 impl Drop for Leaves<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Starts all readers; `left` counts those that have not ended.
+fn spawn_readers<'scope>(scope: &'scope std::thread::Scope<'scope, '_>, host: &'scope Host<'_>, left: &'scope AtomicUsize) {
+    for _ in 0..READERS {
+        scope.spawn(move || {
+            // Also by a panic, which ends the test.
+            let _left = Leaves(left);
+            host.read_all();
+        });
     }
 }
 
@@ -390,13 +382,7 @@ fn what_was_read_and_not_answered_is_answered_by_the_next_daemon() {
             daemon = host.start(kind);
             let left = AtomicUsize::new(READERS);
             std::thread::scope(|scope| {
-                for _ in 0..READERS {
-                    let (host, left) = (&host, &left);
-                    scope.spawn(move || {
-                        let _left = Leaves(left);
-                        host.read_all();
-                    });
-                }
+                spawn_readers(scope, &host, &left);
                 // Again and again with the same events: the second daemon dies with those of the first.
                 for _ in 0..3 {
                     hold.wait();

@@ -25,6 +25,9 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::{Whence, lseek};
 use tempfile::TempDir;
 
+#[path = "common/settings.rs"]
+mod common;
+
 const PAGE: u64 = 4096;
 /// Readers at a time.
 const READERS: u64 = 8;
@@ -60,24 +63,7 @@ impl Blobs {
 }
 
 fn settings(kind: EngineKind, shards: usize) -> Settings {
-    Settings {
-        shards,
-        seats: seats(),
-        kind,
-        window: Window::Fixed(128 << 10),
-        completion: Completion::default(),
-        slot_bytes: 64 << 10,
-        slots: 4,
-        workers: 2,
-        fd_budget: 1000,
-        // An open that is late is refused, and its object lost: no machine is that slow.
-        open_timeout: Duration::from_secs(20),
-        request_timeout: Duration::from_secs(30),
-        no_room: None,
-        tracer: None,
-        remembered: Arc::default(),
-        leave_rest: false,
-    }
+    Settings { seats: seats(), ..common::settings(kind, shards) }
 }
 
 /// Starts an engine on the daemon's end of a socket; `None` if this machine has no io_uring for us.

@@ -25,6 +25,7 @@ use nix::sys::socket::{
     socketpair,
 };
 
+use super::passing::send_all;
 use crate::front::cachefiles::take_over;
 
 /// What a message begins with; the last digit is the version of the layout.
@@ -126,7 +127,7 @@ impl Bag {
         // Also if it fails: part of it may lie in the queue.
         self.generation += 1;
         for (n, fds) in (0..).zip(fds.chunks(FDS_MAX)) {
-            send(self.other.as_fd(), &message(self.generation, n, all), fds)?;
+            send_all(self.other.as_fd(), &message(self.generation, n, all), fds, MsgFlags::MSG_DONTWAIT)?;
             self.messages += 1;
         }
         for _ in 0..old {
@@ -161,16 +162,6 @@ fn parse(message: &[u8]) -> io::Result<(u64, u32, u32)> {
     let (n, all) = fields.split_first_chunk().ok_or(bad)?;
     let all = all.first_chunk().ok_or(bad)?;
     Ok((u64::from_ne_bytes(*generation), u32::from_ne_bytes(*n), u32::from_ne_bytes(*all)))
-}
-
-fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd]) -> Result<(), Errno> {
-    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-    loop {
-        match sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &[ControlMessage::ScmRights(fds)], flags, None) {
-            Err(Errno::EINTR) => {}
-            result => return result.map(drop),
-        }
-    }
 }
 
 /// The next message that was not looked at yet, and copies of its descriptors.
@@ -269,7 +260,7 @@ mod tests {
         let mut bag = Bag::new().unwrap();
         bag.pack(&borrowed(&old)).unwrap();
         let (other, fd) = (bag.other.as_fd(), new[0].1.as_raw_fd());
-        send(other, &message(bag.generation + 1, 0, 2), &[other.as_raw_fd(), fd]).unwrap();
+        send_all(other, &message(bag.generation + 1, 0, 2), &[other.as_raw_fd(), fd], MsgFlags::MSG_DONTWAIT).unwrap();
         assert_eq!(look(&bag), inodes(&old));
         let mut bag = Bag::open(bag.as_fd().try_clone_to_owned().unwrap()).unwrap().0;
         bag.pack(&borrowed(&old)).unwrap();
@@ -277,7 +268,7 @@ mod tests {
         // Killed while old contents are taken out.
         let list = write_list([b"label 0".as_slice()].into_iter()).unwrap();
         let fds = [bag.other.as_raw_fd(), list.as_raw_fd(), fd];
-        send(bag.other.as_fd(), &message(bag.generation + 1, 0, 1), &fds).unwrap();
+        send_all(bag.other.as_fd(), &message(bag.generation + 1, 0, 1), &fds, MsgFlags::MSG_DONTWAIT).unwrap();
         for _ in 0..3 {
             assert_eq!(look(&bag), inodes(&new));
             recv(bag.kept.as_raw_fd(), &mut [0; MESSAGE_BYTES], MsgFlags::MSG_DONTWAIT).unwrap();
@@ -306,7 +297,7 @@ mod tests {
         let (kept, other) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let open = || Bag::open(kept.try_clone().unwrap()).unwrap_err().kind();
         assert_eq!(open(), io::ErrorKind::InvalidData);
-        send(other.as_fd(), b"something else", &[other.as_raw_fd()]).unwrap();
+        send_all(other.as_fd(), b"something else", &[other.as_raw_fd()], MsgFlags::MSG_DONTWAIT).unwrap();
         assert_eq!(open(), io::ErrorKind::InvalidData);
     }
 }

@@ -1,7 +1,7 @@
 //! Passing a descriptor to another process, over a Unix socket.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
 use nix::errno::Errno;
@@ -18,10 +18,15 @@ const FDS_MAX: usize = 4;
 /// Those of sendmsg(2).
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
     let raw: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-    let control = [ControlMessage::ScmRights(&raw)];
-    let control = if raw.is_empty() { &[][..] } else { &control[..] };
+    send_all(socket, bytes, &raw, MsgFlags::empty())
+}
+
+/// The same with any number of descriptors, which must be open.
+pub(super) fn send_all(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd], flags: MsgFlags) -> Result<(), Errno> {
+    let control = [ControlMessage::ScmRights(fds)];
+    let control = if fds.is_empty() { &[][..] } else { &control[..] };
     loop {
-        match sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None) {
+        match sendmsg::<UnixAddr>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, flags | MsgFlags::MSG_NOSIGNAL, None) {
             Err(Errno::EINTR) => {}
             result => return result.map(drop),
         }
@@ -33,7 +38,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) ->
 /// # Errors
 /// Those of recvmsg(2), `EAGAIN` if the socket has a timeout and that is over; `EPROTO` for more descriptors than one.
 pub fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> Result<(usize, Option<OwnedFd>), Errno> {
-    let mut control = cmsg_space!([std::os::fd::RawFd; FDS_MAX]);
+    let mut control = cmsg_space!([RawFd; FDS_MAX]);
     let mut parts = [IoSliceMut::new(bytes)];
     let message = loop {
         match recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
