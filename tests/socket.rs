@@ -10,7 +10,6 @@ use std::thread;
 use std::time::Duration;
 
 use infill::engine::placement::seats;
-use infill::engine::plan::{Completion, Window};
 use infill::engine::stats::Snapshot;
 use infill::engine::{Engine, EngineError, EngineKind, Settings};
 use infill::front::cachefiles::wire::{self, Body, Message};
