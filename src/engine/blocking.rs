@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn does_what_the_ring_does() {
         let (buffers, wake) = (Buffers::new(4, 65536).unwrap(), EventFd::new().unwrap());
-        let mut io = Blocking::new(2, Watch { requests: None, wake: wake.as_fd() }).unwrap();
+        let mut io = Blocking::new(2, Watch { requests: &[], wake: wake.as_fd() }).unwrap();
         let file = tempfile::tempfile().unwrap();
         let to = io.add_file(file.as_fd());
         for key in 0..100 {
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn nothing_starts_after_it_was_dropped() {
         let (buffers, wake) = (Buffers::new(4, 1 << 20).unwrap(), EventFd::new().unwrap());
-        let mut io = Blocking::new(2, Watch { requests: None, wake: wake.as_fd() }).unwrap();
+        let mut io = Blocking::new(2, Watch { requests: &[], wake: wake.as_fd() }).unwrap();
         let file = tempfile::tempfile().unwrap();
         let to = io.add_file(file.as_fd());
         for key in 0..500 {

@@ -7,11 +7,13 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::io::{Ready, Watch};
+use super::io::{Ready, SOURCES_MAX, Watch};
 
-const REQUESTS: u64 = 0;
-const WAKE: u64 = 1;
-const OTHER: u64 = 2;
+/// Sources of requests count from 0.
+const WAKE: u64 = u64::MAX;
+const OTHER: u64 = u64::MAX - 1;
+/// Events taken at a time.
+const EVENTS_MAX: usize = SOURCES_MAX + 2;
 
 /// See the module's description.
 #[derive(Debug)]
@@ -25,7 +27,7 @@ impl Edges {
     pub(super) fn new(watch: Watch<'_>) -> io::Result<Self> {
         let edges = Self(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         edges.add(watch.wake, WAKE)?;
-        watch.requests.map_or(Ok(()), |requests| edges.add(requests, REQUESTS))?;
+        (0..).zip(watch.requests).try_for_each(|(source, requests)| edges.add(*requests, source))?;
         Ok(edges)
     }
 
@@ -46,7 +48,7 @@ impl Edges {
     /// # Errors
     /// Only what makes further work impossible.
     pub(super) fn wait(&self, timeout: Option<Duration>) -> io::Result<(Ready, bool)> {
-        let mut events = [EpollEvent::empty(); 3];
+        let mut events = [EpollEvent::empty(); EVENTS_MAX];
         let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
             // Rounded up, so that a deadline is over when the wait is.
             EpollTimeout::try_from(timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32).unwrap_or(EpollTimeout::MAX)
@@ -59,9 +61,9 @@ impl Edges {
         let (mut ready, mut other) = (Ready::default(), false);
         for event in &events[..n] {
             match event.data() {
-                REQUESTS => ready.requests = true,
                 WAKE => ready.woken = true,
-                _ => other = true,
+                OTHER => other = true,
+                source => ready.requests |= 1 << source,
             }
         }
         Ok((ready, other))

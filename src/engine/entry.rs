@@ -60,6 +60,12 @@ impl Entry {
         owner(object, self.shards.len())
     }
 
+    /// How many shards there are.
+    #[must_use]
+    pub const fn shards(&self) -> usize {
+        self.shards.len()
+    }
+
     fn shard(&self, object: ObjectId) -> &Mailbox {
         &self.shards[self.owner(object)]
     }

@@ -2,10 +2,16 @@
 //! [`super::blocking`].
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use super::buffers::Memory;
+use crate::front::Reply;
+
+/// Sources of requests that one shard reads, at most.
+pub const SOURCES_MAX: usize = 64;
+/// Replies that are written at a time at most.
+pub const REPLIES_MAX: usize = 64;
 
 /// How long an [`Io`] that is dropped waits for operations that have started.
 pub(super) const DRAIN_MAX: Duration = Duration::from_secs(1);
@@ -70,8 +76,8 @@ pub struct Done {
 /// What else happened while waiting.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Ready {
-    /// The kernel interface may have requests.
-    pub requests: bool,
+    /// The sources that may have requests: a bit for each, the lowest for the first one.
+    pub requests: u64,
     /// Somebody woke the shard.
     pub woken: bool,
 }
@@ -79,8 +85,8 @@ pub struct Ready {
 /// Descriptors to watch besides the operations, edge-triggered. They stay open as long as the [`Io`] lives.
 #[derive(Clone, Copy, Debug)]
 pub struct Watch<'a> {
-    /// The front end's, on the shard that receives.
-    pub requests: Option<BorrowedFd<'a>>,
+    /// The front end's, on a shard that receives: [`SOURCES_MAX`] at most.
+    pub requests: &'a [BorrowedFd<'a>],
     /// The shard's own.
     pub wake: BorrowedFd<'a>,
 }
@@ -97,6 +103,17 @@ pub trait Io {
 
     /// Takes an operation. It may start at once or with the next [`Io::wait`].
     fn push(&mut self, op: Op);
+
+    /// Writes `replies`, [`REPLIES_MAX`] at most, in this order, and fills `results` with what write(2) would have given for each, or a
+    /// negative errno. `false`: it cannot, and nothing was written.
+    fn reply(&mut self, _replies: &[Reply], _results: &mut Vec<i32>) -> bool {
+        false
+    }
+
+    /// Closes a descriptor, with the next call that enters the kernel at the latest.
+    fn close(&mut self, fd: OwnedFd) {
+        drop(fd);
+    }
 
     /// Starts what was pushed and waits until something happens or `timeout` (`None`: for ever) is over.
     /// Operations that ended are appended to `done`, also when this fails.

@@ -11,7 +11,7 @@ use super::fds::{Charge, Evictor};
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
 use super::{Shared, clock::Clock};
-use crate::front::{Caps, FrontEnd, FrontError, MESSAGES_MAX, ObjectId, OpenRequest, Outcome, Request};
+use crate::front::{Caps, Found, FrontEnd, FrontError, MESSAGES_MAX, NeedRequest, ObjectId, OpenRequest, Outcome, Request};
 use nix::errno::Errno;
 
 /// Messages read at a time at most.
@@ -54,6 +54,7 @@ pub(super) struct Router {
     /// What found its receiver's queue full, and what was read behind it; nothing else is read before it is delivered.
     held: VecDeque<Held>,
     batch: Batch,
+    events_per_read: u32,
     /// Room for the requests of one read.
     requests: Vec<Request>,
 }
@@ -90,29 +91,28 @@ impl Batch {
     /// followed by one of twice its size.
     fn end(&mut self, found: Found) {
         self.left = self.left.saturating_sub(1);
-        self.got += u32::from(found == Found::Message);
+        self.got += u32::from(found == Found::Part);
         if self.left == 0 {
-            self.more = found != Found::Nothing;
+            self.more = found == Found::Part;
             self.size = if self.got == self.asked { self.asked * 2 } else { self.got + 1 };
         }
     }
 
-    /// So many readers have had their answer.
-    fn answered(&mut self, readers: u32) {
+    /// A read was interrupted.
+    const fn interrupted(&mut self) {
+        self.left = self.left.saturating_sub(1);
+        if self.left == 0 {
+            (self.more, self.size) = (true, self.got + 1);
+        }
+    }
+
+    /// So many readers have had their answer, and may ask again in so many messages.
+    fn answered(&mut self, readers: u32, messages: u32) {
         if readers >= AGAIN_MIN {
-            self.size = self.size.max(readers + 1);
+            self.size = self.size.max(messages + 1);
             self.more = true;
         }
     }
-}
-
-/// What a read gave.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Found {
-    Message,
-    Nothing,
-    /// It was interrupted.
-    Unknown,
 }
 
 #[derive(Debug)]
@@ -124,12 +124,13 @@ enum Held {
 impl Router {
     pub(super) fn new(
         index: usize,
+        caps: Caps,
         shared: Arc<Shared>,
-        clock: Clock,
         shards: Vec<Mailbox>,
         opens: Arc<Opens>,
         evictor: Option<Evictor>,
     ) -> Self {
+        let clock = shared.clock;
         let unrung = vec![false; shards.len()];
         Self {
             index,
@@ -142,6 +143,7 @@ impl Router {
             starved: false,
             held: VecDeque::new(),
             batch: Batch::new(),
+            events_per_read: caps.events_per_read.max(1),
             requests: Vec::new(),
         }
     }
@@ -153,7 +155,7 @@ impl Router {
 
     /// So many readers have had their answer, and may have the next question.
     pub(super) fn answered(&mut self, readers: u32) {
-        self.batch.answered(readers);
+        self.batch.answered(readers, readers / self.events_per_read);
     }
 
     /// Whether reads have begun and not ended.
@@ -182,11 +184,15 @@ impl Router {
         if let Some(evictor) = &mut self.evictor {
             evictor.turn(now_ns, |shard, message| self.held.push_back(Held::Message(shard, message)));
         }
+        let has_news = self.batch.more || !self.held.is_empty();
         while let Some(held) = self.held.pop_front() {
             if let Err(held) = self.deliver(held) {
                 self.held.push_front(held);
                 break;
             }
+        }
+        if !has_news {
+            return 0;
         }
         self.ring();
         if !self.held.is_empty() {
@@ -219,25 +225,44 @@ impl Router {
     /// What one read gave, which had ended at `now_ns`. Requests for the shard on which this runs go through its mailbox
     /// too: only so does a request find the object that an opener put there just before it told the kernel that it is open.
     ///
+    /// Requests that ask for nothing but their answer go to `present`.
+    ///
     /// # Errors
     /// The front end is broken.
-    pub(super) fn take(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>, now_ns: u64) -> Result<(), FrontError> {
-        let taken = self.take_one(front, read, now_ns);
+    pub(super) fn take(
+        &mut self,
+        front: &dyn FrontEnd,
+        read: Result<&[u8], Errno>,
+        now_ns: u64,
+        present: &mut Vec<NeedRequest>,
+    ) -> Result<(), FrontError> {
+        let taken = self.take_one(front, read, now_ns, present);
         if !self.is_reading() {
             self.ring();
         }
         taken
     }
 
-    fn take_one(&mut self, front: &dyn FrontEnd, read: Result<&[u8], Errno>, now_ns: u64) -> Result<(), FrontError> {
+    fn take_one(
+        &mut self,
+        front: &dyn FrontEnd,
+        read: Result<&[u8], Errno>,
+        now_ns: u64,
+        present: &mut Vec<NeedRequest>,
+    ) -> Result<(), FrontError> {
         if matches!(read, Err(Errno::EINTR | Errno::ECANCELED)) {
-            self.batch.end(Found::Unknown);
+            self.batch.interrupted();
             return Ok(());
         }
         let mut requests = std::mem::take(&mut self.requests);
         let parsed = front.parse(read, &mut requests);
-        self.batch.end(if matches!(parsed, Ok(false)) { Found::Nothing } else { Found::Message });
-        requests.drain(..).for_each(|request| self.route(request, now_ns));
+        self.batch.end(parsed.as_ref().map_or(Found::Part, |found| *found));
+        for request in requests.drain(..) {
+            match request {
+                Request::Present(need) => present.push(need),
+                request => self.route(request, now_ns),
+            }
+        }
         self.requests = requests;
         match parsed {
             Ok(_) => {}
@@ -309,7 +334,9 @@ impl Router {
                 let Some(charge) = self.evictor.as_mut().and_then(|evictor| evictor.admit(now_ns)) else { return self.refuse(open) };
                 Held::Open(open, charge)
             }
-            Request::Need(need) => Held::Message(owner(need.object, self.shards.len()), Message::Need(need, now_ns)),
+            Request::Need(need) | Request::Present(need) => {
+                Held::Message(owner(need.object, self.shards.len()), Message::Need(need, now_ns))
+            }
             Request::Close(object) => {
                 Shared::count(&self.shared.closes);
                 Held::Message(owner(object, self.shards.len()), Message::Close(object))
@@ -359,7 +386,7 @@ mod tests {
 
     fn run(batch: &mut Batch, waiting: u32, max: u32) -> u32 {
         let reads = batch.begin(max);
-        (0..reads).for_each(|n| batch.end(if n < waiting { Found::Message } else { Found::Nothing }));
+        (0..reads).for_each(|n| batch.end(if n < waiting { Found::Part } else { Found::Nothing }));
         reads
     }
 
@@ -380,12 +407,12 @@ mod tests {
         let mut batch = Batch::new();
         assert_eq!((run(&mut batch, 0, 0), batch.more), (0, true), "without credits it knows nothing");
         assert_eq!(run(&mut batch, 0, 9), 1);
-        batch.answered(AGAIN_MIN - 1);
+        batch.answered(AGAIN_MIN - 1, AGAIN_MIN - 1);
         assert_eq!(run(&mut batch, 0, 9), 0);
-        batch.answered(20);
+        batch.answered(20, 20);
         assert_eq!(run(&mut batch, 9, 9), 9);
         assert_eq!(run(&mut batch, 64, 1000), 18);
-        batch.answered(1000);
+        batch.answered(1000, 1000);
         assert_eq!(run(&mut batch, 64, 1000), BATCH_MAX);
     }
 
@@ -394,7 +421,7 @@ mod tests {
         let mut batch = Batch::new();
         assert_eq!(batch.begin(9), 1);
         assert_eq!(batch.begin(9), 0, "one at a time");
-        batch.end(Found::Unknown);
+        batch.interrupted();
         assert_eq!(run(&mut batch, 0, 9), 1);
     }
 }

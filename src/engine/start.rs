@@ -12,7 +12,7 @@ use super::buffers::{Buffers, Messages, Pages};
 use super::clock::Clock;
 use super::entry::Entry;
 use super::fds::{Budget, Evictor, Offer};
-use super::io::{Io, Watch};
+use super::io::{Io, SOURCES_MAX, Watch};
 use super::machine::{Limits, Machine};
 use super::mailbox::{Inbox, Mailbox};
 use super::null::Null;
@@ -64,8 +64,8 @@ struct Plan {
     seat: Option<Seat>,
     settings: Settings,
     caps: Caps,
-    /// What it receives from, if it does.
-    source: Option<(Arc<dyn FrontEnd>, Router)>,
+    /// What it receives from.
+    sources: Vec<(Arc<dyn FrontEnd>, Router)>,
     shared: Arc<Shared>,
     clock: Clock,
     inbox: Inbox,
@@ -81,18 +81,19 @@ impl Engine {
         Self::start_all(std::slice::from_ref(front), store, settings)
     }
 
-    /// Starts serving several sources of requests of one kind from `store`. There are at least as many shards as sources, and
-    /// each source is read by the shard of its place, which must own the objects whose requests come from there
-    /// ([`Entry::owner`]).
+    /// Starts serving several sources of requests of one kind from `store`. Shards take turns at them: the source in a place is
+    /// read by the shard of that place, modulo their number. It is best if that one owns the objects whose requests come
+    /// from there ([`Entry::owner`]).
     ///
     /// # Errors
-    /// As [`Engine::start`]; no source at all.
+    /// As [`Engine::start`]; no source at all, or more than [`SOURCES_MAX`] for each shard.
     pub fn start_all(fronts: &[Arc<dyn FrontEnd>], store: &Arc<dyn Store>, settings: &Settings) -> Result<Self, EngineError> {
         let none = || EngineError::Resources(std::io::ErrorKind::InvalidInput.into());
         let caps = fronts.first().ok_or_else(none)?.caps();
         let clock = Clock::start();
         let mut pairs = Vec::new();
-        for _ in 0..settings.shards.max(fronts.len()) {
+        let shards = settings.shards.max(fronts.len().div_ceil(SOURCES_MAX));
+        for _ in 0..shards {
             pairs.push(Inbox::pair().map_err(EngineError::Resources)?);
         }
         let (mailboxes, inboxes): (Vec<Mailbox>, Vec<Inbox>) = pairs.into_iter().unzip();
@@ -117,10 +118,10 @@ impl Engine {
             seat: settings.seats.get(index % settings.seats.len().max(1)).cloned(),
             settings: settings.clone(),
             caps,
-            source: fronts.get(index).map(|front| {
-                let router = Router::new(index, Arc::clone(&shared), clock, mailboxes.clone(), Arc::clone(&opens), evictor.take());
+            sources: Vec::from_iter(fronts.iter().skip(index).step_by(shards).map(|front| {
+                let router = Router::new(index, caps, Arc::clone(&shared), mailboxes.clone(), Arc::clone(&opens), evictor.take());
                 (Arc::clone(front), router)
-            }),
+            })),
             shared: Arc::clone(&shared),
             clock,
             inbox,
@@ -267,7 +268,7 @@ impl Plan {
             Err(error) => return drop_report(report, error),
         };
         if self.settings.kind == EngineKind::Null {
-            return match Null::new(self.watch()) {
+            return match Null::new(watch(&self.requests(), &self.inbox)) {
                 Ok(null) => self.serve(report, ("null", "no I/O".into()), null, buffers, None),
                 Err(error) => drop_report(report, EngineError::Resources(error)),
             };
@@ -298,11 +299,11 @@ impl Plan {
             sinks_block: self.caps.sinks_block,
             receives_aside: self.caps.ring_reads_wait,
         };
-        Ring::new(settings, &buffers.whole(), self.watch()).map(Some).map_err(|error| ring::explain(&error))
+        Ring::new(settings, &buffers.whole(), watch(&self.requests(), &self.inbox)).map(Some).map_err(|error| ring::explain(&error))
     }
 
-    fn watch(&self) -> Watch<'_> {
-        Watch { requests: self.source.as_ref().map(|(front, _)| front.requests()), wake: self.inbox.fd() }
+    fn requests(&self) -> Vec<BorrowedFd<'_>> {
+        self.sources.iter().map(|(front, _)| front.requests()).collect()
     }
 
     fn serve_blocking(
@@ -312,7 +313,7 @@ impl Plan {
         buffers: Buffers,
     ) -> Result<(), EngineError> {
         let threads = self.settings.workers;
-        match Blocking::new(threads, self.watch()) {
+        match Blocking::new(threads, watch(&self.requests(), &self.inbox)) {
             Ok(io) => self.serve(report, ("blocking", detail), io, buffers, Some(threads)),
             Err(error) => drop_report(report, EngineError::Resources(error)),
         }
@@ -328,11 +329,12 @@ impl Plan {
         buffers: Buffers,
         threads: Option<u32>,
     ) -> Result<(), EngineError> {
-        let messages = |source: (Arc<dyn FrontEnd>, Router)| (Messages::new(source.0.message_memory()), source);
-        let intake = match self.source.map(messages) {
-            None => None,
-            Some((Ok(messages), (front, router))) => Some(Intake { front, router, messages }),
-            Some((Err(error), _)) => return drop_report(report, EngineError::Resources(error)),
+        let intake = |(front, router): (Arc<dyn FrontEnd>, Router)| {
+            Messages::new(front.message_memory()).map(|messages| Intake { front, router, messages })
+        };
+        let intakes = match self.sources.into_iter().map(intake).collect() {
+            Ok(intakes) => intakes,
+            Err(error) => return drop_report(report, EngineError::Resources(error)),
         };
         let caps = self.caps;
         let limits = Limits {
@@ -355,7 +357,7 @@ impl Plan {
             clock: self.clock,
             inbox: self.inbox,
             offers: self.offers,
-            intake,
+            intakes,
             machine: Machine::new(limits),
             tracer: self.settings.tracer,
             no_room: self.settings.no_room,
@@ -364,6 +366,10 @@ impl Plan {
         };
         Shard::new(parts).run()
     }
+}
+
+fn watch<'a>(requests: &'a [BorrowedFd<'a>], inbox: &'a Inbox) -> Watch<'a> {
+    Watch { requests, wake: inbox.fd() }
 }
 
 fn drop_report(report: &SyncSender<Result<Started, EngineError>>, error: EngineError) -> Result<(), EngineError> {

@@ -116,6 +116,8 @@ macro_rules! published {
             oldest_ns: AtomicU64,
             stuck: AtomicU64,
             objects: AtomicU64,
+            /// Requests that the front end knew the bytes of to be there.
+            present: AtomicU64,
             answers_late: AtomicU64,
             answers_refused: AtomicU64,
             turns: AtomicU64,
@@ -271,6 +273,11 @@ impl ShardStats {
             let class = (usize::BITS - class.leading_zeros()) as usize;
             bump(&self.batches[class.min(BATCH_CLASSES - 1)], 1);
         }
+    }
+
+    /// A request that asked for nothing but its answer.
+    pub(super) fn present(&self) {
+        bump(&self.present, 1);
     }
 
     /// An answer that nobody waited for.

@@ -10,7 +10,7 @@ pub mod sim;
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -37,6 +37,8 @@ pub enum Request {
     Open(OpenRequest),
     /// A reader waits for a range of an object.
     Need(NeedRequest),
+    /// The same where the front end knows that every byte is in the sink already: only its answer is due.
+    Present(NeedRequest),
     /// The object is gone: drop its work and its descriptors. No answer is expected, and this may come
     /// for an object that was never opened.
     Close(ObjectId),
@@ -108,6 +110,38 @@ pub trait Answer: Send + Sync {
     /// # Errors
     /// Any other refusal by the kernel.
     fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool>;
+
+    /// The answer as a message, where it is one: whoever writes many of them at once does it instead of
+    /// [`Answer::answer`], and then says how that went ([`Answer::replied`]).
+    fn reply(&self, _token: u64, _outcome: Outcome) -> Option<Reply> {
+        None
+    }
+
+    /// What [`Answer::reply`] gave was written, with this result of write(2).
+    fn replied(&self, _token: u64, result: Result<usize, Errno>) -> Replied {
+        Replied { delivered: result.map(|_| true).map_err(io::Error::from), close: None }
+    }
+}
+
+/// An answer that is given by one write(2), which never waits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reply {
+    /// A descriptor that stays open as long as the front end.
+    pub to: RawFd,
+    /// What is written.
+    pub bytes: [u8; REPLY_BYTES],
+}
+
+/// Length of a [`Reply`].
+pub const REPLY_BYTES: usize = 8;
+
+/// What became of a [`Reply`].
+#[derive(Debug)]
+pub struct Replied {
+    /// As [`Answer::answer`] says it.
+    pub delivered: io::Result<bool>,
+    /// Not needed any more: to be closed by whoever can close many at once.
+    pub close: Option<OwnedFd>,
 }
 
 static UNANSWERED: AtomicU64 = AtomicU64::new(0);
@@ -145,6 +179,18 @@ impl Ticket {
     /// See [`Answer::answer`].
     pub fn answer(mut self, outcome: Outcome) -> io::Result<bool> {
         self.to.take().map_or(Ok(false), |to| to.answer(self.token, outcome))
+    }
+
+    /// See [`Answer::reply`]; [`Ticket::replied`] must follow if there is one.
+    #[must_use]
+    pub fn reply(&self, outcome: Outcome) -> Option<Reply> {
+        self.to.as_ref()?.reply(self.token, outcome)
+    }
+
+    /// See [`Answer::replied`].
+    pub fn replied(mut self, result: Result<usize, Errno>) -> Replied {
+        let nobody = Replied { delivered: Ok(false), close: None };
+        self.to.take().map_or(nobody, |to| to.replied(self.token, result))
     }
 
     /// Leaves the request to the daemon that comes after this one: the kernel hands it out again when that one sends
@@ -223,6 +269,17 @@ pub const MESSAGE_MAX_BYTES: usize = 1024;
 /// Messages that are read at a time at most.
 pub const MESSAGES_MAX: u32 = 64;
 
+/// What a read of the kernel's messages found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// There was nothing to read.
+    Nothing,
+    /// What there was, and no more.
+    All,
+    /// There may be more.
+    Part,
+}
+
 /// One source of requests of a kernel interface. It delivers messages by read(2) and understands them; who reads, when
 /// and how many at a time is the engine's business.
 pub trait FrontEnd: Send + Sync {
@@ -244,7 +301,7 @@ pub trait FrontEnd: Send + Sync {
         None
     }
 
-    /// Adds the requests in what one read gave to `requests`; `false` if there was nothing to read. What was read is this
+    /// Adds the requests in what one read gave to `requests`, and says whether another read may give more. What was read is this
     /// process's to answer (and an open's descriptor its to close), so every result must come here, in the order of the
     /// reads.
     ///
@@ -252,7 +309,7 @@ pub trait FrontEnd: Send + Sync {
     /// [`FrontError::Malformed`] for a message that made no sense (it was answered as far as that was
     /// possible; go on), [`FrontError::OutOfDescriptors`] for an open that was lost (go on), anything else if the
     /// interface itself failed.
-    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError>;
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError>;
 
     /// Called before each read, when no read is under way and every request that was read has been handed on.
     /// `false`: nothing may be read now; it wants to be asked again soon.

@@ -25,6 +25,11 @@ use crate::store::{Blob, Store, StoreError};
 pub(super) const BLOBS_DIR: &str = "blobs";
 /// Only ours: whoever reads a blob's file beside a mount has it filled.
 const DIR_MODE: u32 = 0o700;
+/// Groups of a shard: so many blobs have one of their own. All that wait for events of a group are woken by every answer to
+/// one of them, so readers of a hot blob should not share it with those who wait for a slow source.
+const GROUPS_PER_SHARD: usize = 8;
+/// Groups of a daemon at most; a user may have fs.fanotify.max_user_groups (128), and others want some too.
+const GROUPS_MAX: usize = 64;
 /// Name of the two answers that a blob waits for.
 const TOKEN: u64 = 0;
 
@@ -50,6 +55,8 @@ pub(super) struct Served {
     pub(super) key: Key,
     /// The place of the group that is asked for it.
     pub(super) group: usize,
+    /// The file system of its source.
+    pub(super) device: u64,
     /// The engine knows it, or nobody has to.
     pub(super) opened: bool,
     /// Who is about to mount it.
@@ -253,7 +260,8 @@ impl Blobs {
     /// The kernel gives no groups or watches no files there, or the directory cannot be used.
     pub fn new(dir: &Path, shards: usize) -> Result<Self, BlobsError> {
         let no_group = |errno| if errno == Errno::EPERM { BlobsError::NotPermitted } else { BlobsError::NoGroup { errno } };
-        let groups = (0..shards).map(|_| Group::new().map(Arc::new)).collect::<Result<Vec<_>, _>>().map_err(no_group)?;
+        let count = shards * (GROUPS_MAX / shards.max(1)).clamp(1, GROUPS_PER_SHARD);
+        let groups = (0..count).map(|_| Group::new().map(Arc::new)).collect::<Result<Vec<_>, _>>().map_err(no_group)?;
         let dir = dir.join(BLOBS_DIR);
         let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
         DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir).map_err(unusable)?;
@@ -266,7 +274,7 @@ impl Blobs {
         Ok(blobs)
     }
 
-    /// The sources of requests, one for each shard.
+    /// The sources of requests, some for each shard.
     #[must_use]
     pub fn fronts(&self) -> Vec<Arc<dyn FrontEnd>> {
         self.groups.iter().map(|group| Arc::clone(group) as Arc<dyn FrontEnd>).collect()
@@ -312,12 +320,11 @@ impl Blobs {
     /// can go on with it.
     fn make(&self, all: &mut All, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<(), AttachError> {
         let object = ObjectId(self.next.fetch_add(1, Ordering::Relaxed));
-        // The one whose shard owns it, if there is a group for each.
-        let place = engine.owner(object) % self.groups.len();
+        let place = self.place_for(all, engine, object, blob.device());
         let group = &self.groups[place];
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
         let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
-        let served = Served { file: Arc::new(file), key: key.clone(), group: place, opened: true, pins: 0 };
+        let served = Served { file: Arc::new(file), key: key.clone(), group: place, device: blob.device(), opened: true, pins: 0 };
         let file = Arc::clone(&served.file);
         if file.map().is_full() || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed)? {
             all.insert(name.to_owned(), served);
@@ -326,13 +333,25 @@ impl Blobs {
         Opening::begin(engine, &served).end(patience)?;
         all.insert(name.to_owned(), served);
         let kept = self.pack(all).map_err(|source| AttachError::Unkept { key: key.clone(), source });
-        let mark = || group.mark(file.as_fd(), object, blob.len_bytes());
-        kept.and_then(|()| mark().map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })).inspect_err(|_| {
-            file.unwatch();
-            engine.close(object);
-            all.remove(name);
-            self.repack(all);
-        })
+        kept.and_then(|()| group.watch(&file).map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })).inspect_err(
+            |_| {
+                file.unwatch();
+                engine.close(object);
+                all.remove(name);
+                self.repack(all);
+            },
+        )
+    }
+
+    /// The group for a new object: one that is read by the shard that owns it, with as few blobs of other file systems as
+    /// possible, and as few blobs.
+    fn place_for(&self, all: &All, engine: &Entry, object: ObjectId, device: u64) -> usize {
+        let (shards, owner) = (engine.shards(), engine.owner(object));
+        let crowd = |place: &usize| {
+            let served = all.values().filter(|served| served.group == *place);
+            (served.clone().filter(|served| served.device != device).count(), served.count())
+        };
+        (0..self.groups.len()).filter(|place| place % shards == owner).min_by_key(crowd).unwrap_or(owner % self.groups.len())
     }
 
     /// Brings all of a blob.

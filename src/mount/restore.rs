@@ -46,12 +46,15 @@ struct BlobLabel {
     group: usize,
     object: u32,
     len_bytes: u64,
+    /// The file system of its source.
+    #[serde(default)]
+    device: u64,
 }
 
 /// What was found.
 #[derive(Debug, Default)]
 pub struct Restored {
-    /// Groups; there must be as many shards at least.
+    /// Groups.
     pub groups: usize,
     /// Blobs that are watched.
     pub blobs: usize,
@@ -95,10 +98,9 @@ impl Blobs {
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
         let group = self.groups.get(label.group).ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))?;
         let file = BlobFile::restore(&self.dir, &label.file, file, label.len_bytes, &self.boot_id, group, object).map_err(failed)?;
-        let complete = file.map().is_full();
-        let adopted = group.adopt(file.as_fd(), object, label.len_bytes, complete);
-        adopted.map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })?;
-        Ok(Served { file: Arc::new(file), key, group: label.group, opened: complete, pins: 0 })
+        group.watch(&file).map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })?;
+        let opened = file.map().is_full();
+        Ok(Served { file: Arc::new(file), key, group: label.group, device: label.device, opened, pins: 0 })
     }
 
     /// Has `engine` serve again what was restored, from `store`, and answers what was left unanswered. From then on readers are
@@ -141,7 +143,7 @@ impl Blobs {
             items.push((serde_json::to_vec(&Label::Group(place))?, group));
             items.push((serde_json::to_vec(&Label::Journal(place))?, journal));
         }
-        for (name, Served { file, key, group, .. }) in all {
+        for (name, Served { file, key, group, device, .. }) in all {
             let label = Label::Blob(BlobLabel {
                 domain: key.domain().to_vec(),
                 name: key.name().to_vec(),
@@ -149,6 +151,7 @@ impl Blobs {
                 group: *group,
                 object: file.object().0,
                 len_bytes: file.len_bytes(),
+                device: *device,
             });
             items.push((serde_json::to_vec(&label)?, (**file).as_fd()));
         }

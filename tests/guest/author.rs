@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use infill::engine::Engine;
 use infill::front::cachefiles::{BindOptions, Device};
-use infill::front::{Caps, FrontEnd, FrontError, Request, Sink};
+use infill::front::{Caps, Found, FrontEnd, FrontError, Request, Sink};
 use infill::lab::tree::{Content, Entry, Manifest};
 use infill::store::dir::DirStore;
 use infill::store::{SourceMode, Store};
@@ -42,7 +42,7 @@ impl FrontEnd for Holding {
         self.device.requests()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError> {
         let found = self.device.parse(read, requests)?;
         let mut sinks = self.sinks.lock().map_err(|_| FrontError::Malformed("a thread died".to_owned()))?;
         sinks.extend(requests.iter().filter_map(|request| match request {

@@ -103,11 +103,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     }
     let (tracer, printer) = start_tracer(trace_requests)?;
     let leave_rest = is_kept(opened.keep.as_ref());
-    let mut settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
-    if opened.blobs.is_some() {
-        // As many as there are groups, also of an earlier daemon with another setting.
-        settings.shards = opened.fronts.len();
-    }
+    let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
     let engine = start_engine(&opened.fronts, &store, &settings)?;
     seal(&config);
     let mounts = start_mounts(&config, &opened, &engine, store, listener)?;

@@ -4,11 +4,12 @@
 //! the few operations below before it is enabled (`setup`). Writes to cachefiles' anonymous descriptors always go to
 //! the kernel's worker threads (the descriptor knows no non-blocking write), so their number is capped.
 
+mod replies;
 mod setup;
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -16,14 +17,21 @@ use nix::errno::Errno;
 use slab::Slab;
 
 use super::buffers::Memory;
-use super::io::{DRAIN_MAX, Done, FileRef, Io, Kind, Op, Ready, Watch};
+use super::io::{DRAIN_MAX, Done, FileRef, Io, Kind, Op, REPLIES_MAX, Ready, SOURCES_MAX, Watch};
+use crate::front::Reply;
+
+use self::replies::Replies;
 
 pub use self::setup::{explain, probe};
 
-/// `user_data` of the poll on the front end's descriptor; operations count from 0.
-const REQUESTS: u64 = u64::MAX;
-/// `user_data` of the poll on the shard's wake-up descriptor.
-const WAKE: u64 = u64::MAX - 1;
+/// `user_data` of the poll on the shard's wake-up descriptor; operations count from 0.
+const WAKE: u64 = u64::MAX;
+/// `user_data` of the close of a descriptor, where the kernel tells of it.
+const CLOSE: u64 = WAKE - 1;
+/// `user_data` of the polls on the front end's descriptors: from this on, one for each.
+const REQUESTS: u64 = CLOSE - SOURCES_MAX as u64;
+/// `user_data` of replies: from this on, one for each place in their memory.
+const REPLIES: u64 = REQUESTS - REPLIES_MAX as u64;
 /// In the `user_data` of an operation: it was sent with `RWF_NOWAIT`.
 const NOWAIT: u64 = 1 << 32;
 /// The same: it is a read with a write linked behind it. Only one of the two is heard of: the read if it did not give
@@ -81,10 +89,15 @@ pub struct Ring {
     /// The file of the messages has not refused `RWF_NOWAIT`.
     receive_nowait: bool,
     receives_aside: bool,
-    /// Messages that were read so, and are to be told of.
-    received: Vec<Done>,
+    /// What the next wait is to tell of: messages that were read so, and what completed while replies were written.
+    early: Vec<Done>,
+    early_ready: Ready,
+    replies: Replies,
+    /// Something is in the queue that should not wait for the next call that enters the kernel.
+    is_urgent: bool,
     sinks_block: bool,
-    requests: Option<RawFd>,
+    /// Each with its place in the table of files, if it has one: replies are written to them.
+    requests: Vec<FileRef>,
     wake: RawFd,
     features: Features,
     cqes: Vec<cqueue::Entry>,
@@ -124,23 +137,30 @@ impl Ring {
         let links = ring.params().is_feature_skip_cqe_on_success();
         let features = Features { mode, restricted, fixed_buffers, fixed_files, links, near };
         let free_files = if fixed_files { (0..FILE_SLOTS).rev().collect() } else { Vec::new() };
+        let sources = watch.requests.len();
         let mut ring = Self {
             ring: RingFd(ring),
+            replies: Replies::default(),
             ops: Slab::with_capacity((settings.depth + settings.receives) as usize),
             backlog: Vec::new(),
             free_files,
             receive_nowait: true,
             receives_aside: settings.receives_aside,
-            received: Vec::with_capacity(settings.receives as usize),
+            early: Vec::with_capacity(settings.receives as usize),
+            early_ready: Ready::default(),
+            is_urgent: false,
             sinks_block: settings.sinks_block,
-            requests: watch.requests.map(|fd| fd.as_raw_fd()),
+            requests: Vec::with_capacity(sources),
             wake: watch.wake.as_raw_fd(),
             features,
             cqes: Vec::with_capacity(REAP_BATCH),
             thread_bound: PhantomData,
         };
+        // A place in the table keeps a descriptor open for a while after this, so none is taken for nothing.
+        let add = |fd: &BorrowedFd<'_>| if settings.receives_aside { ring.add_file(*fd) } else { FileRef::plain(*fd) };
+        ring.requests = watch.requests.iter().map(add).collect();
         ring.arm(WAKE);
-        ring.arm(REQUESTS);
+        (0..sources as u64).for_each(|source| ring.arm(REQUESTS + source));
         Ok(ring)
     }
 
@@ -152,15 +172,19 @@ impl Ring {
 
     /// (Re-)arms the multishot poll that `user_data` stands for.
     fn arm(&mut self, user_data: u64) {
-        let fd = if user_data == WAKE { Some(self.wake) } else { self.requests };
-        if let Some(fd) = fd {
-            let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build().user_data(user_data);
-            self.submit(poll);
-        }
+        let source = user_data.checked_sub(REQUESTS).and_then(|source| self.requests.get(usize::try_from(source).ok()?));
+        let fd = source.map_or(self.wake, |source| source.fd);
+        self.submit(opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build().user_data(user_data));
     }
 
     /// Puts an entry into the submission queue; what does not fit waits for the next turn.
     fn submit(&mut self, entry: squeue::Entry) {
+        self.is_urgent = true;
+        self.enqueue(entry);
+    }
+
+    /// The same for what may wait for the next call that enters the kernel.
+    fn enqueue(&mut self, entry: squeue::Entry) {
         // SAFETY: the entry's memory is owned by its record in `ops`, which is removed only at its completion
         // (polls have none; of two that are linked only the last to use it completes); its file stays open until `remove_file`, which the shard calls when nothing of
         // the object is in flight.
@@ -187,7 +211,7 @@ impl Ring {
     fn flush_backlog(&mut self) {
         let mut backlog = std::mem::take(&mut self.backlog);
         for entry in backlog.drain(..) {
-            self.submit(entry);
+            self.enqueue(entry);
         }
         if self.backlog.is_empty() {
             self.backlog = backlog;
@@ -226,6 +250,7 @@ impl Ring {
 
     /// Enters the kernel once: submits, and waits for `want` completions.
     fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
+        self.is_urgent = false;
         let submitter = self.ring.0.submitter();
         let entered = match timeout {
             Some(timeout) if want > 0 => {
@@ -267,12 +292,8 @@ impl Ring {
 
     fn complete(&mut self, cqe: &cqueue::Entry, done: &mut Vec<Done>, ready: &mut Ready) {
         let user_data = cqe.user_data();
-        if user_data == REQUESTS || user_data == WAKE {
-            ready.requests |= user_data == REQUESTS;
-            ready.woken |= user_data == WAKE;
-            if !cqueue::more(cqe.flags()) {
-                self.arm(user_data);
-            }
+        if user_data >= REPLIES {
+            self.complete_own(user_data, cqe, ready);
         } else if let Some(op) = usize::try_from(user_data & !(NOWAIT | LINKED)).ok().and_then(|key| self.ops.try_remove(key)) {
             let mut result = cqe.result();
             if user_data & NOWAIT != 0 && result == -libc::EOPNOTSUPP {
@@ -280,6 +301,19 @@ impl Ring {
                 result = -libc::EINTR;
             }
             done.push(Done { copied: op.then.is_some() && user_data & LINKED == 0, op, result });
+        }
+    }
+
+    /// What is no operation of the caller's.
+    fn complete_own(&mut self, user_data: u64, cqe: &cqueue::Entry, ready: &mut Ready) {
+        match user_data {
+            CLOSE => return,
+            WAKE => ready.woken = true,
+            REQUESTS.. => ready.requests |= 1 << (user_data - REQUESTS),
+            _ => return self.replies.ended(user_data - REPLIES, cqe.result()),
+        }
+        if !cqueue::more(cqe.flags()) {
+            self.arm(user_data);
         }
     }
 
@@ -317,7 +351,7 @@ impl Io for Ring {
         }
         if op.kind == Kind::Receive && self.receives_aside {
             let result = op.memory.receive(op.file.fd);
-            return self.received.push(Done { op, result, copied: false });
+            return self.early.push(Done { op, result, copied: false });
         }
         // Without `RWF_NOWAIT` the ring itself would wait for a file that can be polled, `O_NONBLOCK` or not
         // (`io_rw_init_file`). One that refuses the flag, as cachefiles' device, never waits; nothing was read of it.
@@ -326,12 +360,23 @@ impl Io for Ring {
         self.submit(entry.user_data(key as u64 | nowait));
     }
 
+    fn reply(&mut self, replies: &[Reply], results: &mut Vec<i32>) -> bool {
+        self.write_replies(replies, results);
+        true
+    }
+
+    fn close(&mut self, fd: OwnedFd) {
+        let close = opcode::Close::new(types::Fd(fd.into_raw_fd())).build().user_data(CLOSE);
+        let quiet = if self.features.links { squeue::Flags::SKIP_SUCCESS } else { squeue::Flags::empty() };
+        self.enqueue(close.flags(quiet));
+    }
+
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Done>) -> io::Result<Ready> {
-        let mut ready = Ready::default();
+        let mut ready = std::mem::take(&mut self.early_ready);
         self.flush_backlog();
-        let idle = self.backlog.is_empty() && self.received.is_empty() && timeout != Some(Duration::ZERO);
-        done.append(&mut self.received);
-        let entered = self.enter(usize::from(idle), timeout);
+        let is_idle = self.backlog.is_empty() && self.early.is_empty() && ready == Ready::default() && timeout != Some(Duration::ZERO);
+        done.append(&mut self.early);
+        let entered = if is_idle || self.must_enter() { self.enter(usize::from(is_idle), timeout) } else { Ok(()) };
         self.reap(done, &mut ready);
         entered?;
         // The kernel runs at most 20 deferred completions beyond those waited for in one call. Its flag may also be stale:
@@ -344,6 +389,14 @@ impl Io for Ring {
             }
         }
         Ok(ready)
+    }
+}
+
+impl Ring {
+    /// Whether the kernel has to be entered although nobody waits for anything.
+    fn must_enter(&mut self) -> bool {
+        let queue = self.ring.0.submission();
+        self.is_urgent || queue.taskrun() || queue.cq_overflow() || 2 * queue.len() > queue.capacity()
     }
 }
 

@@ -3,10 +3,10 @@ use super::*;
 use crate::engine::buffers::Buffers;
 use nix::sys::eventfd::EventFd;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 fn ring(buffers: &Buffers, wake: &EventFd) -> Option<Ring> {
-    let watch = Watch { requests: None, wake: wake.as_fd() };
+    let watch = Watch { requests: &[], wake: wake.as_fd() };
     match Ring::new(
         Settings { depth: 4, receives: 4, workers: 2, near: &[], sinks_block: true, receives_aside: false },
         &buffers.whole(),
@@ -48,6 +48,46 @@ fn copies_a_file_through_fixed_files_and_buffers() {
     assert!(got == data);
     ring.remove_file(from);
     ring.remove_file(to);
+}
+
+#[test]
+fn replies_are_written_in_one_call_and_say_how_each_of_them_went() {
+    let (buffers, wake) = (Buffers::new(4, 65536).unwrap(), EventFd::new().unwrap());
+    let (to, nobody) = (EventFd::new().unwrap(), RawFd::MAX);
+    let requests = [to.as_fd()];
+    for receives_aside in [false, true] {
+        let settings = Settings { depth: 4, receives: 4, workers: 2, near: &[], sinks_block: true, receives_aside };
+        let Ok(mut ring) = Ring::new(settings, &buffers.whole(), Watch { requests: &requests, wake: wake.as_fd() }) else {
+            return eprintln!("not run: no ring");
+        };
+        let reply = |to: RawFd, count: u64| Reply { to, bytes: count.to_ne_bytes() };
+        // More than the queue has room for at once.
+        let mut replies: Vec<_> = (0..REPLIES_MAX as u64).map(|count| reply(to.as_raw_fd(), count)).collect();
+        replies[7].to = nobody;
+        let mut results = Vec::new();
+        for _ in 0..3 {
+            assert!(ring.reply(&replies, &mut results));
+            let expected: Vec<_> = (0..REPLIES_MAX).map(|n| if n == 7 { -libc::EBADF } else { 8 }).collect();
+            assert_eq!(results, expected);
+            assert_eq!(to.read().unwrap(), (0..REPLIES_MAX as u64).sum::<u64>() - 7);
+        }
+        // What completed meanwhile is told of, and descriptors are closed.
+        let gone = tempfile::tempfile().unwrap();
+        let (raw, inode) = (gone.as_raw_fd(), gone.metadata().unwrap().ino());
+        ring.close(gone.into());
+        to.write(1).unwrap();
+        let (mut done, mut ready) = (Vec::new(), Ready::default());
+        for _ in 0..3 {
+            let now = ring.wait(Some(Duration::from_millis(50)), &mut done).unwrap();
+            ready.requests |= now.requests;
+        }
+        assert_eq!((ready.requests, done.len()), (1, 0));
+        drop(ring);
+        // Whoever has its number now has another file.
+        let link = std::fs::read_link(format!("/proc/self/fd/{raw}"));
+        assert!(link.is_err() || std::fs::metadata(format!("/proc/self/fd/{raw}")).map_or(true, |now| now.ino() != inode));
+        to.read().unwrap();
+    }
 }
 
 #[test]

@@ -1,19 +1,20 @@
 //! The answers of a turn, which go out back to back: how many of them may wait for each other, and for how long.
 
+use std::io;
 use std::sync::Arc;
 
 use nix::errno::Errno;
 
 use super::Shard;
 use crate::engine::advice::{Device, advice, patience};
-use crate::engine::io::Io;
+use crate::engine::io::{Io, REPLIES_MAX};
 use crate::engine::machine::{Answered, Handle};
 use crate::engine::trace::Record;
-use crate::front::{Outcome, Ticket};
+use crate::front::{Outcome, Replied, Reply, Ticket};
 use crate::range::ByteRange;
 
 /// Answers that wait for each other at most; in a turn with more of them they go out in between.
-const ANSWERS_MAX: usize = 64;
+const ANSWERS_MAX: usize = REPLIES_MAX;
 /// Longest time in microseconds that a reader whose bytes are there waits for the other work of its shard's turn: no
 /// step of a turn (a message taken, an operation begun) starts after it while answers wait, so only a single system
 /// call can make it longer. A fill takes several times as long.
@@ -23,13 +24,21 @@ pub(in crate::engine) const ANSWER_WAIT_MAX_US: u64 = 100;
 #[derive(Debug)]
 pub(super) struct Batch {
     answers: Vec<Answered<Ticket>>,
+    /// Room for those that are messages, and for what became of them.
+    replies: Vec<Reply>,
+    results: Vec<i32>,
     /// Nothing in it, or about to come into it, has waited since an earlier time.
     since_ns: u64,
 }
 
 impl Default for Batch {
     fn default() -> Self {
-        Self { answers: Vec::with_capacity(ANSWERS_MAX), since_ns: 0 }
+        Self {
+            answers: Vec::with_capacity(ANSWERS_MAX),
+            replies: Vec::with_capacity(ANSWERS_MAX),
+            results: Vec::with_capacity(ANSWERS_MAX),
+            since_ns: 0,
+        }
     }
 }
 
@@ -75,32 +84,59 @@ impl<I: Io> Shard<I> {
         let mut answers = self.answers.take();
         self.stats().batch(answers.len());
         let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
+        self.reply(&mut answers);
         for answered in answers.drain(..) {
             let Answered { ticket, outcome, object, range, since_ns } = answered;
-            let result = ticket.answer(outcome);
+            let delivered = ticket.answer(outcome);
             let latency_ns = self.clock.now_ns().saturating_sub(since_ns);
-            self.stats().answered(latency_ns);
-            match result {
-                Ok(true) => {}
-                Ok(false) => self.stats().late(),
-                Err(error) => {
-                    self.stats().refused();
-                    if self.shared.may_log_failure() {
-                        tracing::error!("the kernel did not take the answer to a read: {error}");
-                    }
-                }
-            }
-            if outcome != Outcome::Done || self.tracer.is_some() {
-                self.report(object, range, latency_ns, outcome);
-            }
-            if let (Outcome::Failed(_), Some(object)) = (outcome, object) {
-                self.let_go_if_lost(object);
-            }
+            self.account(delivered, (object, range, outcome), latency_ns);
         }
         self.answers.reuse(answers);
         self.answers.begin(self.clock.now_ns());
-        if let Some(intake) = &mut self.intake {
-            intake.router.answered(given);
+        self.intakes.iter_mut().for_each(|intake| intake.router.answered(given));
+    }
+
+    /// Gives those answers that are messages, in one call if the I/O can do that. Others are left.
+    fn reply(&mut self, answers: &mut Vec<Answered<Ticket>>) {
+        // All of them are of one front end.
+        if answers.first().is_none_or(|first| first.ticket.reply(first.outcome).is_none()) {
+            return;
+        }
+        let (mut replies, mut results) = (std::mem::take(&mut self.answers.replies), std::mem::take(&mut self.answers.results));
+        replies.extend(answers.iter().map_while(|answered| answered.ticket.reply(answered.outcome)));
+        if self.io.reply(&replies, &mut results) {
+            let now_ns = self.clock.now_ns();
+            for (answered, result) in answers.drain(..replies.len()).zip(results.drain(..)) {
+                let Answered { ticket, outcome, object, range, since_ns } = answered;
+                let Replied { delivered, close } = ticket.replied(usize::try_from(result).map_err(|_| Errno::from_raw(-result)));
+                if let Some(fd) = close {
+                    self.io.close(fd);
+                }
+                self.account(delivered, (object, range, outcome), now_ns.saturating_sub(since_ns));
+            }
+        }
+        replies.clear();
+        (self.answers.replies, self.answers.results) = (replies, results);
+    }
+
+    /// Counts and reports an answer that was given.
+    fn account(&mut self, delivered: io::Result<bool>, (object, range, outcome): (Option<Handle>, ByteRange, Outcome), latency_ns: u64) {
+        self.stats().answered(latency_ns);
+        match delivered {
+            Ok(true) => {}
+            Ok(false) => self.stats().late(),
+            Err(error) => {
+                self.stats().refused();
+                if self.shared.may_log_failure() {
+                    tracing::error!("the kernel did not take the answer to a read: {error}");
+                }
+            }
+        }
+        if outcome != Outcome::Done || self.tracer.is_some() {
+            self.report(object, range, latency_ns, outcome);
+        }
+        if let (Outcome::Failed(_), Some(object)) = (outcome, object) {
+            self.let_go_if_lost(object);
         }
     }
 

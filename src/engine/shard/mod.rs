@@ -18,15 +18,15 @@ use super::buffers::{Buffers, Memory, Messages};
 use super::clock::Clock;
 use super::fds::Offer;
 use super::fill::From;
-use super::io::{Done, FileRef, Io, Kind, Op};
-use super::machine::{Action, Handle, Machine, OpKey};
+use super::io::{Done, FileRef, Io, Kind, Op, Ready};
+use super::machine::{Action, Answered, Handle, Machine, OpKey};
 use super::mailbox::{Adopted, Inbox, Message};
 use super::room::NoRoom;
 use super::router::{BATCH_MAX, Router};
 use super::stats::{Gauges, ShardStats};
 use super::trace::Tracer;
 use super::{EngineError, Shared, probe};
-use crate::front::{Caps, FrontEnd, NeedRequest, ObjectId, Sink, Ticket};
+use crate::front::{Caps, FrontEnd, NeedRequest, ObjectId, Outcome, Sink, Ticket};
 use crate::range::ByteRange;
 
 #[cfg(test)]
@@ -45,8 +45,8 @@ pub(super) struct Shard<I> {
     shared: Arc<Shared>,
     clock: Clock,
     inbox: Inbox,
-    /// On the shard that receives.
-    intake: Option<Intake>,
+    /// On a shard that receives: its sources.
+    intakes: Vec<Intake>,
     machine: Machine<Ticket>,
     tracer: Option<Tracer>,
     no_room: Option<NoRoom>,
@@ -58,6 +58,8 @@ pub(super) struct Shard<I> {
     offers: Sender<Offer>,
     /// Room for the objects that are picked for that.
     picked: Vec<Handle>,
+    /// Room for requests that ask for nothing but their answer.
+    present: Vec<NeedRequest>,
     // Dropped in this order: the operations' owner before the files and the memory that they use.
     io: I,
     /// Objects by the machine's handle.
@@ -65,7 +67,7 @@ pub(super) struct Shard<I> {
     buffers: Buffers,
 }
 
-/// What the receiving shard has besides.
+/// One source of requests of a shard that receives.
 pub(super) struct Intake {
     pub(super) front: Arc<dyn FrontEnd>,
     pub(super) router: Router,
@@ -81,7 +83,7 @@ pub(super) struct Parts<I> {
     pub(super) clock: Clock,
     pub(super) inbox: Inbox,
     pub(super) offers: Sender<Offer>,
-    pub(super) intake: Option<Intake>,
+    pub(super) intakes: Vec<Intake>,
     pub(super) machine: Machine<Ticket>,
     pub(super) tracer: Option<Tracer>,
     pub(super) no_room: Option<NoRoom>,
@@ -91,7 +93,7 @@ pub(super) struct Parts<I> {
 
 impl<I: Io> Shard<I> {
     pub(super) fn new(parts: Parts<I>) -> Self {
-        let Parts { index, caps, shared, clock, inbox, offers, intake, machine, tracer, no_room, io, buffers } = parts;
+        let Parts { index, caps, shared, clock, inbox, offers, intakes, machine, tracer, no_room, io, buffers } = parts;
         let (attached, answers, done, picked) = (Vec::new(), Batch::default(), Vec::with_capacity(2 * BATCH_MAX as usize), Vec::new());
         let is_ending = false;
         Self {
@@ -100,7 +102,7 @@ impl<I: Io> Shard<I> {
             shared,
             clock,
             inbox,
-            intake,
+            intakes,
             machine,
             tracer,
             no_room,
@@ -109,6 +111,7 @@ impl<I: Io> Shard<I> {
             done,
             offers,
             picked,
+            present: Vec::new(),
             io,
             attached,
             buffers,
@@ -168,24 +171,28 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    /// On the receiving shard: has what the kernel wants read with the next wait.
+    /// On a receiving shard: has what the kernel wants read with the next wait.
     fn receive(&mut self) {
         if self.shared.stopping.load(Ordering::Acquire) && !self.is_reading() {
             self.stop_receiving();
         }
-        let Some(Intake { front, router, messages }) = &mut self.intake else { return };
-        if self.index == 0 && self.shared.look_again.swap(false, Ordering::AcqRel) {
-            router.notice();
-        }
-        for n in 0..router.wanted(&**front, BATCH_MAX) {
-            let memory = messages.slot(n);
-            let file = FileRef::plain(front.requests());
-            self.io.push(Op { key: n.into(), kind: Kind::Receive, file, offset: 0, memory, then: None });
+        // Looked at before it is changed, so that shards share it.
+        let look_again =
+            self.index == 0 && self.shared.look_again.load(Ordering::Acquire) && self.shared.look_again.swap(false, Ordering::AcqRel);
+        for (source, Intake { front, router, messages }) in (0..).zip(&mut self.intakes) {
+            if look_again {
+                router.notice();
+            }
+            for n in 0..router.wanted(&**front, BATCH_MAX) {
+                let memory = messages.slot(n);
+                let file = FileRef::plain(front.requests());
+                self.io.push(Op { key: source, kind: Kind::Receive, file, offset: 0, memory, then: None });
+            }
         }
     }
 
     fn is_reading(&self) -> bool {
-        self.intake.as_ref().is_some_and(|intake| intake.router.is_reading())
+        self.intakes.iter().any(|intake| intake.router.is_reading())
     }
 
     /// On the receiving shard, when it cannot go on: a message that was delivered must not be lost.
@@ -202,7 +209,7 @@ impl<I: Io> Shard<I> {
 
     /// On the receiving shard: lets the others know that nothing more will come.
     fn stop_receiving(&mut self) {
-        if let Some(Intake { mut router, .. }) = self.intake.take() {
+        for Intake { mut router, .. } in std::mem::take(&mut self.intakes) {
             router.give_up();
             self.shared.receivers.fetch_sub(1, Ordering::AcqRel);
             self.shared.wake_all();
@@ -376,11 +383,11 @@ impl<I: Io> Shard<I> {
         if ready.woken {
             self.inbox.silence();
         }
-        if let Some(Intake { router, .. }) = &mut self.intake
-            && (ready.requests || (in_vain && !ready.woken))
-        {
-            // Also when nothing happened at all: should the kernel lose a wake-up, the next turn finds it.
-            router.notice();
+        // Also when nothing happened at all: should the kernel lose a wake-up, the next turn finds it.
+        let sources = if ready == Ready::default() && in_vain { u64::MAX } else { ready.requests };
+        if sources != 0 {
+            let noticed = |(source, _): &(usize, &mut Intake)| sources >> source & 1 == 1;
+            self.intakes.iter_mut().enumerate().filter(noticed).for_each(|(_, intake)| intake.router.notice());
         }
         Ok(())
     }
@@ -396,7 +403,7 @@ impl<I: Io> Shard<I> {
         self.answers.begin(now_ns);
         for Done { op, mut result, copied } in done.drain(..) {
             if op.kind == Kind::Receive {
-                received = received.and(self.received(&op.memory, result, now_ns));
+                received = received.and(self.received(op.key, &op.memory, result, now_ns));
                 continue;
             }
             if let Some(file) = op.memory.file()
@@ -422,20 +429,35 @@ impl<I: Io> Shard<I> {
         received
     }
 
-    fn received(&mut self, memory: &Memory, result: i32, now_ns: u64) -> Result<(), EngineError> {
+    fn received(&mut self, source: u64, memory: &Memory, result: i32, now_ns: u64) -> Result<(), EngineError> {
         // Nobody but a receiver reads, and it is there as long as it reads.
-        let Some(Intake { front, router, .. }) = &mut self.intake else { return Ok(()) };
+        let Some(Intake { front, router, .. }) = self.intakes.get_mut(index(source)) else { return Ok(()) };
         let read = usize::try_from(result).map(|len| memory.bytes(len)).map_err(|_| Errno::from_raw(-result));
-        let taken = router.take(&**front, read, now_ns);
+        let mut present = std::mem::take(&mut self.present);
+        let taken = router.take(&**front, read, now_ns, &mut present);
         memory.consume(result);
+        present.drain(..).for_each(|need| self.allow(need, now_ns));
+        self.present = present;
         taken.map_err(EngineError::Front)
+    }
+
+    /// Has a request answered whose bytes were there before it came.
+    fn allow(&mut self, need: NeedRequest, since_ns: u64) {
+        let NeedRequest { object, range, ticket } = need;
+        self.stats().present();
+        // Only a trace wants to know whose it was.
+        let object = self.tracer.as_ref().and_then(|_| self.machine.handle(object));
+        if self.answers.is_full() {
+            self.answer();
+        }
+        self.answers.push(Answered { ticket, outcome: Outcome::Done, object, range, since_ns });
     }
 
     /// How long it may sleep: to the next deadline of a fill, and of the router if it is here.
     fn sleep_max(&self) -> Duration {
         let deadline = self.machine.next_deadline().map(|at| Duration::from_nanos(at.saturating_sub(self.clock.now_ns())));
-        let router = self.intake.as_ref().and_then(|intake| intake.router.next_turn());
-        [deadline, router].into_iter().flatten().fold(SLEEP_MAX, Duration::min)
+        let routers = self.intakes.iter().map(|intake| intake.router.next_turn());
+        routers.chain([deadline]).flatten().fold(SLEEP_MAX, Duration::min)
     }
 
     /// Whether there is nothing left to do for ever. When time is up, what is left is failed first.

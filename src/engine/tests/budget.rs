@@ -139,9 +139,9 @@ impl FrontEnd for Reopening {
         self.readable.as_fd()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError> {
         if read == Err(Errno::EAGAIN) {
-            return Ok(false);
+            return Ok(Found::Nothing);
         }
         let mut state = self.state.lock().unwrap();
         match state.queue.pop_front().unwrap() {
@@ -151,7 +151,7 @@ impl FrontEnd for Reopening {
                 if let (false, Some(sink)) = (object.opening, object.open.upgrade()) {
                     let (object, ticket) = (ObjectId(object.id), Ticket::new(sink, token));
                     requests.push(Request::Need(NeedRequest { object, range: 0..8192, ticket }));
-                    return Ok(true);
+                    return Ok(Found::Part);
                 }
                 let opening = object.opening;
                 state.waiting.push((name, token));
@@ -161,7 +161,7 @@ impl FrontEnd for Reopening {
                 }
             }
         }
-        Ok(true)
+        Ok(Found::Part)
     }
 }
 

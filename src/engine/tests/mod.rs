@@ -15,7 +15,7 @@ mod pace;
 
 use super::plan::{Completion, Window};
 use super::*;
-use crate::front::{Answer, Caps, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::front::{Answer, Caps, Found, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::key::Key;
 use crate::range::ByteRange;
 use crate::store::{Blob, FileBlob, SourceFile, SourceMode, Store, StoreError};
@@ -79,10 +79,10 @@ impl FrontEnd for Kernel {
         self.readable.as_fd()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError> {
         // Each read takes one from what the counter counts: a request.
         if read == Err(Errno::EAGAIN) {
-            return Ok(false);
+            return Ok(Found::Nothing);
         }
         assert_eq!(read.unwrap().len(), size_of::<u64>());
         loop {
@@ -90,7 +90,7 @@ impl FrontEnd for Kernel {
             match step {
                 Some(Step::Ask(request)) => {
                     requests.push(request);
-                    return Ok(true);
+                    return Ok(Found::Part);
                 }
                 Some(Step::Await(token)) => drop(self.answers.of(token)),
                 Some(Step::Break) => return Err(FrontError::Broken(std::io::ErrorKind::BrokenPipe.into())),

@@ -23,7 +23,9 @@ use super::command;
 use super::counters::{Counters, Counts};
 use super::object::{self, Objects};
 use super::wire::{self, Body, Header, Message, WireError};
-use crate::front::{Answer, Caps, FrontEnd, FrontError, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::front::{
+    Answer, Caps, Found, FrontEnd, FrontError, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket,
+};
 use crate::key::Key;
 use crate::range::{self, ByteRange};
 
@@ -216,14 +218,14 @@ impl FrontEnd for Device {
         self.devnode.fd.as_fd()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError> {
         let found = match read {
             // Not the end of anything: it also follows a wake-up for an object that must be opened again first.
             Ok([]) => None,
             Ok(bytes) => self.understand(bytes)?,
             Err(errno) => self.unread(errno)?,
         };
-        let any = found.is_some();
+        let any = if found.is_some() { Found::Part } else { Found::Nothing };
         requests.extend(found);
         Ok(any)
     }

@@ -25,7 +25,7 @@ pub struct BlobFile {
     /// Opened before the file was marked: so the kernel never asks us about our own writes, for which nobody would have
     /// an answer (`FMODE_NONOTIFY`, fs/open.c).
     file: File,
-    map: PresenceMap,
+    map: Arc<PresenceMap>,
     /// Who is asked for it, when it is served.
     group: Arc<Inner>,
     object: ObjectId,
@@ -48,7 +48,7 @@ impl BlobFile {
             file.set_len(0)?;
         }
         let map = PresenceMap::open(map, len_bytes, boot_id)?;
-        Ok(Self { path, file, map, group: group.inner(), object, len_bytes })
+        Ok(Self { path, file, map: Arc::new(map), group: group.inner(), object, len_bytes })
     }
 
     /// Makes an empty file whole by sharing all blocks of `source`, which has exactly the blob's bytes: where both lie on one
@@ -90,7 +90,7 @@ impl BlobFile {
         }
         let map = File::options().read(true).write(true).open(path.with_extension(MAP_SUFFIX))?;
         let map = PresenceMap::open(map, len_bytes, boot_id)?;
-        Ok(Self { path, file, map, group: group.inner(), object, len_bytes })
+        Ok(Self { path, file, map: Arc::new(map), group: group.inner(), object, len_bytes })
     }
 
     /// Gives the file its length, if it has another one: the kernel would ask about that too, once the file is marked.
@@ -122,7 +122,7 @@ impl BlobFile {
 
     /// What is in it.
     #[must_use]
-    pub const fn map(&self) -> &PresenceMap {
+    pub const fn map(&self) -> &Arc<PresenceMap> {
         &self.map
     }
 

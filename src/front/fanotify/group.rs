@@ -18,12 +18,15 @@ use nix::errno::Errno;
 use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
 use nix::sys::stat::fstat;
 
+use super::blob::BlobFile;
 use super::journal::Journal;
-use super::map::PAGE_BYTES;
+use super::map::{PAGE_BYTES, PresenceMap};
 use super::stale::{self, Stale};
 use super::wire::{self, Event, Events};
-use crate::front::{Answer, Caps, FrontEnd, FrontError, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Outcome, Request, Ticket};
-use crate::range::{ByteRange, align_up};
+use crate::front::{
+    Answer, Caps, Found, FrontEnd, FrontError, MESSAGE_MAX_BYTES, NeedRequest, ObjectId, Outcome, Replied, Reply, Request, Ticket,
+};
+use crate::range::align_up;
 
 /// Events that one read gives at most.
 #[expect(clippy::cast_possible_truncation, reason = "a few")]
@@ -55,13 +58,13 @@ pub(super) struct Inner {
 }
 
 /// An object as its events find it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Known {
     object: ObjectId,
     /// In whole pages.
     len_bytes: u64,
-    /// All of it is there: its last events need nobody.
-    complete: bool,
+    /// What of it is there, if anything.
+    map: Option<Arc<PresenceMap>>,
 }
 
 impl Group {
@@ -119,33 +122,40 @@ impl Group {
         self.0.stale().as_ref().map_or(0, Vec::len)
     }
 
-    /// `file` is `object`, of which a dead process was asked already. It is asked for again, unless it is complete.
-    ///
-    /// # Errors
-    /// As [`Group::mark`].
-    pub fn adopt(&self, file: BorrowedFd<'_>, object: ObjectId, len_bytes: u64, complete: bool) -> Result<(), Errno> {
-        self.mark(file, object, len_bytes)?;
-        if complete { self.0.complete(file) } else { Ok(()) }
-    }
-
     /// When every object that can be served is: has `ask` bring what a dead process was asked for and did not answer. Events are
     /// read from now on.
     pub fn resume(&self, ask: impl Fn(NeedRequest)) {
         let Some(stale) = self.0.stale().take() else { return };
-        let present = |known: &Known| if known.complete { 0 } else { known.len_bytes };
-        let objects: Vec<_> = self.0.objects().values().map(|known| (known.object, present(known))).collect();
+        let wanted = |known: &Known| if known.is_full() { 0 } else { known.len_bytes };
+        let objects: Vec<_> = self.0.objects().values().map(|known| (known.object, wanted(known))).collect();
         stale.iter().for_each(|stale| stale::owe(&self.0, stale, &objects, &ask));
         self.0.let_go();
     }
 
-    /// Has the kernel ask before `file`, which is `object`, is read. Who opened it before that is not asked for. Its
+    /// Has the kernel ask before `blob`'s file is read, unless it is complete. Who opened it before that is not asked for. Its
     /// events are answered from now on if the engine knows the object.
     ///
     /// # Errors
     /// `EOPNOTSUPP`: its file system has no such events; `EINVAL`: the kernel has none (before Linux 6.14).
+    pub fn watch(&self, blob: &BlobFile) -> Result<(), Errno> {
+        self.know(blob.as_fd(), blob.object(), blob.len_bytes(), Some(Arc::clone(blob.map())))
+    }
+
+    /// The same for any file, of which everything is asked for.
+    ///
+    /// # Errors
+    /// As [`Group::watch`].
     pub fn mark(&self, file: BorrowedFd<'_>, object: ObjectId, len_bytes: u64) -> Result<(), Errno> {
-        self.0.objects().insert(inode(file)?, Known { object, len_bytes: align_up(len_bytes, PAGE_BYTES), complete: false });
-        self.0.set_mark(MarkFlags::FAN_MARK_ADD, file).inspect_err(|_| self.0.forget(file, object))
+        self.know(file, object, len_bytes, None)
+    }
+
+    fn know(&self, file: BorrowedFd<'_>, object: ObjectId, len_bytes: u64, map: Option<Arc<PresenceMap>>) -> Result<(), Errno> {
+        // Also of one that is complete: events that an earlier process has read may be of it.
+        let known = Known { object, len_bytes: align_up(len_bytes, PAGE_BYTES), map };
+        let is_full = known.is_full();
+        self.0.objects().insert(inode(file)?, known);
+        let watched = if is_full { Ok(()) } else { self.0.set_mark(MarkFlags::FAN_MARK_ADD, file) };
+        watched.inspect_err(|_| self.0.forget(file, object))
     }
 
     /// Whether the kernel would watch a file in `dir`, by trying with one that has no name.
@@ -154,9 +164,8 @@ impl Group {
     /// No file can be made there.
     pub fn can_watch(&self, dir: &Path) -> io::Result<Result<(), Errno>> {
         let file = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(FILE_MODE).open(dir)?;
-        let watched = self.mark(file.as_fd(), ObjectId(0), 0);
-        self.0.forget(file.as_fd(), ObjectId(0));
-        Ok(watched)
+        let watched = self.0.set_mark(MarkFlags::FAN_MARK_ADD, file.as_fd());
+        Ok(watched.and_then(|()| self.0.set_mark(MarkFlags::FAN_MARK_REMOVE, file.as_fd())))
     }
 
     /// What tickets and sinks hold of it.
@@ -169,9 +178,6 @@ impl Inner {
     /// All of `file` is there: the kernel does not ask any more before it is read. Events that are under way are
     /// answered all the same.
     pub(super) fn complete(&self, file: BorrowedFd<'_>) -> Result<(), Errno> {
-        if let Some(known) = self.objects().get_mut(&inode(file)?) {
-            known.complete = true;
-        }
         self.set_mark(MarkFlags::FAN_MARK_REMOVE, file)
     }
 
@@ -212,7 +218,11 @@ impl Inner {
 
     /// Answers the event of this number, and notes that. The number must not be free before.
     pub(super) fn give(&self, number: RawFd, result: Result<(), Errno>) -> io::Result<bool> {
-        let given = nix::unistd::write(&self.fanotify, &wire::response(number, result));
+        self.noted(number, nix::unistd::write(&self.fanotify, &wire::response(number, result)))
+    }
+
+    /// The answer to the event of this number was given, or refused.
+    fn noted(&self, number: RawFd, given: Result<usize, Errno>) -> io::Result<bool> {
         self.journal.clear(number);
         match given {
             Ok(_) => Ok(true),
@@ -221,16 +231,21 @@ impl Inner {
             Err(errno) => Err(errno.into()),
         }
     }
+}
 
-    /// The object that an event is about, and which part of it is to be brought: an empty one if all of it is there.
-    fn find(&self, event: &OwnedFd, range: Option<ByteRange>) -> Option<(ObjectId, ByteRange)> {
-        let Known { object, len_bytes, complete } = *self.objects().get(&inode(event.as_fd()).ok()?)?;
-        if complete {
-            return Some((object, 0..0));
-        }
-        // Without a range, all of it.
-        let range = range.unwrap_or(0..len_bytes);
-        Some((object, range.start.min(len_bytes)..range.end.min(len_bytes)))
+impl Known {
+    /// Nothing of it has to be asked for.
+    fn is_full(&self) -> bool {
+        self.map.as_ref().is_some_and(|map| map.is_full())
+    }
+}
+
+/// The object that an event is about.
+fn find<'a>(objects: &'a HashMap<Inode, Known>, event: BorrowedFd<'_>) -> Option<&'a Known> {
+    match objects.len() {
+        // Every event is of a file that is marked, and a file is known as long as somebody has it open.
+        1 => objects.values().next(),
+        _ => objects.get(&inode(event).ok()?),
     }
 }
 
@@ -264,52 +279,57 @@ impl FrontEnd for Group {
         self.0.holds.load(Ordering::Acquire) == 0
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError> {
         let bytes = match read {
-            Err(Errno::EAGAIN | Errno::EINTR) | Ok([]) => return Ok(false),
+            Err(Errno::EAGAIN | Errno::EINTR) | Ok([]) => return Ok(Found::Nothing),
             // The kernel has refused the event for which it had no descriptor: its reader got an error.
             Err(errno @ (Errno::EMFILE | Errno::ENFILE)) => return Err(FrontError::OutOfDescriptors(errno)),
             Err(errno) => return Err(FrontError::Broken(errno.into())),
             Ok(bytes) => bytes,
         };
         let (mut events, mut wrong) = (Events::new(bytes), None);
+        let objects = self.0.objects();
         for event in events.by_ref() {
-            if let Err(why) = self.take(event, requests) {
+            if let Err(why) = self.take(event, &objects, requests) {
                 wrong = Some(why);
             }
         }
         if events.left_over() > 0 {
             wrong = Some(format!("{} bytes that are no event", events.left_over()));
         }
-        wrong.map_or(Ok(true), |why| Err(FrontError::Malformed(why)))
+        // The kernel gives as many events as fit.
+        let found = if bytes.len() + wire::EVENT_BYTES > MESSAGE_MAX_BYTES { Found::Part } else { Found::All };
+        wrong.map_or(Ok(found), |why| Err(FrontError::Malformed(why)))
     }
 }
 
 impl Group {
-    /// Adds what an event asks for to `requests`, or answers it if it asks for nothing.
-    fn take(&self, event: Event, requests: &mut Vec<Request>) -> Result<(), String> {
+    /// Adds what an event asks for to `requests`, or answers it if that cannot be.
+    fn take(&self, event: Event, objects: &HashMap<Inode, Known>, requests: &mut Vec<Request>) -> Result<(), String> {
         if event.mask & wire::OVERFLOW != 0 {
             return Err("the kernel has dropped events, and their readers may have got zeros".into());
         }
         let Some(fd) = event.fd.map(take_over) else {
             return Err(format!("an event without a descriptor (mask {:#x})", event.mask));
         };
-        let Some((object, range)) = self.0.find(&fd, event.range) else {
+        let Some(known) = find(objects, fd.as_fd()) else {
             // Its data may be missing, so it may not be read.
             let _ = self.0.respond(fd, Err(Errno::EIO));
             return Err("an event of a file that is not served; its reader gets an error".into());
         };
-        if range.is_empty() {
-            return self.0.respond(fd, Ok(())).map(drop).map_err(|error| format!("an answer was refused: {error}"));
-        }
-        if !self.0.journal.note(fd.as_raw_fd(), object, &range) {
+        // Without a range, all of it.
+        let range = event.range.unwrap_or(0..known.len_bytes);
+        let range = range.start.min(known.len_bytes)..range.end.min(known.len_bytes);
+        if !self.0.journal.note(fd.as_raw_fd(), known.object, &range) {
             let number = fd.as_raw_fd();
             let _ = self.0.respond(fd, Err(Errno::EIO));
             return Err(format!("an event with the descriptor {number}, for which the journal has no room; its reader gets an error"));
         }
         let token = u64::try_from(fd.into_raw_fd()).unwrap_or(u64::MAX);
         let ticket = Ticket::new(Arc::clone(&self.0) as Arc<dyn Answer>, token);
-        requests.push(Request::Need(NeedRequest { object, range, ticket }));
+        let is_present = range.is_empty() || known.map.as_ref().is_some_and(|map| map.contains(&range));
+        let need = NeedRequest { object: known.object, range, ticket };
+        requests.push(if is_present { Request::Present(need) } else { Request::Need(need) });
         Ok(())
     }
 }
@@ -317,15 +337,33 @@ impl Group {
 impl Answer for Inner {
     /// Answers the event whose descriptor is `token`.
     fn answer(&self, token: u64, outcome: Outcome) -> io::Result<bool> {
-        let event = take_over(RawFd::try_from(token).map_err(|_| Errno::EBADF)?);
-        match outcome {
-            Outcome::Done => self.respond(event, Ok(())),
-            Outcome::Failed(errno) => self.respond(event, Err(errno)),
-            Outcome::Opened { .. } => {
-                let _ = self.respond(event, Err(Errno::EIO));
-                Err(Errno::EINVAL.into())
-            }
+        self.respond(take_over(number(token)?), result(outcome))
+    }
+
+    fn reply(&self, token: u64, outcome: Outcome) -> Option<Reply> {
+        Some(Reply { to: self.fanotify.as_fd().as_raw_fd(), bytes: wire::response(number(token).ok()?, result(outcome)) })
+    }
+
+    fn replied(&self, token: u64, result: Result<usize, Errno>) -> Replied {
+        match number(token) {
+            // Closed after its entry was cleared, so that the next event of its number does not lose its own.
+            Ok(number) => Replied { delivered: self.noted(number, result), close: Some(take_over(number)) },
+            Err(errno) => Replied { delivered: Err(errno.into()), close: None },
         }
+    }
+}
+
+/// The name of the event that a token stands for.
+fn number(token: u64) -> Result<RawFd, Errno> {
+    RawFd::try_from(token).map_err(|_| Errno::EBADF)
+}
+
+/// What the reader is told. An event opens nothing.
+const fn result(outcome: Outcome) -> Result<(), Errno> {
+    match outcome {
+        Outcome::Done => Ok(()),
+        Outcome::Failed(errno) => Err(errno),
+        Outcome::Opened { .. } => Err(Errno::EIO),
     }
 }
 

@@ -94,11 +94,28 @@ impl PresenceMap {
             let n = (WORD_BITS - bit).min(end - page);
             let mask = (u64::MAX >> (WORD_BITS - n)) << bit;
             // Pairs with the swap in `save`: who finds the mark finds the bits, or they are marked anew.
-            let before = self.word(word).fetch_or(mask, Ordering::Relaxed);
+            let before = self.word(word).fetch_or(mask, Ordering::Release);
             self.present.fetch_add((mask & !before).count_ones().into(), Ordering::Relaxed);
             page += n;
         }
         self.dirty.store(true, Ordering::Release);
+    }
+
+    /// Whether the sink holds all pages of `range`, which is made of whole ones or reaches to its end.
+    #[must_use]
+    pub fn contains(&self, range: &ByteRange) -> bool {
+        let (mut page, end) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES).min(self.pages));
+        while page < end {
+            let (word, bit) = (page / WORD_BITS, page % WORD_BITS);
+            let n = (WORD_BITS - bit).min(end - page);
+            let mask = (u64::MAX >> (WORD_BITS - n)) << bit;
+            // Who finds a bit finds what was written before it was set.
+            if self.word(word).load(Ordering::Acquire) & mask != mask {
+                return false;
+            }
+            page += n;
+        }
+        true
     }
 
     /// What the sink holds, in order.
@@ -257,6 +274,10 @@ mod tests {
                 expected.push(run);
             }
             prop_assert_eq!(map.ranges(), expected);
+            for start in 0..pages {
+                let range = start * PAGE_BYTES..(start + 70).min(pages) * PAGE_BYTES;
+                prop_assert_eq!(map.contains(&range), set.contains(&range));
+            }
             prop_assert_eq!(map.is_full(), set.is_full());
             prop_assert_eq!(map.present_bytes(), set.page_count() * PAGE_BYTES);
         }

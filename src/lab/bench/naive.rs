@@ -61,7 +61,7 @@ impl Naive<'_> {
         // An answer that the kernel does not want any more is nothing to this daemon.
         let _ = match request {
             Request::Open(open) => self.open(open),
-            Request::Need(need) => self.need(need),
+            Request::Need(need) | Request::Present(need) => self.need(need),
             Request::Close(id) => {
                 self.objects.remove(&id);
                 Ok(true)

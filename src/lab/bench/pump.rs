@@ -14,7 +14,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::machine::{PAGE_BYTES, page};
 use crate::engine::stats::Histogram;
-use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::front::{Answer, Caps, Found, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 use crate::lab::{LabError, Result, Trying};
 
 /// Longest wait for all answers.
@@ -277,9 +277,9 @@ impl FrontEnd for Front {
         self.0.device.as_fd()
     }
 
-    fn parse(&self, read: std::result::Result<&[u8], Errno>, requests: &mut Vec<Request>) -> std::result::Result<bool, FrontError> {
+    fn parse(&self, read: std::result::Result<&[u8], Errno>, requests: &mut Vec<Request>) -> std::result::Result<Found, FrontError> {
         match read {
-            Err(Errno::EAGAIN) => return Ok(false),
+            Err(Errno::EAGAIN) => return Ok(Found::Nothing),
             Err(errno) => return Err(FrontError::Broken(errno.into())),
             Ok(_) => {}
         }
@@ -289,7 +289,7 @@ impl FrontEnd for Front {
             self.0.idle.store(true, Ordering::SeqCst);
             next = self.0.next();
         }
-        let found = next.is_some();
+        let found = if next.is_some() { Found::Part } else { Found::Nothing };
         requests.extend(next);
         Ok(found)
     }

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use super::Answered;
 use super::link::Link;
 use crate::front::cachefiles::wire::{self, Body, Header, Message};
-use crate::front::{Answer, Caps, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
+use crate::front::{Answer, Caps, Found, FrontEnd, FrontError, NeedRequest, ObjectId, OpenRequest, Outcome, Request, Ticket};
 
 /// Alignment that is kept towards the sinks, though files would take anything.
 const ALIGN_BYTES: u64 = 4096;
@@ -95,14 +95,14 @@ impl FrontEnd for SocketFront {
         self.link.as_fd()
     }
 
-    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<bool, FrontError> {
+    fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError> {
         let bytes = match read {
             Ok([]) => {
                 let gone = io::Error::new(io::ErrorKind::UnexpectedEof, "the model kernel has closed its end of the socket");
                 return Err(FrontError::Broken(gone));
             }
             Ok(bytes) => bytes,
-            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(false),
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Found::Nothing),
             Err(errno) => return Err(FrontError::Broken(errno.into())),
         };
         let message = wire::parse(bytes).map_err(|error| {
@@ -119,7 +119,7 @@ impl FrontEnd for SocketFront {
                 Request::Need(NeedRequest { object, range: range.clone(), ticket })
             }
         });
-        Ok(true)
+        Ok(Found::Part)
     }
 }
 
