@@ -110,6 +110,10 @@ pub trait Io {
         false
     }
 
+    /// The source of this place was read until there was nothing: what comes now is to be told of, once at least. Only where it is
+    /// not watched all the time.
+    fn watch(&mut self, _source: usize) {}
+
     /// Closes a descriptor, with the next call that enters the kernel at the latest.
     fn close(&mut self, fd: OwnedFd) {
         drop(fd);

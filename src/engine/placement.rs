@@ -49,11 +49,14 @@ pub fn seats() -> Vec<Seat> {
     seats_of(look(Path::new(SYSFS), &usable_cpus()))
 }
 
-/// Ties the calling thread to a CPU. A host that does not allow it serves all the same.
-pub fn pin(cpu: usize) {
+/// Ties the calling thread to some CPUs. A host that does not allow it serves all the same.
+pub fn pin(cpus: &[usize]) {
     let mut set = CpuSet::new();
-    if set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_err() {
-        tracing::warn!(cpu, "cannot pin a shard to its CPU, so the scheduler moves it; allow sched_setaffinity(2), or narrow CPUAffinity=");
+    if cpus.iter().try_for_each(|cpu| set.set(*cpu)).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_err() {
+        tracing::warn!(
+            ?cpus,
+            "cannot pin a shard to its CPUs, so the scheduler moves it; allow sched_setaffinity(2), or narrow CPUAffinity="
+        );
     }
 }
 

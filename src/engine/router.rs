@@ -55,6 +55,8 @@ pub(super) struct Router {
     held: VecDeque<Held>,
     batch: Batch,
     events_per_read: u32,
+    /// Readers whose questions were read here, and of whom it is not known that they have an answer.
+    unanswered: u32,
     /// Room for the requests of one read.
     requests: Vec<Request>,
 }
@@ -144,6 +146,7 @@ impl Router {
             held: VecDeque::new(),
             batch: Batch::new(),
             events_per_read: caps.events_per_read.max(1),
+            unanswered: 0,
             requests: Vec::new(),
         }
     }
@@ -153,9 +156,18 @@ impl Router {
         self.batch.more = true;
     }
 
-    /// So many readers have had their answer, and may have the next question.
-    pub(super) fn answered(&mut self, readers: u32) {
-        self.batch.answered(readers, readers / self.events_per_read);
+    /// So many readers have had their answer, and may have the next question. Gives how many of them may be those of another
+    /// source.
+    pub(super) fn answered(&mut self, readers: u32) -> u32 {
+        let own = self.unanswered.min(readers);
+        self.unanswered -= own;
+        self.batch.answered(own, own / self.events_per_read);
+        readers - own
+    }
+
+    /// Whether it was read until there was nothing.
+    pub(super) const fn is_idle(&self) -> bool {
+        !self.batch.more
     }
 
     /// Whether reads have begun and not ended.
@@ -257,6 +269,7 @@ impl Router {
         let mut requests = std::mem::take(&mut self.requests);
         let parsed = front.parse(read, &mut requests);
         self.batch.end(parsed.as_ref().map_or(Found::Part, |found| *found));
+        self.unanswered = self.unanswered.saturating_add(u32::try_from(requests.len()).unwrap_or(u32::MAX));
         for request in requests.drain(..) {
             match request {
                 Request::Present(need) => present.push(need),

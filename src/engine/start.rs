@@ -258,7 +258,7 @@ impl Plan {
     /// ring (which only this thread may use).
     fn run(self, report: &SyncSender<Result<Started, EngineError>>) -> Result<(), EngineError> {
         if let Some(seat) = &self.seat {
-            placement::pin(seat.cpu);
+            placement::pin(if self.caps.readers_preempt { &seat.near } else { std::slice::from_ref(&seat.cpu) });
             tracing::debug!(shard = self.index, cpu = seat.cpu, workers_on = ?seat.near, "placed");
         }
         let slot_bytes = usize::try_from(self.settings.slot_bytes).unwrap_or(usize::MAX);

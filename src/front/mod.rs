@@ -245,6 +245,8 @@ pub struct Caps {
     pub needs_hold_fds: bool,
     /// A read by a ring waits for a message, `O_NONBLOCK` or not: one that can be polled, and knows no `RWF_NOWAIT`.
     pub ring_reads_wait: bool,
+    /// An answer wakes readers on the CPU of whoever gives it, and they take that CPU: a shard may go to another one.
+    pub readers_preempt: bool,
 }
 
 impl Default for Caps {
@@ -259,6 +261,7 @@ impl Default for Caps {
             events_per_read: 1,
             needs_hold_fds: false,
             ring_reads_wait: false,
+            readers_preempt: false,
         }
     }
 }

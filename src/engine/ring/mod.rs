@@ -98,6 +98,8 @@ pub struct Ring {
     sinks_block: bool,
     /// Each with its place in the table of files, if it has one: replies are written to them.
     requests: Vec<FileRef>,
+    /// Those that are polled: a bit for each.
+    watched: u64,
     wake: RawFd,
     features: Features,
     cqes: Vec<cqueue::Entry>,
@@ -151,6 +153,7 @@ impl Ring {
             is_urgent: false,
             sinks_block: settings.sinks_block,
             requests: Vec::with_capacity(sources),
+            watched: 0,
             wake: watch.wake.as_raw_fd(),
             features,
             cqes: Vec::with_capacity(REAP_BATCH),
@@ -160,7 +163,9 @@ impl Ring {
         let add = |fd: &BorrowedFd<'_>| if settings.receives_aside { ring.add_file(*fd) } else { FileRef::plain(*fd) };
         ring.requests = watch.requests.iter().map(add).collect();
         ring.arm(WAKE);
-        (0..sources as u64).for_each(|source| ring.arm(REQUESTS + source));
+        if !settings.receives_aside {
+            (0..sources as u64).for_each(|source| ring.arm(REQUESTS + source));
+        }
         Ok(ring)
     }
 
@@ -170,11 +175,13 @@ impl Ring {
         self.features
     }
 
-    /// (Re-)arms the multishot poll that `user_data` stands for.
+    /// (Re-)arms the poll that `user_data` stands for.
     fn arm(&mut self, user_data: u64) {
         let source = user_data.checked_sub(REQUESTS).and_then(|source| self.requests.get(usize::try_from(source).ok()?));
         let fd = source.map_or(self.wake, |source| source.fd);
-        self.submit(opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build().user_data(user_data));
+        // A poll costs whoever asks something, each time: no reader while the shard is awake anyway.
+        let is_multishot = source.is_none() || !self.receives_aside;
+        self.submit(opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(is_multishot).build().user_data(user_data));
     }
 
     /// Puts an entry into the submission queue; what does not fit waits for the next turn.
@@ -309,7 +316,13 @@ impl Ring {
         match user_data {
             CLOSE => return,
             WAKE => ready.woken = true,
-            REQUESTS.. => ready.requests |= 1 << (user_data - REQUESTS),
+            REQUESTS.. => {
+                let source = 1 << (user_data - REQUESTS);
+                (ready.requests, self.watched) = (ready.requests | source, self.watched & !source);
+                if self.receives_aside {
+                    return;
+                }
+            }
             _ => return self.replies.ended(user_data - REPLIES, cqe.result()),
         }
         if !cqueue::more(cqe.flags()) {
@@ -363,6 +376,13 @@ impl Io for Ring {
     fn reply(&mut self, replies: &[Reply], results: &mut Vec<i32>) -> bool {
         self.write_replies(replies, results);
         true
+    }
+
+    fn watch(&mut self, source: usize) {
+        if self.receives_aside && self.watched >> source & 1 == 0 {
+            self.watched |= 1 << source;
+            self.arm(REQUESTS + source as u64);
+        }
     }
 
     fn close(&mut self, fd: OwnedFd) {

@@ -76,6 +76,7 @@ fn replies_are_written_in_one_call_and_say_how_each_of_them_went() {
         let (raw, inode) = (gone.as_raw_fd(), gone.metadata().unwrap().ino());
         ring.close(gone.into());
         to.write(1).unwrap();
+        ring.watch(0);
         let (mut done, mut ready) = (Vec::new(), Ready::default());
         for _ in 0..3 {
             let now = ring.wait(Some(Duration::from_millis(50)), &mut done).unwrap();

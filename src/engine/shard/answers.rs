@@ -93,7 +93,7 @@ impl<I: Io> Shard<I> {
         }
         self.answers.reuse(answers);
         self.answers.begin(self.clock.now_ns());
-        self.intakes.iter_mut().for_each(|intake| intake.router.answered(given));
+        self.intakes.iter_mut().fold(given, |given, intake| intake.router.answered(given));
     }
 
     /// Gives those answers that are messages, in one call if the I/O can do that. Others are left.

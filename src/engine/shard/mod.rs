@@ -183,7 +183,11 @@ impl<I: Io> Shard<I> {
             if look_again {
                 router.notice();
             }
-            for n in 0..router.wanted(&**front, BATCH_MAX) {
+            let wanted = router.wanted(&**front, BATCH_MAX);
+            if router.is_idle() {
+                self.io.watch(index(source));
+            }
+            for n in 0..wanted {
                 let memory = messages.slot(n);
                 let file = FileRef::plain(front.requests());
                 self.io.push(Op { key: source, kind: Kind::Receive, file, offset: 0, memory, then: None });

@@ -264,6 +264,7 @@ impl FrontEnd for Group {
             events_per_read: EVENTS_PER_READ,
             needs_hold_fds: true,
             ring_reads_wait: true,
+            readers_preempt: true,
         }
     }
 

@@ -45,7 +45,7 @@ pub(super) fn wake() -> Result<Option<WakeFigures>> {
     let pair = || EventFd::new().trying(|| "cannot make an eventfd");
     let (ask, answer) = (pair()?, pair()?);
     let hops = |cpu: usize, first: Option<&EventFd>, from: &EventFd, to: &EventFd| -> nix::Result<()> {
-        pin(cpu);
+        pin(&[cpu]);
         first.map_or(Ok(8), |first| first.write(1))?;
         (0..HOPS / 2).try_for_each(|_| from.read().and_then(|_| to.write(1)).map(drop))
     };
