@@ -64,9 +64,9 @@ impl Budget {
         self.room() >= FDS_PER_OPEN
     }
 
-    /// How many requests may wait for their answer at each of some `receivers`, because each holds a descriptor.
-    pub(super) const fn requests_max(&self, receivers: u64) -> u64 {
-        self.for_requests / receivers
+    /// How many requests may wait for their answer at each of some `shards`, because each holds a descriptor.
+    pub(super) const fn requests_max(&self, shards: u64) -> u64 {
+        self.for_requests / shards
     }
 
     /// Counts what an open may take.

@@ -229,9 +229,10 @@ impl Router {
         if !caps.needs_hold_fds {
             return for_opens;
         }
-        let receivers = self.shared.receivers.load(Ordering::Relaxed).max(1);
-        let room = self.shared.budget.requests_max(receivers as u64).saturating_sub(self.shared.shards[self.index].pending());
-        u32::try_from(room / u64::from(caps.events_per_read)).unwrap_or(u32::MAX)
+        let pending = self.shared.shards[self.index].pending();
+        let room = self.shared.budget.requests_max(self.shards.len() as u64).saturating_sub(pending);
+        // However small the budget is, a shard that has nothing to answer reads.
+        u32::try_from(room / u64::from(caps.events_per_read)).unwrap_or(u32::MAX).max(u32::from(pending == 0))
     }
 
     /// What one read gave, which had ended at `now_ns`. Requests for the shard on which this runs go through its mailbox
