@@ -4,7 +4,7 @@ use nix::errno::Errno;
 
 use super::groups::Class;
 use super::{Action, Answered, FAILURES_MAX, Handle, Limits, Link, Machine, NONE, Need, Object, State};
-use crate::engine::plan::adaptive::{Advice, Known};
+use crate::engine::plan::adaptive::{Advice, Known, ReadOn};
 use crate::engine::plan::{self, Window};
 use crate::front::Outcome;
 use crate::range::{ByteRange, align_down, align_up, intersect};
@@ -122,6 +122,22 @@ impl<T> Machine<T> {
             self.complete(handle, &part);
         }
         region
+    }
+
+    /// Somebody has read what is there, where that is told of: so streams are brought before they are asked for.
+    pub fn has_read(&mut self, handle: Handle, read: &ByteRange) {
+        let Some(object) = self.objects.get_mut(handle.0).filter(|object| !object.closed) else { return };
+        object.asked.insert(read);
+        let end_bytes = align_up(object.blob.len_bytes(), self.limits.page_bytes);
+        let Some(ReadOn { region, all }) = object.planner.as_mut().map(|planner| planner.read_on(read, &object.asked, end_bytes)) else {
+            return;
+        };
+        if let Some(region) = region {
+            self.fill_ahead(handle, &region);
+        }
+        if all {
+            self.complete(handle, &(0..end_bytes));
+        }
     }
 
     /// Whether something of a range is neither there nor on its way.

@@ -38,6 +38,8 @@ const WANTED_PERCENT: u64 = 13;
 /// One jump in so many judges its neighbourhood: counting takes time, and what is judged more often is more often
 /// judged wrongly by chance.
 const JUDGED_EVERY: u64 = 2;
+/// After so many reads of what is there it is counted how much of the object was asked for.
+const COUNTED_EVERY: u64 = 64;
 /// Blocks are free while readers return to a part of so much: it is one file, or a small image.
 const CLOSE_BYTES: u64 = 20 << 20;
 /// Least budget for bets, whatever the object's length.
@@ -73,6 +75,16 @@ pub struct Advice {
     pub complete: Option<ByteRange>,
 }
 
+/// What to do because of a read that found its bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReadOn {
+    /// To be brought soon, so that the reader does not have to wait for it.
+    pub region: Option<ByteRange>,
+    /// Readers seem to want all of the object. Where reads of what is there are told of they cost something, until
+    /// nothing is missing.
+    pub all: bool,
+}
+
 /// What is known of how one object is read.
 #[derive(Debug)]
 pub struct Planner {
@@ -80,6 +92,8 @@ pub struct Planner {
     /// From the first to the last byte that was ever asked for.
     hull: ByteRange,
     jumps: u64,
+    /// Reads that found their bytes.
+    reads: u64,
     /// What may still be brought on bets.
     budget_bytes: u64,
     /// To be brought whole.
@@ -92,7 +106,7 @@ impl Planner {
     pub fn new(len_bytes: u64, budget_percent: u8) -> Self {
         let share = u64::try_from(u128::from(len_bytes) * u128::from(budget_percent) / 100).unwrap_or(u64::MAX);
         let budget_bytes = if budget_percent == 0 { 0 } else { share.max(BUDGET_MIN_BYTES) };
-        Self { streams: Streams::default(), hull: 0..0, jumps: 0, budget_bytes, whole: 0..0 }
+        Self { streams: Streams::default(), hull: 0..0, jumps: 0, reads: 0, budget_bytes, whole: 0..0 }
     }
 
     /// A part that is to be brought whole at the first miss in it.
@@ -109,6 +123,14 @@ impl Planner {
             Some(_) => start.min(self.whole.start)..end.max(self.whole.end),
             None => start..end,
         }
+    }
+
+    /// What to bring because somebody reads what is there, where such reads are told of. `asked` has them all.
+    pub fn read_on(&mut self, read: &ByteRange, asked: &PageSet, end_bytes: u64) -> ReadOn {
+        self.reads += 1;
+        let region = self.streams.read_on(read).filter(|region| region.start < end_bytes);
+        let all = self.reads.is_multiple_of(COUNTED_EVERY) && asked.present_bytes() * 100 >= end_bytes * WANTED_PERCENT;
+        ReadOn { region: region.map(|region| region.start..region.end.min(end_bytes)), all }
     }
 
     /// What to do for a demand (whole pages) that misses.

@@ -56,6 +56,16 @@ impl Streams {
         Some((region, std::mem::take(&mut stretch.bet_bytes)))
     }
 
+    /// The next window where somebody reads the last half of what came last, before it ends: so that nobody waits for it.
+    pub(super) fn read_on(&mut self, read: &ByteRange) -> Option<ByteRange> {
+        let nearly_through = |stretch: &&mut Stretch| {
+            let last_half = stretch.brought.end.saturating_sub(stretch.last_bytes / 2)..stretch.brought.end;
+            stretch.window_bytes > WINDOW_MIN_BYTES && last_half.contains(&read.start)
+        };
+        let end = self.stretches.iter_mut().find(nearly_through)?.brought.end;
+        self.go_on(&(end..end)).map(|(region, _)| region)
+    }
+
     /// Remembers what was brought for a demand that is not at the end of any stretch.
     pub(super) fn begin(&mut self, region: &ByteRange, bet_bytes: u64) {
         let quiet = self.stretches.iter_mut().min_by_key(|stretch| stretch.moved);

@@ -449,8 +449,11 @@ impl<I: Io> Shard<I> {
     fn allow(&mut self, need: NeedRequest, since_ns: u64) {
         let NeedRequest { object, range, ticket } = need;
         self.stats().present();
-        // Only a trace wants to know whose it was.
-        let object = self.tracer.as_ref().and_then(|_| self.machine.handle(object));
+        // Another shard's, where sources and objects are not shared out alike.
+        let object = self.machine.handle(object);
+        if let Some(handle) = object {
+            self.machine.has_read(handle, &range);
+        }
         if self.answers.is_full() {
             self.answer();
         }
