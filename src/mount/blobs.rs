@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -38,6 +38,8 @@ pub struct Blobs {
     pub(super) served: Mutex<All>,
     /// What another process needs to go on.
     pub(super) bag: Mutex<Bag>,
+    /// How many were served and are not any more.
+    pub(super) released: AtomicU64,
 }
 
 /// Blobs that are served, by the names of their files.
@@ -261,7 +263,7 @@ impl Blobs {
         let bag = Bag::new().map_err(BlobsError::Bag)?;
         groups[0].can_watch(&dir).map_err(unusable)?.map_err(|errno| BlobsError::NoEvents { dir: dir.clone(), errno })?;
         let (next, served, bag) = (AtomicU32::new(0), Mutex::default(), Mutex::new(bag));
-        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        let blobs = Self { dir, boot_id, groups, next, served, bag, released: AtomicU64::new(0) };
         blobs.pack(&All::new()).map_err(BlobsError::Bag)?;
         Ok(blobs)
     }
@@ -363,6 +365,7 @@ impl Blobs {
         let released = before - served.len();
         if released > 0 {
             self.repack(&served);
+            self.released.fetch_add(released as u64, Ordering::Relaxed);
         }
         released
     }

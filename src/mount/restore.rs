@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -77,7 +77,7 @@ impl Blobs {
         let unanswered = groups.iter().map(|group| group.unanswered()).sum();
         let mut restored = Restored { groups: groups.len(), unanswered, ..Restored::default() };
         let (next, served, bag) = (AtomicU32::new(0), Mutex::new(All::new()), Mutex::new(bag));
-        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        let blobs = Self { dir, boot_id, groups, next, served, bag, released: AtomicU64::new(0) };
         for (label, file) in files {
             blobs.next.fetch_max(label.object.wrapping_add(1), Ordering::Relaxed);
             match blobs.adopt(&label, file) {

@@ -20,5 +20,5 @@ pub mod map;
 mod stale;
 pub mod wire;
 
-pub use self::blob::BlobFile;
+pub use self::blob::{BlobFile, MAP_SUFFIX};
 pub use self::group::Group;
