@@ -21,6 +21,6 @@ mod space;
 pub use self::blobs::{AttachError, Blobs, BlobsError, Pinned};
 pub use self::fsmount::{FsMountError, Source, mount};
 pub use self::poisoned::{Poisoned, poisoned};
-pub use self::restore::{Restored, is_bag};
+pub use self::restore::{Restored, contents, is_bag};
 pub use self::service::{Prepared, Service};
 pub use self::space::BlobCache;

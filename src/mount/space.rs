@@ -1,17 +1,20 @@
 //! The cache of images that are mounted from files, as `ops::space` looks after it: each blob has a file and a map, and both go
 //! when nobody has the blob mounted.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsStr;
+use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, TryLockError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 
 use super::blobs::Blobs;
+use crate::engine::room::NoRoom;
 use crate::front::cachefiles::cache_dir::CacheDirError;
 use crate::front::cachefiles::tree::{self, Dir, Kind};
 use crate::front::fanotify::{BlobFile, MAP_SUFFIX};
@@ -21,6 +24,8 @@ use crate::ops::space::policy::Candidate;
 
 /// Digits of the name of a blob's file, which is a hash.
 const NAME_DIGITS: usize = 64;
+/// Pauses between two tries to make a file where there is no room: together as long as a fill waits.
+const ROOM_PAUSES: [Duration; 3] = [Duration::from_millis(180), Duration::from_millis(360), Duration::from_millis(720)];
 
 /// See the module's description.
 #[derive(Debug)]
@@ -33,6 +38,29 @@ pub struct BlobCache {
     released: u64,
     /// The blobs of the last count.
     names: Vec<String>,
+    /// Those of them that were served when that was last seen.
+    served: HashSet<String>,
+}
+
+impl Blobs {
+    /// Rings `no_room` from now on when a blob's file finds no room: whoever hears it looks after a [`BlobCache`].
+    pub fn ring_for_room(&self, no_room: NoRoom) {
+        // Who is told first hears it.
+        let _ = self.no_room.set(no_room);
+    }
+
+    /// Does something that takes room on the cache's file system; again some time later if there is none, as fills do.
+    pub(super) fn with_room<T>(&self, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        for pause in ROOM_PAUSES {
+            match make() {
+                Err(error) if error.kind() == io::ErrorKind::StorageFull && self.no_room.get().is_some_and(NoRoom::ring) => {
+                    std::thread::sleep(pause);
+                }
+                result => return result,
+            }
+        }
+        make()
+    }
 }
 
 impl BlobCache {
@@ -44,11 +72,23 @@ impl BlobCache {
         let missing = || CacheDirError::io(&blobs.dir, "look after its space")(Errno::ENOENT);
         let dir = Dir::open(&blobs.dir)?.ok_or_else(missing)?;
         let shares = tree::can_share(&dir);
-        Ok(Self { blobs, dir, shares, released: 0, names: Vec::new() })
+        Ok(Self { blobs, dir, shares, released: 0, names: Vec::new(), served: HashSet::new() })
+    }
+
+    /// The files that are served. Somebody who waits for room may have them locked: then those of the last time count, for
+    /// what is served stays in any case.
+    fn look_at_served(&mut self) -> HashMap<String, Arc<BlobFile>> {
+        let served = match self.blobs.served.try_lock() {
+            Err(TryLockError::WouldBlock) => return HashMap::new(),
+            Err(TryLockError::Poisoned(served)) => served.into_inner(),
+            Ok(served) => served,
+        };
+        self.served = served.keys().cloned().collect();
+        served.iter().map(|(name, served)| (name.clone(), Arc::clone(&served.file))).collect()
     }
 
     /// Adds what one file of a blob takes. A map that has lost its blob counts as never used.
-    fn add(&self, to: &mut Candidate, name: &OsStr, served: Option<&Arc<BlobFile>>) -> Result<(), CacheDirError> {
+    fn add(&self, to: &mut Candidate, name: &OsStr, file: Option<&Arc<BlobFile>>) -> Result<(), CacheDirError> {
         let Some(stat) = self.dir.stat(name)? else { return Ok(()) };
         to.files += 1;
         to.bytes += tree::bytes(&stat);
@@ -58,8 +98,9 @@ impl BlobCache {
         to.last_use = tree::last_use(&stat);
         if self.shares {
             // Who is served is not opened: somebody who looks whether it is mounted would take us for a mount.
-            let shared = match served {
+            let shared = match file {
                 Some(file) => reflink::shared_bytes(file.as_fd()),
+                None if to.stays => Ok(0),
                 None => self.dir.open_file(name, OFlag::O_RDONLY).and_then(reflink::shared_bytes),
             };
             to.bytes = to.bytes.saturating_sub(shared.unwrap_or(0));
@@ -105,14 +146,13 @@ impl Cache for BlobCache {
     }
 
     fn count(&mut self) -> Result<Counted, CacheDirError> {
-        let served: HashMap<String, Arc<BlobFile>> =
-            self.blobs.served().iter().map(|(name, served)| (name.clone(), Arc::clone(&served.file))).collect();
+        let files = self.look_at_served();
         let mut found: BTreeMap<String, Candidate> = BTreeMap::new();
         let mut unread = None;
         for entry in self.dir.entries()?.into_iter().filter(|entry| entry.kind == Kind::File) {
             let Some(blob) = blob_of(&entry.name) else { continue };
-            let none = Candidate { bytes: 0, files: 0, last_use: (0, 0), stays: served.contains_key(blob) };
-            let counted = self.add(found.entry(blob.to_owned()).or_insert(none), &entry.name, served.get(blob));
+            let none = Candidate { bytes: 0, files: 0, last_use: (0, 0), stays: self.served.contains(blob) };
+            let counted = self.add(found.entry(blob.to_owned()).or_insert(none), &entry.name, files.get(blob));
             unread = unread.or_else(|| counted.err().map(|error| error.to_string()));
         }
         let objects;

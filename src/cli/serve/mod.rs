@@ -191,7 +191,10 @@ fn start_steward(settings: space::Settings, cache: Option<CacheOf>) -> Result<Op
             CacheOf::Device { device, may_cull, lists } => {
                 Steward::start(settings, move || Volumes::new(&dir, device, may_cull, lists), no_room.clone())
             }
-            CacheOf::Blobs(blobs) => Steward::start(settings, move || BlobCache::new(blobs), no_room.clone()),
+            CacheOf::Blobs(blobs) => {
+                blobs.ring_for_room(no_room.clone());
+                Steward::start(settings, move || BlobCache::new(blobs), no_room.clone())
+            }
         };
         Ok((steward?, no_room))
     };

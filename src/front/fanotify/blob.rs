@@ -22,6 +22,8 @@ use crate::range::{ByteRange, align_up};
 pub const MAP_SUFFIX: &str = "map";
 /// How long a file may be held by somebody who is about to remove it: removing takes one look and two names.
 const HOLD_MAX: Duration = Duration::from_secs(10);
+/// Which signal says that somebody wants a leased file (include/uapi/asm-generic/fcntl.h).
+const F_SETSIG: libc::c_int = 10;
 /// Pause between two tries to hold it.
 const HOLD_PAUSE: Duration = Duration::from_millis(1);
 
@@ -232,13 +234,15 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
 }
 
 /// Whether this is the only descriptor of a file. (Only such a file can be leased for writing: `check_conflicting_open`,
-/// fs/locks.c.)
+/// fs/locks.c.) Who opens it in the moment of the lease waits until it is given back, and we are sent a signal: one that
+/// does nothing, for SIGIO would end the process.
 fn is_alone(file: &File) -> bool {
-    let lease = |kind: libc::c_int| {
+    let ask = |what: libc::c_int, value: libc::c_int| {
         // SAFETY: the descriptor is open while borrowed; the argument is a plain number.
-        Errno::result(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) })
+        Errno::result(unsafe { libc::fcntl(file.as_raw_fd(), what, value) })
     };
-    lease(libc::F_WRLCK).is_ok() && lease(libc::F_UNLCK).is_ok()
+    let lease = |kind: libc::c_int| ask(libc::F_SETLEASE, kind).is_ok();
+    ask(F_SETSIG, libc::SIGURG).is_ok() && lease(libc::F_WRLCK) && lease(libc::F_UNLCK)
 }
 
 fn id_of(name: &str, file: &File, len_bytes: u64) -> io::Result<SinkId> {

@@ -21,6 +21,8 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::errno::Errno;
+use nix::fcntl::posix_fallocate;
 
 use crate::range::{ByteRange, align_up};
 
@@ -87,7 +89,13 @@ impl PresenceMap {
         if !same_sink {
             file.set_len(0)?;
             file.set_len(HEADER_BYTES + 2 * bits)?;
-        } else if found != header {
+        }
+        // A store into a mapped hole of a file system that is full ends the process (SIGBUS).
+        match posix_fallocate(&file, 0, i64::try_from(HEADER_BYTES + 2 * bits).map_err(|_| io::ErrorKind::InvalidInput)?) {
+            Ok(()) | Err(Errno::EOPNOTSUPP) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        if same_sink && found != header {
             copy(&file, HEADER_BYTES, HEADER_BYTES + bits, bits)?;
         }
         // After the bits: a crash in between must not make those of another boot count.
