@@ -6,15 +6,16 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 
 use crate::engine::Entry;
+use crate::engine::room::NoRoom;
 use crate::front::fanotify::{BlobFile, Group, map};
 use crate::front::{Answer, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Sink, Ticket};
 use crate::key::Key;
@@ -43,6 +44,10 @@ pub struct Blobs {
     pub(super) served: Mutex<All>,
     /// What another process needs to go on.
     pub(super) bag: Mutex<Bag>,
+    /// How many were served and are not any more.
+    pub(super) released: AtomicU64,
+    /// To be told of files that found no room.
+    pub(super) no_room: OnceLock<NoRoom>,
 }
 
 /// Blobs that are served, by the names of their files.
@@ -269,7 +274,7 @@ impl Blobs {
         let bag = Bag::new().map_err(BlobsError::Bag)?;
         groups[0].can_watch(&dir).map_err(unusable)?.map_err(|errno| BlobsError::NoEvents { dir: dir.clone(), errno })?;
         let (next, served, bag) = (AtomicU32::new(0), Mutex::default(), Mutex::new(bag));
-        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        let blobs = Self { dir, boot_id, groups, next, served, bag, released: AtomicU64::new(0), no_room: OnceLock::new() };
         blobs.pack(&All::new()).map_err(BlobsError::Bag)?;
         Ok(blobs)
     }
@@ -323,7 +328,8 @@ impl Blobs {
         let place = self.place_for(all, engine, object, blob.device());
         let group = &self.groups[place];
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
-        let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
+        let open = || BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object);
+        let file = self.with_room(open).map_err(failed)?;
         let served = Served { file: Arc::new(file), key: key.clone(), group: place, device: blob.device(), opened: true, pins: 0 };
         let file = Arc::clone(&served.file);
         if file.map().is_full() || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed)? {
@@ -382,6 +388,7 @@ impl Blobs {
         let released = before - served.len();
         if released > 0 {
             self.repack(&served);
+            self.released.fetch_add(released as u64, Ordering::Relaxed);
         }
         released
     }

@@ -156,8 +156,11 @@ fn write_line(stream: &mut UnixStream, value: &impl Serialize) -> io::Result<()>
     stream.write_all(&line)
 }
 
-/// `None`: the other side has ended.
-fn read_line<T: for<'a> Deserialize<'a>>(stream: &mut BufReader<UnixStream>) -> io::Result<Option<T>> {
+/// The next question, or answer. `None`: the other side has ended.
+///
+/// # Errors
+/// `InvalidData`: a line that is none; what follows may be one. Else what reading says.
+pub fn read_line<T: for<'a> Deserialize<'a>>(stream: &mut impl BufRead) -> io::Result<Option<T>> {
     let mut line = Vec::new();
     stream.take(LINE_MAX_BYTES).read_until(b'\n', &mut line)?;
     match line.strip_suffix(b"\n") {

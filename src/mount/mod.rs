@@ -5,6 +5,7 @@
 //! | `blobs` | the files of blobs: made, served, watched, let go |
 //! | `restore` | going on with what a dead daemon served |
 //! | `poisoned` | mounts that nobody watches |
+//! | `space` | removing what nobody has mounted |
 //! | `service` | what a daemon does for images |
 //! | `control` | how a verb asks a daemon |
 //! | `fsmount` | mounting EROFS from files |
@@ -15,9 +16,11 @@ mod fsmount;
 mod poisoned;
 mod restore;
 mod service;
+mod space;
 
 pub use self::blobs::{AttachError, Blobs, BlobsError, Pinned};
 pub use self::fsmount::{FsMountError, Source, mount};
 pub use self::poisoned::{Poisoned, poisoned};
-pub use self::restore::{Restored, is_bag};
+pub use self::restore::{Restored, contents, is_bag};
 pub use self::service::{Prepared, Service};
+pub use self::space::BlobCache;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -14,6 +14,7 @@ use nix::sys::stat::{SFlag, fstat};
 use serde::{Deserialize, Serialize};
 
 use super::blobs::{All, AttachError, BLOBS_DIR, Blobs, BlobsError, Opening, Served, name_of};
+use super::space::is_blob_name;
 use crate::engine::Entry;
 use crate::front::ObjectId;
 use crate::front::fanotify::{BlobFile, Group, map};
@@ -80,7 +81,7 @@ impl Blobs {
         let unanswered = groups.iter().map(|group| group.unanswered()).sum();
         let mut restored = Restored { groups: groups.len(), unanswered, ..Restored::default() };
         let (next, served, bag) = (AtomicU32::new(0), Mutex::new(All::new()), Mutex::new(bag));
-        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        let blobs = Self { dir, boot_id, groups, next, served, bag, released: AtomicU64::new(0), no_room: OnceLock::new() };
         for (label, file) in files {
             blobs.next.fetch_max(label.object.wrapping_add(1), Ordering::Relaxed);
             match blobs.adopt(&label, file) {
@@ -178,6 +179,15 @@ fn check(name: &str, key: &Key, store: &dyn Store) -> Result<(), AttachError> {
     if name_of(key, &*blob) == name { Ok(()) } else { Err(AttachError::Refused { key: key.clone(), errno: Errno::ESTALE }) }
 }
 
+/// What is in a bag: how many groups, and the names of blobs' files in the cache directory.
+///
+/// # Errors
+/// It is not what [`Blobs::bag`] gives.
+pub fn contents(items: Vec<Item>) -> io::Result<(usize, Vec<String>)> {
+    let (groups, files) = sort(items)?;
+    Ok((groups.len(), files.into_iter().map(|(label, _)| label.file).collect()))
+}
+
 /// A group and its journal.
 type Pair = (OwnedFd, OwnedFd);
 
@@ -191,7 +201,8 @@ fn sort(items: Vec<Item>) -> io::Result<(Vec<Pair>, Vec<Labeled>)> {
         match serde_json::from_slice(&label)? {
             Label::Group(place) => drop(groups.insert(place, fd)),
             Label::Journal(place) => drop(journals.insert(place, fd)),
-            Label::Blob(label) => files.push((label, fd)),
+            Label::Blob(label) if is_blob_name(&label.file) => files.push((label, fd)),
+            Label::Blob(_) => return Err(io::ErrorKind::InvalidData.into()),
         }
     }
     // The places are those from 0 on, of both.

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use super::Failure;
 use crate::config::{Config, FrontEndKind};
 use crate::front::FrontEnd;
+use crate::front::cachefiles::cookies::Lists;
 use crate::front::cachefiles::{BindError, BindOptions, CullLimits, Device};
 use crate::front::sim::socket::SocketFront;
 use crate::mount::{Blobs, BlobsError, Poisoned, Restored, is_bag, poisoned};
+use crate::ops::doctor::release::{Running, may_cull};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError, KeepMode};
 
@@ -32,6 +34,21 @@ pub(super) struct Opened {
     pub(super) limits: CullLimits,
     /// The hold on it that outlives this process.
     pub(super) keep: Option<Keep>,
+}
+
+/// The cache whose space is looked after.
+pub(super) enum CacheOf {
+    /// It is bound.
+    Device {
+        /// By this.
+        device: Arc<Device>,
+        /// Whether the kernel may be asked to cull.
+        may_cull: bool,
+        /// Where it tells what it has open.
+        lists: Option<Lists>,
+    },
+    /// It has blobs' files.
+    Blobs(Arc<Blobs>),
 }
 
 impl Opened {
@@ -109,6 +126,17 @@ impl Opened {
         keep.hold(config.keep, bag.as_fd(), &config.cache_dir).map_err(failed)?;
         let fronts = blobs.fronts();
         Ok(Self { fronts, device: None, blobs: Some(Arc::new(blobs)), limits: config.cull, keep: Some(keep) })
+    }
+
+    /// The cache, if there is one on a disk. To be asked for once, before the process is confined.
+    pub(super) fn cache(&mut self, config: &Config) -> Option<CacheOf> {
+        if let Some(blobs) = &self.blobs {
+            return Some(CacheOf::Blobs(Arc::clone(blobs)));
+        }
+        let device = self.device.take()?;
+        let cannot = |error: &_| tracing::warn!("{}: {error}: the last use of blobs is not noted", config.cache_dir.display());
+        let lists = Lists::open().inspect_err(cannot).ok();
+        Some(CacheOf::Device { device, may_cull: may_cull(&Running::read()), lists })
     }
 
     /// Any of its sources.

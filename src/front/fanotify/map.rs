@@ -9,6 +9,9 @@
 //! loss of power may keep a bit and lose its data: they count only in the boot in which they were set. *Durable* bits are
 //! copied from them after the sink has been synced; they count for ever. Holes of the sink are not asked: a page of zeros that
 //! somebody read from a preallocated part looks like data to `SEEK_DATA`.
+//!
+//! The header says which file the bits are about ([`SinkId`]). A map that outlives its sink, whatever removed or exchanged that,
+//! says nothing of the file that has its name then.
 
 use std::fs::File;
 use std::io;
@@ -18,13 +21,15 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::errno::Errno;
+use nix::fcntl::posix_fallocate;
 
 use crate::range::{ByteRange, align_up};
 
 /// Unit in which presence is known and sinks are as long; EROFS reads its devices in blocks of at most that.
 pub const PAGE_BYTES: u64 = 4096;
 /// What a file begins with; the last digit is the version of the layout.
-const MAGIC: [u8; 8] = *b"INFILLP1";
+const MAGIC: [u8; 8] = *b"INFILLP2";
 /// Room of the header: so that the bits begin on a page.
 const HEADER_BYTES: u64 = 4096;
 /// Bits of a word.
@@ -35,6 +40,21 @@ const WORD_BYTES: u64 = 8;
 const LEN_MAX_BYTES: u64 = 1 << 44;
 /// Bytes of a boot's id as /proc/sys/kernel/random/boot_id shows it.
 const BOOT_ID_BYTES: usize = 36;
+/// Longest name of a sink, which is a hash in hexadecimal digits.
+const NAME_MAX_BYTES: usize = 64;
+
+/// A sink as no other one ever is: also not one that is made later with the same name and length.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SinkId {
+    /// Name of its file, which says which blob's bytes it has.
+    pub name: String,
+    /// Length of the blob.
+    pub len_bytes: u64,
+    /// Number of the file, and how often the number was given away before ([`crate::ops::inode::generation`]).
+    pub inode: u64,
+    /// See `inode`.
+    pub generation: u32,
+}
 
 /// See the module's description.
 #[derive(Debug)]
@@ -51,25 +71,31 @@ pub struct PresenceMap {
 }
 
 impl PresenceMap {
-    /// The map in `file`, of a sink of `len_bytes`; a new one if it is empty, of another length, or no map. Bits of another
-    /// boot than `boot_id` that are not durable are dropped. One process at a time may have it.
+    /// The map in `file`, of the sink `of`; a new one if it is empty, of another sink, or no map. Bits of another boot than
+    /// `boot_id` that are not durable are dropped. One process at a time may have it.
     ///
     /// # Errors
     /// The file cannot be read, written or mapped; a sink that is longer than 16 TiB.
-    pub fn open(file: File, len_bytes: u64, boot_id: &str) -> io::Result<Self> {
-        if len_bytes > LEN_MAX_BYTES || boot_id.len() > BOOT_ID_BYTES {
+    pub fn open(file: File, of: &SinkId, boot_id: &str) -> io::Result<Self> {
+        if of.len_bytes > LEN_MAX_BYTES || of.name.len() > NAME_MAX_BYTES || boot_id.len() > BOOT_ID_BYTES {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let pages = len_bytes.div_ceil(PAGE_BYTES);
+        let pages = of.len_bytes.div_ceil(PAGE_BYTES);
         let bits = bits_bytes(pages);
-        let header = header(len_bytes, boot_id);
+        let header = header(of, boot_id);
         let mut found = vec![0; header.len()];
         let known = file.metadata()?.len() == HEADER_BYTES + 2 * bits && file.read_exact_at(&mut found, 0).is_ok();
         let same_sink = known && found[..header.len() - BOOT_ID_BYTES] == header[..header.len() - BOOT_ID_BYTES];
         if !same_sink {
             file.set_len(0)?;
             file.set_len(HEADER_BYTES + 2 * bits)?;
-        } else if found != header {
+        }
+        // A store into a mapped hole of a file system that is full ends the process (SIGBUS).
+        match posix_fallocate(&file, 0, i64::try_from(HEADER_BYTES + 2 * bits).map_err(|_| io::ErrorKind::InvalidInput)?) {
+            Ok(()) | Err(Errno::EOPNOTSUPP) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        if same_sink && found != header {
             copy(&file, HEADER_BYTES, HEADER_BYTES + bits, bits)?;
         }
         // After the bits: a crash in between must not make those of another boot count.
@@ -81,6 +107,10 @@ impl PresenceMap {
         let live = MmapOptions::new().offset(HEADER_BYTES + bits).len(len).map_raw(&file)?;
         let (present, dirty, saving) = (AtomicU64::new(0), AtomicBool::new(true), Mutex::new(()));
         let map = Self { file, live, pages, present, dirty, saving };
+        if !pages.is_multiple_of(WORD_BITS) {
+            // There are no pages behind the last one, whatever the file says.
+            map.word(pages / WORD_BITS).fetch_and((1 << (pages % WORD_BITS)) - 1, Ordering::Relaxed);
+        }
         let count: u32 = (0..map.words()).map(|word| map.word(word).load(Ordering::Relaxed).count_ones()).sum();
         map.present.store(count.into(), Ordering::Relaxed);
         Ok(map)
@@ -139,6 +169,18 @@ impl PresenceMap {
         ranges
     }
 
+    /// The sink holds nothing that counts. To be called before anybody was told what it holds.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn forget(&self) -> io::Result<()> {
+        (0..self.words()).for_each(|word| self.word(word).store(0, Ordering::Relaxed));
+        self.present.store(0, Ordering::Relaxed);
+        let none = vec![0; usize::try_from(self.words() * WORD_BYTES).map_err(|_| io::ErrorKind::InvalidInput)?];
+        self.file.write_all_at(&none, HEADER_BYTES)?;
+        self.file.sync_data()
+    }
+
     /// Whether the sink holds everything.
     #[must_use]
     pub fn is_full(&self) -> bool {
@@ -194,9 +236,10 @@ const fn bits_bytes(pages: u64) -> u64 {
     if bytes == 0 { PAGE_BYTES } else { align_up(bytes, PAGE_BYTES) }
 }
 
-fn header(len_bytes: u64, boot_id: &str) -> Vec<u8> {
+fn header(of: &SinkId, boot_id: &str) -> Vec<u8> {
     let mut header = MAGIC.to_vec();
-    header.extend(len_bytes.to_ne_bytes());
+    header.extend([of.len_bytes, of.inode, of.generation.into()].iter().flat_map(|word| word.to_ne_bytes()));
+    header.extend(of.name.bytes().chain(std::iter::repeat(0)).take(NAME_MAX_BYTES));
     header.extend(boot_id.bytes().chain(std::iter::repeat(0)).take(BOOT_ID_BYTES));
     header
 }
@@ -223,9 +266,54 @@ mod tests {
     use crate::engine::presence::PageSet;
     use proptest::prelude::*;
 
+    fn of(len_bytes: u64) -> SinkId {
+        SinkId { name: "ab".into(), len_bytes, inode: 12, generation: 7 }
+    }
+
     fn open(dir: &tempfile::TempDir, len: u64, boot: &str) -> PresenceMap {
+        open_of(dir, &of(len), boot)
+    }
+
+    fn open_of(dir: &tempfile::TempDir, of: &SinkId, boot: &str) -> PresenceMap {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(dir.path().join("map")).unwrap();
-        PresenceMap::open(file, len, boot).unwrap()
+        PresenceMap::open(file, of, boot).unwrap()
+    }
+
+    #[test]
+    fn a_map_says_nothing_of_another_sink() {
+        let (len, mine) = (100 * PAGE_BYTES, of(100 * PAGE_BYTES));
+        let others = [
+            SinkId { name: "cd".into(), ..mine.clone() },
+            SinkId { len_bytes: len - PAGE_BYTES, ..mine.clone() },
+            SinkId { inode: 13, ..mine.clone() },
+            SinkId { generation: 8, ..mine.clone() },
+        ];
+        for other in others {
+            let (dir, sink) = (tempfile::tempdir().unwrap(), tempfile::tempfile().unwrap());
+            let map = open_of(&dir, &mine, "one");
+            map.insert(&(0..8192));
+            map.save(&sink).unwrap();
+            drop(map);
+            assert_eq!(open_of(&dir, &other, "one").ranges(), [], "{other:?}");
+            assert_eq!(open_of(&dir, &mine, "one").ranges(), [], "what was dropped does not come back");
+        }
+    }
+
+    #[test]
+    fn what_is_forgotten_does_not_come_back_and_pages_behind_the_end_do_not_count() {
+        let (dir, sink, len) = (tempfile::tempdir().unwrap(), tempfile::tempfile().unwrap(), 70 * PAGE_BYTES);
+        let map = open(&dir, len, "one");
+        map.insert(&(0..8192));
+        map.save(&sink).unwrap();
+        map.forget().unwrap();
+        drop(map);
+        let map = open(&dir, len, "two");
+        assert_eq!((map.ranges(), map.present_bytes()), (vec![], 0));
+        // Damage: a file whose last word has all bits.
+        map.word(1).store(u64::MAX, Ordering::Relaxed);
+        drop(map);
+        let map = open(&dir, len, "two");
+        assert_eq!((map.ranges(), map.present_bytes()), (vec![64 * PAGE_BYTES..len], 6 * PAGE_BYTES));
     }
 
     #[test]
