@@ -1,6 +1,6 @@
 //! The groups, and the blobs that they are asked for: what is made before an image can be mounted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::DirBuilder;
 use std::io;
 use std::os::fd::AsFd;
@@ -8,7 +8,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -35,7 +35,9 @@ pub struct Blobs {
     pub(super) boot_id: String,
     pub(super) groups: Vec<Arc<Group>>,
     pub(super) next: AtomicU32,
+    /// Never locked while a store is waited for.
     pub(super) served: Mutex<All>,
+    pub(super) claims: Claims,
     /// What another process needs to go on.
     pub(super) bag: Mutex<Bag>,
 }
@@ -54,6 +56,50 @@ pub(super) struct Served {
     pub(super) opened: bool,
     /// Who is about to mount it.
     pub(super) pins: usize,
+}
+
+/// Names of blobs that are being made ready. Who makes one has it for itself, so that two mounts of one blob share what the
+/// first one made; and nobody waits for another blob, whose store may hang.
+#[derive(Debug, Default)]
+pub(super) struct Claims {
+    names: Mutex<HashSet<String>>,
+    /// Some of them are free.
+    freed: Condvar,
+}
+
+/// One of them, until it is dropped.
+struct Claim<'a> {
+    claims: &'a Claims,
+    name: &'a str,
+}
+
+impl Claims {
+    /// Waits until nobody else has `name`; `None`: not as long as `patience`.
+    fn take<'a>(&'a self, name: &'a str, patience: Duration) -> Option<Claim<'a>> {
+        let is_taken = |names: &mut HashSet<String>| names.contains(name);
+        let waited = self.freed.wait_timeout_while(self.names(), patience, is_taken);
+        let (mut names, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return None;
+        }
+        names.insert(name.to_owned());
+        Some(Claim { claims: self, name })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.names().contains(name)
+    }
+
+    fn names(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.claims.names().remove(self.name);
+        self.claims.freed.notify_all();
+    }
 }
 
 /// A blob that is ready to be mounted, and stays so until this is dropped; after that, as long as it is mounted.
@@ -260,8 +306,8 @@ impl Blobs {
         let boot_id = map::boot_id().map_err(unusable)?;
         let bag = Bag::new().map_err(BlobsError::Bag)?;
         groups[0].can_watch(&dir).map_err(unusable)?.map_err(|errno| BlobsError::NoEvents { dir: dir.clone(), errno })?;
-        let (next, served, bag) = (AtomicU32::new(0), Mutex::default(), Mutex::new(bag));
-        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        let (next, bag) = (AtomicU32::new(0), Mutex::new(bag));
+        let blobs = Self { dir, boot_id, groups, next, served: Mutex::default(), claims: Claims::default(), bag };
         blobs.pack(&All::new()).map_err(BlobsError::Bag)?;
         Ok(blobs)
     }
@@ -287,20 +333,22 @@ impl Blobs {
     ) -> Result<Pinned, AttachError> {
         let blob = store.open(key)?.ok_or_else(|| AttachError::NotFound(key.clone()))?;
         let name = name_of(key, &*blob);
-        // One at a time: two mounts of one blob share what the first one made.
-        let mut all = self.served();
-        if !all.contains_key(&name) {
-            self.make(&mut all, engine, &name, key, &*blob, patience)?;
+        let claim = self.claims.take(&name, patience).ok_or_else(|| AttachError::TimedOut(key.clone()))?;
+        // Restored, but perhaps its store was not there then.
+        let known = self.served().get(&name).map(|served| (!served.opened).then(|| Opening::begin(engine, served)));
+        match known {
+            None => self.make(engine, &name, key, &*blob, patience)?,
+            Some(None) => {}
+            Some(Some(opening)) => opening.end(patience)?,
         }
-        let served = all.get_mut(&name).ok_or_else(|| AttachError::NotFound(key.clone()))?;
-        if !served.opened {
-            // Restored, but its store was not there then.
-            Opening::begin(engine, served).end(patience)?;
+        let file = {
+            let mut all = self.served();
+            let served = all.get_mut(&name).ok_or_else(|| AttachError::NotFound(key.clone()))?;
             served.opened = true;
-        }
-        served.pins += 1;
-        let file = Arc::clone(&served.file);
-        drop(all);
+            served.pins += 1;
+            Arc::clone(&served.file)
+        };
+        drop(claim);
         let pinned = Pinned { blobs: Arc::clone(self), file };
         if whole && !pinned.file.map().is_full() {
             self.bring(engine, &pinned.file, key, blob.len_bytes(), patience)?;
@@ -308,30 +356,36 @@ impl Blobs {
         Ok(pinned)
     }
 
-    /// Opens the blob's file, and has it served if something is missing. From when the file is watched on, another process
-    /// can go on with it.
-    fn make(&self, all: &mut All, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<(), AttachError> {
+    /// Opens the blob's file, and has it served if something is missing. Its name is claimed.
+    fn make(&self, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<(), AttachError> {
         let object = ObjectId(self.next.fetch_add(1, Ordering::Relaxed));
         // The one whose shard owns it, if there is a group for each.
         let place = engine.owner(object) % self.groups.len();
-        let group = &self.groups[place];
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
-        let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
+        let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, &self.groups[place], object).map_err(failed)?;
         let served = Served { file: Arc::new(file), key: key.clone(), group: place, opened: true, pins: 0 };
-        let file = Arc::clone(&served.file);
+        let file = &served.file;
         if file.map().is_full() || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed)? {
-            all.insert(name.to_owned(), served);
+            self.served().insert(name.to_owned(), served);
             return Ok(());
         }
         Opening::begin(engine, &served).end(patience)?;
+        self.watch(engine, name, served)
+    }
+
+    /// Has the kernel ask for a blob that the engine knows. From then on another process can go on with it.
+    fn watch(&self, engine: &Entry, name: &str, served: Served) -> Result<(), AttachError> {
+        let Served { file, key, group, .. } = &served;
+        let (file, key, group) = (Arc::clone(file), key.clone(), &self.groups[*group]);
+        let mut all = self.served();
         all.insert(name.to_owned(), served);
-        let kept = self.pack(all).map_err(|source| AttachError::Unkept { key: key.clone(), source });
-        let mark = || group.mark(file.as_fd(), object, blob.len_bytes());
+        let kept = self.pack(&all).map_err(|source| AttachError::Unkept { key, source });
+        let mark = || group.mark(file.as_fd(), file.object(), file.len_bytes());
         kept.and_then(|()| mark().map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })).inspect_err(|_| {
             file.unwatch();
-            engine.close(object);
+            engine.close(file.object());
             all.remove(name);
-            self.repack(all);
+            self.repack(&all);
         })
     }
 
@@ -352,8 +406,8 @@ impl Blobs {
         let mut served = self.served();
         let before = served.len();
         // Who goes on before this is packed watches them again, and finds them unused too.
-        served.retain(|_, Served { file, pins, .. }| {
-            let is_used = *pins > 0 || !file.is_unused();
+        served.retain(|name, Served { file, pins, .. }| {
+            let is_used = *pins > 0 || self.claims.has(name) || !file.is_unused();
             if !is_used {
                 file.unwatch();
                 engine.close(file.object());

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
 use serde::{Deserialize, Serialize};
 
-use super::blobs::{All, AttachError, BLOBS_DIR, Blobs, BlobsError, Opening, Served, name_of};
+use super::blobs::{All, AttachError, BLOBS_DIR, Blobs, BlobsError, Claims, Opening, Served, name_of};
 use crate::engine::Entry;
 use crate::front::ObjectId;
 use crate::front::fanotify::{BlobFile, Group, map};
@@ -76,8 +76,8 @@ impl Blobs {
         let groups = groups.collect::<io::Result<Vec<_>>>().map_err(BlobsError::Bag)?;
         let unanswered = groups.iter().map(|group| group.unanswered()).sum();
         let mut restored = Restored { groups: groups.len(), unanswered, ..Restored::default() };
-        let (next, served, bag) = (AtomicU32::new(0), Mutex::new(All::new()), Mutex::new(bag));
-        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        let (next, bag) = (AtomicU32::new(0), Mutex::new(bag));
+        let blobs = Self { dir, boot_id, groups, next, served: Mutex::default(), claims: Claims::default(), bag };
         for (label, file) in files {
             blobs.next.fetch_max(label.object.wrapping_add(1), Ordering::Relaxed);
             match blobs.adopt(&label, file) {
