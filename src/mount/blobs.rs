@@ -303,6 +303,9 @@ impl Blobs {
         let dir = dir.join(BLOBS_DIR);
         let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
         DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir).map_err(unusable)?;
+        // Verbs that mount its files may work elsewhere.
+        let dir = std::fs::canonicalize(&dir).map_err(unusable)?;
+        let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
         let boot_id = map::boot_id().map_err(unusable)?;
         let bag = Bag::new().map_err(BlobsError::Bag)?;
         groups[0].can_watch(&dir).map_err(unusable)?.map_err(|errno| BlobsError::NoEvents { dir: dir.clone(), errno })?;
@@ -419,6 +422,17 @@ impl Blobs {
             self.repack(&served);
         }
         released
+    }
+
+    /// Whether the blob in the file of this name is served.
+    #[must_use]
+    pub fn serves(&self, name: &str) -> bool {
+        self.served().contains_key(name)
+    }
+
+    /// Where the files are kept, and what is noted of them.
+    pub(super) fn cache_dir(&self) -> &Path {
+        self.dir.parent().unwrap_or(&self.dir)
     }
 
     /// Whether nothing is served that somebody may read.

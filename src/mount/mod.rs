@@ -4,20 +4,27 @@
 //! |---|---|
 //! | `blobs` | the files of blobs: made, served, watched, let go |
 //! | `restore` | going on with what a dead daemon served |
-//! | `poisoned` | mounts that nobody watches |
+//! | `mounted` | mounts of the cache's files, as the kernel lists them |
+//! | `notes` | what they were mounted of |
+//! | `loops` | loop devices over the cache's files, which bypass us |
 //! | `service` | what a daemon does for images |
 //! | `control` | how a verb asks a daemon |
 //! | `fsmount` | mounting EROFS from files |
+//! | `read_ahead` | how much the kernel asks for at a time |
 
 mod blobs;
 pub mod control;
 mod fsmount;
-mod poisoned;
+pub mod loops;
+mod mounted;
+mod notes;
+mod read_ahead;
 mod restore;
 mod service;
 
 pub use self::blobs::{AttachError, Blobs, BlobsError, Pinned};
-pub use self::fsmount::{FsMountError, Source, mount};
-pub use self::poisoned::{Poisoned, poisoned};
+pub use self::fsmount::{Detached, FsMountError, Source, make, mount};
+pub use self::mounted::{Mounted, is_of_cache, mounted, mounted_at, mounted_everywhere};
+pub use self::read_ahead::ReadAheadError;
 pub use self::restore::{Restored, is_bag};
-pub use self::service::{Prepared, Service};
+pub use self::service::{Prepared, Service, ServiceSettings};

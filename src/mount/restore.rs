@@ -69,7 +69,9 @@ impl Blobs {
     /// The bag is of no use: what it has stays as it is. The directory cannot be used.
     pub fn restore(dir: &Path, bag: OwnedFd) -> Result<(Self, Restored), BlobsError> {
         let dir = dir.join(BLOBS_DIR);
-        let boot_id = map::boot_id().map_err(|source| BlobsError::Dir { dir: dir.clone(), source })?;
+        let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
+        let boot_id = map::boot_id().map_err(unusable)?;
+        let dir = std::fs::canonicalize(&dir).map_err(unusable)?;
         let (bag, items) = Bag::open(bag).map_err(BlobsError::Bag)?;
         let (groups, files) = sort(items).map_err(BlobsError::Bag)?;
         let groups = groups.into_iter().map(|(group, journal)| Group::restore(group, journal).map(Arc::new));
