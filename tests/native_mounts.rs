@@ -5,7 +5,8 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
@@ -271,7 +272,8 @@ fn mounts_that_outlived_everybody_are_repaired() {
     assert_eq!(host.mounts(), [at.clone()]);
     expect_done(&host.umount(&at));
     assert!(host.mounts().is_empty());
-    expect_refused(&host.command("repair").arg(&at).output().unwrap(), 1, &[]);
+    let nothing = host.command("repair").arg(&at).output().unwrap();
+    assert!(nothing.status.code() == Some(1) && String::from_utf8_lossy(&nothing.stderr).contains("no image of the cache"), "{nothing:?}");
     daemon.end();
 }
 
@@ -306,7 +308,8 @@ fn images_that_share_a_blob_come_and_go_in_any_order() {
         }
     });
     // One is left, and with it the blob.
-    assert_eq!((host.mounts(), daemon.open_blobs(&host).len()), (vec![dir(0)], 2));
+    assert_eq!(host.mounts(), [dir(0)]);
+    wait_until(|| daemon.open_blobs(&host).len() == 2, || format!("{:?}", daemon.open_blobs(&host)));
     host.expect_equal(&dir(0));
     expect_done(&host.umount(&dir(0)));
     wait_until(|| daemon.open_blobs(&host).is_empty(), || format!("{:?}", daemon.open_blobs(&host)));
@@ -332,7 +335,7 @@ impl Store for Hanging {
         self.inner.name()
     }
 
-    fn open(&self, key: &Key) -> Result<Option<Box<dyn Blob>>, StoreError> {
+    fn open(&self, key: &Key) -> Result<Option<Arc<dyn Blob>>, StoreError> {
         if key.name() == self.name && self.waits.send(()).is_ok() {
             let gate = self.gate.lock().unwrap().take();
             if let Some(gate) = gate {
@@ -387,6 +390,7 @@ fn what_is_done_wrongly_is_refused_with_the_remedy() {
     let daemon = Daemon::start(&host, &[]);
     expect_refused(&host.mount(IMAGE, &host.path("nowhere")), 2, &["nowhere", "give an existing directory"]);
     expect_refused(&host.mount(IMAGE, &host.path("log")), 2, &["log", "give an existing directory"]);
+    fs::set_permissions(host.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = host.command("mount");
     command.args(["--domain=dom", "--device", BLOB, IMAGE]).arg(&at).uid(65534).gid(65534);
     match command.output() {
