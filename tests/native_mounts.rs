@@ -254,7 +254,7 @@ fn mounts_that_outlived_everybody_are_repaired() {
     let text = String::from_utf8_lossy(&repaired.stdout);
     assert!(text.contains("restart those") && text.contains(&user.name()), "{text}");
     host.expect_equal(&at);
-    assert_eq!(host.mounts(), [at.clone()], "one in the place of the other");
+    assert_eq!(host.mounts(), std::slice::from_ref(&at), "one in the place of the other");
     drop(user);
 
     // Again, with nothing read before; and at the start of the daemon.
@@ -269,7 +269,7 @@ fn mounts_that_outlived_everybody_are_repaired() {
     host.wait_for_log("repaired: all mounts", 1);
     assert!(host.log().contains("replaced; no process has files"), "{}", host.log());
     host.expect_equal(&at);
-    assert_eq!(host.mounts(), [at.clone()]);
+    assert_eq!(host.mounts(), std::slice::from_ref(&at));
     expect_done(&host.umount(&at));
     assert!(host.mounts().is_empty());
     let nothing = host.command("repair").arg(&at).output().unwrap();
@@ -353,7 +353,7 @@ fn a_store_that_hangs_delays_its_own_mounts_alone() {
     let (open_gate, gate) = channel();
     let (waits, waiting) = channel();
     let hanging = Arc::new(Hanging { inner, name: BLOB.as_bytes(), gate: Mutex::new(Some(gate)), waits });
-    let store: Arc<dyn Store> = Arc::clone(&hanging) as _;
+    let store: Arc<dyn Store> = hanging;
     let lookup = DirStore::new("dir:test".into(), &host.path("store"), SourceMode::Buffered).unwrap();
     let settings = common::settings(EngineKind::Blocking, 1);
     let blobs = Arc::new(Blobs::new(&host.path("cache"), 1).unwrap());
