@@ -406,7 +406,11 @@ fn what_is_done_wrongly_is_refused_with_the_remedy() {
     let inside = host.path("inside");
     fs::create_dir(&inside).unwrap();
     nix::mount::mount(Some(&at), &inside, None::<&str>, nix::mount::MsFlags::MS_BIND, None::<&str>).unwrap();
-    let of_another = Command::new(env!("CARGO_BIN_EXE_infill")).args(["umount", "--cache-dir=/nowhere"]).arg(&inside).output().unwrap();
+    let of_another = Command::new(env!("CARGO_BIN_EXE_infill"))
+        .args(["umount", "--state-dir=/nowhere", "--cache-dir=/nowhere"])
+        .arg(&inside)
+        .output()
+        .unwrap();
     expect_refused(&of_another, 1, &["is no image of the cache /nowhere", "umount(8)"]);
     expect_done(&host.umount(&inside));
     loop_devices_are_named(&host);

@@ -14,11 +14,12 @@ use crate::config::{Config, ReadAhead};
 use crate::front::cachefiles::{DEFAULT_DEVNODE, cache_dir};
 use crate::image::devices;
 use crate::mount::control::{Client, Question, Reply};
-use crate::mount::{self, FsMountError, Prepared, ReadAheadError, Source};
+use crate::mount::{self, FsMountError, Mounted, Prepared, ReadAheadError, Source};
 use crate::ops::exit;
 use crate::ops::mounting::{Image, MountError, check_dir, unmount};
 use crate::ops::processes::{Process, find_holders};
 use crate::ops::seeding::{Fate, seed_key};
+use crate::ops::state::noted_cache;
 use crate::store::remembered::Remembered;
 use crate::store::{SourceMode, Store, Stores};
 
@@ -197,16 +198,22 @@ pub fn run_umount(args: &UmountArgs) -> Result<(), Failure> {
 fn check_ours(config: &Config, dir: &Path) -> Result<(), Failure> {
     let mount = std::fs::canonicalize(dir).and_then(|at| mount::mounted_at(&at));
     match mount {
-        Ok(Some(mount)) if !mount.is_on_demand && !mount::is_of_cache(&mount, &config.cache_dir) => {
+        Ok(Some(mount)) if !mount.is_on_demand && !is_of_cache(config, &mount) => {
             let (dir, image, cache) = (dir.display(), mount.image.display(), config.cache_dir.display());
             let message = format!(
-                "{dir}: what is mounted here, {image}, is no image of the cache {cache}; name the daemon's --cache-dir, or use umount(8)"
+                "{dir}: what is mounted here, {image}, is no image of the cache {cache}; name the daemon's --state-dir or --cache-dir, or use umount(8)"
             );
             Err(Failure::new(exit::FAILED, message))
         }
         // Whatever else is wrong shows when it is unmounted.
         _ => Ok(()),
     }
+}
+
+/// Whether an image lies in the cache of the settings, or in that of the daemon.
+pub(super) fn is_of_cache(config: &Config, mount: &Mounted) -> bool {
+    let noted = noted_cache(&config.state_dir);
+    std::iter::once(&config.cache_dir).chain(&noted).any(|dir| mount::is_of_cache(mount, dir))
 }
 
 fn failed(error: MountError) -> Failure {

@@ -6,7 +6,7 @@ use clap::Args;
 use nix::sys::signal::SigSet;
 
 use super::Failure;
-use super::mount::{no_answer, warn};
+use super::mount::{is_of_cache, no_answer, warn};
 use super::place::Place;
 use crate::config::Config;
 use crate::mount::control::{Client, Question, Reply};
@@ -72,7 +72,7 @@ pub fn run(args: &RepairArgs) -> Result<(), Failure> {
     }
     for mount in &ready {
         match replace(mount) {
-            Ok(()) => report(&config, &mount.old),
+            Ok(()) => report(&mount.old),
             Err(why) => or_say(&mount.old.at, why),
         }
     }
@@ -87,8 +87,9 @@ pub fn run(args: &RepairArgs) -> Result<(), Failure> {
 fn prepare(config: &Config, daemon: &mut Client, dir: &Path) -> Result<Ready, String> {
     let at = std::fs::canonicalize(dir).map_err(|error| error.to_string())?;
     let old = mount::mounted_at(&at).map_err(|error| error.to_string())?;
-    let old = old.filter(|old| mount::is_of_cache(old, &config.cache_dir));
-    let old = old.ok_or_else(|| format!("no image of the cache {} is mounted here; see --cache-dir", config.cache_dir.display()))?;
+    let old = old.filter(|old| is_of_cache(config, old));
+    let old = old
+        .ok_or_else(|| format!("no image of the cache {} is mounted here; see --state-dir and --cache-dir", config.cache_dir.display()))?;
     if !old.is_plain {
         return Err("it shows a part of an image, or something is mounted on it; unmount it, and mount the image anew".to_owned());
     }
@@ -115,7 +116,7 @@ fn replace(Ready { old, new }: &Ready) -> Result<(), String> {
 }
 
 /// Says what is left of the old mount.
-fn report(config: &Config, old: &Mounted) {
+fn report(old: &Mounted) {
     let (dir, users) = (old.at.display(), find_users(old.device));
     if users.is_empty() {
         println!("infill: {dir}: replaced; no process has files of the old mount");
@@ -125,7 +126,8 @@ fn report(config: &Config, old: &Mounted) {
             describe(&users)
         );
     }
-    let others = mount::mounted_everywhere(&config.cache_dir).unwrap_or_default();
+    // Its image lies in a directory of the cache.
+    let others = old.image.ancestors().nth(2).map(mount::mounted_everywhere).and_then(Result::ok).unwrap_or_default();
     for other in others.iter().filter(|other| other.device == old.device) {
         println!("infill: the old mount is still {}: unmount it there, and mount the image anew", place(other));
     }
