@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::Builder;
@@ -42,6 +42,11 @@ pub enum Question {
         #[serde(default)]
         devices: Vec<String>,
     },
+    /// Make the image ready again that is mounted of this file, though an earlier daemon has left nothing.
+    Repair {
+        /// The image's file.
+        file: PathBuf,
+    },
     /// See which images are not mounted any more.
     Release,
 }
@@ -50,7 +55,7 @@ pub enum Question {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reply {
-    /// To [`Question::Attach`].
+    /// To [`Question::Attach`] and [`Question::Repair`].
     Attached(Prepared),
     /// To [`Question::Release`]: so many blobs.
     Released(usize),

@@ -1,13 +1,13 @@
 //! The cache of images that are mounted from files, as `ops::space` looks after it: each blob has a file and a map, and both go
 //! when nobody has the blob mounted.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, TryLockError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -38,8 +38,6 @@ pub struct BlobCache {
     released: u64,
     /// The blobs of the last count.
     names: Vec<String>,
-    /// Those of them that were served when that was last seen.
-    served: HashSet<String>,
 }
 
 impl Blobs {
@@ -49,11 +47,12 @@ impl Blobs {
         let _ = self.no_room.set(no_room);
     }
 
-    /// Does something that takes room on the cache's file system; again some time later if there is none, as fills do.
+    /// Does something that takes room on the cache's file system; again some time later if there is none, as fills do. It may
+    /// wait, so the table of blobs must not be locked.
     pub(super) fn with_room<T>(&self, make: impl Fn() -> io::Result<T>) -> io::Result<T> {
         for pause in ROOM_PAUSES {
             match make() {
-                Err(error) if error.kind() == io::ErrorKind::StorageFull && self.no_room.get().is_some_and(NoRoom::ring) => {
+                Err(error) if is_no_room(&error) && self.no_room.get().is_some_and(NoRoom::ring) => {
                     std::thread::sleep(pause);
                 }
                 result => return result,
@@ -72,19 +71,12 @@ impl BlobCache {
         let missing = || CacheDirError::io(&blobs.dir, "look after its space")(Errno::ENOENT);
         let dir = Dir::open(&blobs.dir)?.ok_or_else(missing)?;
         let shares = tree::can_share(&dir);
-        Ok(Self { blobs, dir, shares, released: 0, names: Vec::new(), served: HashSet::new() })
+        Ok(Self { blobs, dir, shares, released: 0, names: Vec::new() })
     }
 
-    /// The files that are served. Somebody who waits for room may have them locked: then those of the last time count, for
-    /// what is served stays in any case.
-    fn look_at_served(&mut self) -> HashMap<String, Arc<BlobFile>> {
-        let served = match self.blobs.served.try_lock() {
-            Err(TryLockError::WouldBlock) => return HashMap::new(),
-            Err(TryLockError::Poisoned(served)) => served.into_inner(),
-            Ok(served) => served,
-        };
-        self.served = served.keys().cloned().collect();
-        served.iter().map(|(name, served)| (name.clone(), Arc::clone(&served.file))).collect()
+    /// The files that are served.
+    fn look_at_served(&self) -> HashMap<String, Arc<BlobFile>> {
+        self.blobs.served().iter().map(|(name, served)| (name.clone(), Arc::clone(&served.file))).collect()
     }
 
     /// Adds what one file of a blob takes. A map that has lost its blob counts as never used.
@@ -107,6 +99,10 @@ impl BlobCache {
         }
         Ok(())
     }
+}
+
+fn is_no_room(error: &io::Error) -> bool {
+    error.raw_os_error().is_some_and(|errno| NoRoom::is_meant_by(Errno::from_raw(errno)))
 }
 
 /// The blob to which a file of this name belongs; `None`: it is not ours.
@@ -151,7 +147,7 @@ impl Cache for BlobCache {
         let mut unread = None;
         for entry in self.dir.entries()?.into_iter().filter(|entry| entry.kind == Kind::File) {
             let Some(blob) = blob_of(&entry.name) else { continue };
-            let none = Candidate { bytes: 0, files: 0, last_use: (0, 0), stays: self.served.contains(blob) };
+            let none = Candidate { bytes: 0, files: 0, last_use: (0, 0), stays: files.contains_key(blob) };
             let counted = self.add(found.entry(blob.to_owned()).or_insert(none), &entry.name, files.get(blob));
             unread = unread.or_else(|| counted.err().map(|error| error.to_string()));
         }

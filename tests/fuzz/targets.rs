@@ -435,6 +435,7 @@ pub(crate) fn control(bytes: &[u8]) -> u64 {
                 assert_eq!(read_line::<Question>(&mut again.as_slice()).unwrap().as_ref(), Some(&question));
                 how.push(match question {
                     Question::Release => 0,
+                    Question::Repair { .. } => 22,
                     Question::Attach { image, domain, devices } => {
                         let image = Image { name: image, domain, devices };
                         assert_eq!(image.keys(&[])[0], image.key());

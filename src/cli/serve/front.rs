@@ -4,12 +4,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::Failure;
+use crate::cli::repair::place;
 use crate::config::{Config, FrontEndKind};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::cookies::Lists;
 use crate::front::cachefiles::{BindError, BindOptions, CullLimits, Device};
 use crate::front::sim::socket::SocketFront;
-use crate::mount::{Blobs, BlobsError, Poisoned, Restored, is_bag, poisoned};
+use crate::mount::{Blobs, BlobsError, Mounted, Restored, is_bag, loops, mounted_everywhere};
 use crate::ops::doctor::release::{Running, may_cull};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError, KeepMode};
@@ -30,6 +31,9 @@ pub(super) struct Opened {
     pub(super) device: Option<Arc<Device>>,
     /// The files of blobs, if images are mounted from files.
     pub(super) blobs: Option<Arc<Blobs>>,
+    /// Their mounts, and whether nobody watched those for a while.
+    pub(super) mounted: Vec<Mounted>,
+    pub(super) poisoned: bool,
     /// The culling limits that the device is bound with.
     pub(super) limits: CullLimits,
     /// The hold on it that outlives this process.
@@ -58,7 +62,8 @@ impl Opened {
             (None, Some(0)) => {
                 let front = SocketFront::from_stdin(&config.cache_dir)
                     .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-                Ok(Self { fronts: vec![Arc::new(front)], device: None, blobs: None, limits: config.cull, keep: None })
+                let fronts: Vec<Arc<dyn FrontEnd>> = vec![Arc::new(front)];
+                Ok(Self { fronts, device: None, blobs: None, mounted: Vec::new(), poisoned: false, limits: config.cull, keep: None })
             }
             (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
             (Some(keep), _) => Self::of_kernel(config, keep),
@@ -98,13 +103,14 @@ impl Opened {
 
     fn cachefiles(device: Arc<Device>, limits: CullLimits, keep: Keep) -> Self {
         let fronts = vec![Arc::clone(&device) as Arc<dyn FrontEnd>];
-        Self { fronts, device: Some(device), blobs: None, limits, keep: Some(keep) }
+        Self { fronts, device: Some(device), blobs: None, mounted: Vec::new(), poisoned: false, limits, keep: Some(keep) }
     }
 
     fn fanotify(config: &Config, keep: Keep) -> Result<Self, Failure> {
         let blobs = Blobs::new(&config.cache_dir, config.shards).map_err(|error| Failure::new(no_fanotify(&error), error))?;
-        say_poisoned(config);
-        Self::of_blobs(config, keep, blobs)
+        let opened = Self::of_blobs(config, keep, blobs)?;
+        opened.mounted.iter().for_each(say_poisoned);
+        Ok(Self { poisoned: true, ..opened })
     }
 
     /// Goes on with what an earlier daemon served.
@@ -124,8 +130,10 @@ impl Opened {
         }
         let bag = blobs.bag().map_err(|error| Failure::new(exit::FAILED, format!("no descriptor is free: {error}")))?;
         keep.hold(config.keep, bag.as_fd(), &config.cache_dir).map_err(failed)?;
-        let fronts = blobs.fronts();
-        Ok(Self { fronts, device: None, blobs: Some(Arc::new(blobs)), limits: config.cull, keep: Some(keep) })
+        loops::find(&config.cache_dir).iter().for_each(|found| tracing::error!("{found}"));
+        let (fronts, mounted) = (blobs.fronts(), mounted_everywhere(&config.cache_dir).unwrap_or_default());
+        let (device, blobs) = (None, Some(Arc::new(blobs)));
+        Ok(Self { fronts, device, blobs, mounted, poisoned: false, limits: config.cull, keep: Some(keep) })
     }
 
     /// The cache, if there is one on a disk. To be asked for once, before the process is confined.
@@ -181,16 +189,17 @@ fn no_fanotify(error: &BlobsError) -> u8 {
     }
 }
 
-/// Says which mounts nobody watched for a while. Nothing is kept of an earlier daemon when this is called.
-fn say_poisoned(config: &Config) {
-    let found = poisoned(&config.cache_dir).unwrap_or_default();
-    for Poisoned { at, image } in found {
-        tracing::error!(
-            "{}: this mount of {} outlived the daemon and its keepers, so whoever read it since may have got zeros: unmount it, and mount the image anew with infill mount",
-            at.display(),
-            image.display()
-        );
-    }
+/// Says that nobody watched a mount for a while.
+fn say_poisoned(mount: &Mounted) {
+    let remedy = match mount.seen_by {
+        None => format!("infill repair {} replaces it and says who must be restarted, as infill serve --repair does", mount.at.display()),
+        Some(_) => "unmount it there, and mount the image anew".to_owned(),
+    };
+    tracing::error!(
+        "the mount of {} {} outlived the daemon and its keepers, so whoever read it since may have got zeros: {remedy}",
+        mount.image.display(),
+        place(mount)
+    );
 }
 
 fn failed(error: KeepError) -> Failure {

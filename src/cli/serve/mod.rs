@@ -1,6 +1,7 @@
 //! `infill serve`: the daemon.
 
 mod front;
+mod repair;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -24,7 +25,7 @@ use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
 use crate::mount::control::{self, Listener};
-use crate::mount::{BlobCache, Service};
+use crate::mount::{BlobCache, Service, ServiceSettings};
 use crate::ops::confine::{self, Kept, Mode, User};
 use crate::ops::keep::Keep;
 use crate::ops::limits::Raised;
@@ -54,6 +55,9 @@ pub struct ServeArgs {
     /// Print statistics as one JSON object at the end
     #[arg(long)]
     json: bool,
+    /// Replace mounts from files that outlived an earlier daemon and its keepers, as infill repair does
+    #[arg(long)]
+    repair: bool,
     /// Check the settings, print nothing if they are good, and end
     #[arg(long)]
     check_config: bool,
@@ -67,8 +71,8 @@ pub struct ServeArgs {
 /// # Errors
 /// Whatever keeps it from serving, with the exit code that says what kind it is.
 pub fn run(args: ServeArgs) -> Result<(), Failure> {
-    let ServeArgs { config, options, trace_requests, json, check_config, sim_socket } = args;
-    let config = options.resolve(config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    let ServeArgs { config: file, options, trace_requests, json, repair, check_config, sim_socket } = args;
+    let config = options.resolve(file.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     if check_config {
         return Ok(());
     }
@@ -95,6 +99,8 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let cache = opened.cache(&config);
     let seats = placement::seats();
     let listener = opened.blobs.as_ref().map(|_| control::listen(&config.state_dir)).transpose().map_err(no_control)?;
+    // It does what this process will not be permitted, and waits for it.
+    let repairing = if repair { repair::start(&config, file.as_deref(), &opened)? } else { None };
     let store = confine_to(&config, user.as_ref(), store)?;
     let space = space::Settings { cache_dir: config.cache_dir.clone(), limits: opened.limits, budget_bytes: config.cache_bytes };
     let (steward, no_room) = start_steward(space, cache)?.unzip();
@@ -107,6 +113,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let engine = start_engine(&opened.fronts, &store, &settings)?;
     seal(&config);
     let mounts = start_mounts(&config, &opened, &engine, store, listener)?;
+    repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
     announce(&config, &opened, &engine);
     let started = engine.started().clone();
     let result = serve(&config, engine, steward.as_ref(), &signals, &mut opened);
@@ -241,8 +248,9 @@ fn start_mounts(
 ) -> Result<Option<Arc<Service>>, Failure> {
     let Some((blobs, listener)) = opened.blobs.as_ref().zip(listener) else { return Ok(None) };
     let patience = config.open_timeout + config.request_timeout;
-    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, patience));
-    for error in blobs.resume(&engine.entry(), &**service.store(), patience) {
+    let settings = ServiceSettings { patience, read_ahead_bytes: config.read_ahead.bytes() };
+    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, settings, &opened.mounted));
+    for error in blobs.resume(&engine.entry(), service.store(), patience) {
         tracing::error!("its readers get I/O errors: {error}");
     }
     service.watch().and_then(|()| listener.serve(Arc::clone(&service))).map_err(no_control)?;

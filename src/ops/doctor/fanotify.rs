@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use super::features::{Kernel, Setting};
 use super::{Check, Verdict, read};
 use crate::front::fanotify::Group;
+use crate::mount::loops::{self, Loop};
 
 /// Groups of a user at most.
 const MAX_GROUPS: &str = "/proc/sys/fs/fanotify/max_user_groups";
@@ -20,6 +21,7 @@ pub fn checks(kernel: &Kernel, cache_dir: &Path, shards: usize) -> Vec<Check> {
     let backed = kernel.config.as_ref().map(|config| config.setting("EROFS_FS_BACKED_BY_FILE"));
     let watched = Group::new().map(|group| group.can_watch(existing));
     let mut checks = vec![events(watched, existing), files(backed)];
+    checks.extend(loops::find(cache_dir).iter().map(bypassed));
     checks.extend(groups.and_then(|groups| enough(groups, shards)));
     checks
 }
@@ -69,6 +71,13 @@ fn files(backed: Option<Setting>) -> Check {
         Some(_) => Check::ok(ID, "EROFS mounts files"),
         None => Check::unknown(ID, "whether EROFS mounts files is not known: the kernel shows no configuration", "try infill mount"),
     }
+}
+
+/// A device through which the cache is read, and nobody is asked.
+fn bypassed(found: &Loop) -> Check {
+    let text = found.to_string();
+    let (found, remedy) = text.split_once("; ").unwrap_or((&text, ""));
+    Check::fail("cache-loop", Verdict::Failed, found, remedy)
 }
 
 /// Whether there are groups enough.
