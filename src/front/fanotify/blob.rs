@@ -13,7 +13,7 @@ use nix::unistd::{Whence, lseek};
 use rustix::fs::{FlockOperation, flock};
 
 use super::group::{Group, Inner};
-use super::map::{PAGE_BYTES, PresenceMap, SinkId};
+use super::map::{PAGE_BYTES, PresenceMap, SaveError, SinkId};
 use crate::front::{ObjectId, Sink};
 use crate::ops::{inode, reflink};
 use crate::range::{ByteRange, align_up};
@@ -198,8 +198,8 @@ impl BlobFile {
     /// Makes durable what it holds. `false`: there was nothing to do.
     ///
     /// # Errors
-    /// The disk.
-    pub fn save(&self) -> io::Result<bool> {
+    /// See [`PresenceMap::save`].
+    pub fn save(&self) -> Result<bool, SaveError> {
         self.map.save(&self.file)
     }
 }

@@ -8,7 +8,8 @@
 //! *Live* bits are set when a write to the sink has ended. They lie in a shared mapping, so they outlive the process, but a
 //! loss of power may keep a bit and lose its data: they count only in the boot in which they were set. *Durable* bits are
 //! copied from them after the sink has been synced; they count for ever. Holes of the sink are not asked: a page of zeros that
-//! somebody read from a preallocated part looks like data to `SEEK_DATA`.
+//! somebody read from a preallocated part looks like data to `SEEK_DATA`. When a sync of the sink fails, live bits become those of
+//! no boot, and none is made durable any more: nobody knows which data was lost.
 //!
 //! The header says which file the bits are about ([`SinkId`]). A map that outlives its sink, whatever removed or exchanged that,
 //! says nothing of the file that has its name then.
@@ -40,6 +41,8 @@ const WORD_BYTES: u64 = 8;
 const LEN_MAX_BYTES: u64 = 1 << 44;
 /// Bytes of a boot's id as /proc/sys/kernel/random/boot_id shows it.
 const BOOT_ID_BYTES: usize = 36;
+/// Where it is in the header.
+const BOOT_ID_AT: u64 = 4 * WORD_BYTES + NAME_MAX_BYTES as u64;
 /// Longest name of a sink, which is a hash in hexadecimal digits.
 const NAME_MAX_BYTES: usize = 64;
 
@@ -67,7 +70,31 @@ pub struct PresenceMap {
     /// There are live bits that are not durable.
     dirty: AtomicBool,
     /// One saves at a time.
-    saving: Mutex<()>,
+    saving: Mutex<Sound>,
+}
+
+/// Whether the sink can be believed to hold what was written to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Sound {
+    Yes,
+    /// A sync of it failed. The kernel says that once, and takes the data that it could not write for written: the next sync would
+    /// succeed, and make bits durable whose data is lost. The file is yet to say so.
+    No,
+    /// And the file says so.
+    Noted,
+}
+
+/// Why what is live could not be made durable.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// For good.
+    #[error(
+        "the disk did not take all of what was written to this file, so after a reboot nothing counts that came since it was last noted: {0}; look at the disk and at the kernel's log, then unmount its images and mount them anew"
+    )]
+    Sink(#[source] io::Error),
+    /// It is tried again.
+    #[error("what is in the cache cannot be noted, and would be lost by a loss of power: {0}")]
+    Map(#[from] io::Error),
 }
 
 impl PresenceMap {
@@ -105,7 +132,7 @@ impl PresenceMap {
         }
         let len = usize::try_from(bits).map_err(|_| io::ErrorKind::InvalidInput)?;
         let live = MmapOptions::new().offset(HEADER_BYTES + bits).len(len).map_raw(&file)?;
-        let (present, dirty, saving) = (AtomicU64::new(0), AtomicBool::new(true), Mutex::new(()));
+        let (present, dirty, saving) = (AtomicU64::new(0), AtomicBool::new(true), Mutex::new(Sound::Yes));
         let map = Self { file, live, pages, present, dirty, saving };
         if !pages.is_multiple_of(WORD_BITS) {
             // There are no pages behind the last one, whatever the file says.
@@ -196,25 +223,44 @@ impl PresenceMap {
     /// Makes durable what is live: syncs `sink`, then the bits. `false`: there was nothing to do.
     ///
     /// # Errors
-    /// The disk; what was live before is saved by a later call.
-    pub fn save(&self, sink: &File) -> io::Result<bool> {
-        let _one = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The sink's disk: nothing is saved any more, and once this map is opened again only what was durable before counts. The map's: what was
+    /// live before is saved by a later call.
+    pub fn save(&self, sink: &File) -> Result<bool, SaveError> {
+        self.save_after(|| sink.sync_data())
+    }
+
+    fn save_after(&self, sync: impl FnOnce() -> io::Result<()>) -> Result<bool, SaveError> {
+        let mut sound = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        if *sound != Sound::Yes {
+            return self.disown(&mut sound).map(|()| false).map_err(SaveError::Map);
+        }
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(false);
         }
-        let saved = self.save_bits(sink);
-        if saved.is_err() {
-            self.dirty.store(true, Ordering::Release);
-        }
-        saved.map(|()| true)
-    }
-
-    fn save_bits(&self, sink: &File) -> io::Result<()> {
         // A copy of before the sync: what is set meanwhile is not synced.
         let bits: Vec<u8> = (0..self.words()).flat_map(|word| self.word(word).load(Ordering::Acquire).to_ne_bytes()).collect();
-        sink.sync_data()?;
-        self.file.write_all_at(&bits, HEADER_BYTES)?;
-        self.file.sync_data()
+        if let Err(error) = sync() {
+            *sound = Sound::No;
+            // Else it is tried again.
+            let _ = self.disown(&mut sound);
+            return Err(SaveError::Sink(error));
+        }
+        let saved = self.file.write_all_at(&bits, HEADER_BYTES).and_then(|()| self.file.sync_data());
+        saved.map(|()| true).map_err(|error| {
+            self.dirty.store(true, Ordering::Release);
+            SaveError::Map(error)
+        })
+    }
+
+    /// Makes the live bits those of no boot, so that they count for nobody who opens the map.
+    fn disown(&self, sound: &mut Sound) -> io::Result<()> {
+        if *sound == Sound::Noted {
+            return Ok(());
+        }
+        self.file.write_all_at(&[0; BOOT_ID_BYTES], BOOT_ID_AT)?;
+        self.file.sync_data()?;
+        *sound = Sound::Noted;
+        Ok(())
     }
 
     const fn words(&self) -> u64 {
@@ -331,6 +377,28 @@ mod tests {
         drop(map);
         assert_eq!(open(&dir, len, "one").ranges(), [0..8192], "what was dropped does not come back");
         assert_eq!(open(&dir, len + 1, "one").ranges(), [], "it belongs to another sink");
+    }
+
+    #[test]
+    fn what_a_failed_sync_may_have_lost_is_never_durable() {
+        let (dir, sink, len) = (tempfile::tempdir().unwrap(), tempfile::tempfile().unwrap(), 100 * PAGE_BYTES);
+        let map = open(&dir, len, "one");
+        map.insert(&(0..8192));
+        assert!(map.save(&sink).unwrap());
+        map.insert(&(8192..16384));
+        let failed = map.save_after(|| Err(Errno::EIO.into()));
+        assert!(matches!(failed, Err(SaveError::Sink(_))), "{failed:?}");
+        // The kernel would not say it again.
+        map.insert(&(16384..20480));
+        assert!(!map.save(&sink).unwrap());
+        assert_eq!(map.ranges(), [0..20480], "it is served meanwhile");
+        drop(map);
+        let map = open(&dir, len, "one");
+        assert_eq!(map.ranges(), [0..8192], "nor does the next process believe it");
+        map.insert(&(8192..12288));
+        assert!(map.save(&sink).unwrap());
+        drop(map);
+        assert_eq!(open(&dir, len, "two").ranges(), [0..12288]);
     }
 
     #[test]
