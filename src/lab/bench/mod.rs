@@ -40,6 +40,7 @@ pub mod machine;
 mod memdisk;
 mod meter;
 pub mod naive;
+pub mod native;
 pub mod peer;
 mod pump;
 mod readers;

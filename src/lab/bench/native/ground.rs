@@ -1,0 +1,265 @@
+//! Where everything lies, and infill as a process that serves it.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::mount::{MntFlags, umount, umount2};
+use nix::sys::statvfs::statvfs;
+use nix::time::ClockId;
+use nix::unistd::{Pid, sync};
+
+use super::load::PAGE_BYTES;
+use super::{Plan, Subject, failed};
+use crate::front::sim::rng::Rng;
+use crate::lab::bench::daemon::Daemon;
+use crate::lab::bench::memdisk::clock_ns;
+use crate::lab::disk::{self, ErofsLayout};
+use crate::lab::{Result, Scratch, Trying, packages, run};
+use crate::mount::control::{Client, Question, Reply};
+use crate::mount::{self, Prepared, Source};
+
+/// Chunks of all images.
+const CHUNK_BYTES: u32 = 64 << 10;
+/// Images and their blobs in a store, and the only file in [`ONE`].
+pub(super) const ONE: &str = "one";
+/// See [`ONE`].
+pub(super) const ONE_FILE: &str = "file";
+/// Its length.
+pub(super) const ONE_BYTES: u64 = 64 << 20;
+/// Beside what a tree needs.
+const SLACK_BYTES: u64 = 1 << 30;
+/// The tree is there as its copy, its blob, the cache of it, and the same on XFS.
+const TREE_COPIES: u64 = 5;
+const MIB: u64 = 1 << 20;
+
+/// A directory for everything, and in it a store with [`ONE`], an image of one file of random bytes.
+pub(super) struct Ground {
+    scratch: Scratch,
+}
+
+impl Ground {
+    /// Makes it.
+    pub(super) fn make(plan: &Plan) -> Result<Self> {
+        let ground = Self { scratch: Scratch::make("native")? };
+        let at = ground.scratch.path();
+        let room = statvfs(at).trying(|| format!("cannot look at {}", at.display()))?;
+        let free_bytes = room.blocks_available() * room.fragment_size();
+        let tree_bytes = if plan.only.contains(&Subject::Tree) { plan.tree_bytes } else { 0 };
+        let needed_bytes = TREE_COPIES * tree_bytes + SLACK_BYTES;
+        eprintln!("infill: up to {} MiB of {} MiB free are used in {}", needed_bytes / MIB, free_bytes / MIB, at.display());
+        if free_bytes < needed_bytes {
+            return Err(failed("that is too little room: measure a smaller tree, or say by INFILL_CACHE where there is more"));
+        }
+        let tree = ground.path("tree-of-one");
+        fs::create_dir_all(&tree).trying(|| format!("cannot make {}", tree.display()))?;
+        write_random(&tree.join(ONE_FILE), ONE_BYTES)?;
+        image_of(&tree, &ground.store(), ONE)?;
+        Ok(ground)
+    }
+
+    /// The directory.
+    pub(super) fn at(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// A place in it.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(name)
+    }
+
+    /// A directory in it.
+    pub(super) fn dir(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path(name);
+        fs::create_dir_all(&path).trying(|| format!("cannot make {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// The store.
+    pub(super) fn store(&self) -> PathBuf {
+        self.path("store")
+    }
+
+    /// The blob of [`ONE`].
+    pub(super) fn blob(&self) -> PathBuf {
+        blob_in(&self.store(), ONE)
+    }
+
+    /// A copy of that, in the page cache.
+    pub(super) fn copy_of_blob(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path(name);
+        fs::copy(self.blob(), &path).trying(|| format!("cannot write {}", path.display()))?;
+        warm(&path)?;
+        Ok(path)
+    }
+}
+
+/// An image of a store, and its blob.
+pub(super) fn image_in(store: &Path, name: &str) -> PathBuf {
+    store.join(format!("{name}.img"))
+}
+
+/// See [`image_in`].
+pub(super) fn blob_in(store: &Path, name: &str) -> PathBuf {
+    store.join(format!("{name}.blob"))
+}
+
+/// Makes an image of `tree` in a store.
+pub(super) fn image_of(tree: &Path, store: &Path, name: &str) -> Result<()> {
+    fs::create_dir_all(store).trying(|| format!("cannot make {}", store.display()))?;
+    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob_in(store, name)) };
+    disk::erofs(&image_in(store, name), tree, layout)
+}
+
+/// Writes a file whose bytes are all different.
+pub(super) fn write_random(path: &Path, len_bytes: u64) -> Result<()> {
+    let what = || format!("cannot write {}", path.display());
+    let mut rng = Rng::new(len_bytes);
+    let mut file = io::BufWriter::new(File::create(path).trying(what)?);
+    (0..len_bytes / 8).try_for_each(|_| file.write_all(&rng.next().to_le_bytes())).trying(what)?;
+    file.flush().trying(what)
+}
+
+/// Brings a file into the page cache, if it is not watched. Else its daemon has to bring it too.
+pub(super) fn warm(path: &Path) -> Result<()> {
+    let read = File::open(path).and_then(|mut file| io::copy(&mut file, &mut io::sink()));
+    read.map(drop).trying(|| format!("cannot read {}", path.display()))
+}
+
+/// Lets the machine finish what is left of the last cell: writes, and files that are gone.
+pub(super) fn settle() {
+    sync();
+}
+
+/// A mounted EROFS image; unmounted when dropped.
+pub(super) struct Mounted {
+    at: PathBuf,
+}
+
+impl Mounted {
+    /// Mounts it from files.
+    pub(super) fn make(image: &Path, blob: &Path, at: &Path) -> Result<Self> {
+        fs::create_dir_all(at).trying(|| format!("cannot make {}", at.display()))?;
+        let source = Source { image: image.to_owned(), devices: vec![blob.to_owned()], direct: false };
+        mount::mount(&source, at).map_err(|error| failed(format!("cannot mount {} on {}: {error}", image.display(), at.display())))?;
+        Ok(Self { at: at.to_owned() })
+    }
+
+    /// Where it is.
+    pub(super) fn at(&self) -> &Path {
+        &self.at
+    }
+
+    /// Unmounts it.
+    pub(super) fn end(self) -> Result<()> {
+        umount(&self.at).trying(|| format!("cannot unmount {}", self.at.display()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // It is not mounted any more if it was ended.
+        let _ = umount2(&self.at, MntFlags::MNT_DETACH);
+    }
+}
+
+/// An XFS in a file; unmounted when dropped.
+pub(super) struct Xfs {
+    at: PathBuf,
+}
+
+impl Xfs {
+    /// `None`: there is no mkfs.xfs, or the kernel cannot mount what it makes, as is said.
+    pub(super) fn make(ground: &Ground, size_bytes: u64) -> Result<Option<Self>> {
+        let (disk, at) = (ground.path("xfs.disk"), ground.dir("xfs")?);
+        if packages::find("mkfs.xfs").is_none() {
+            eprintln!("infill: not measured on XFS: there is no mkfs.xfs");
+            return Ok(None);
+        }
+        disk::xfs(&disk, size_bytes)?;
+        match run(Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(&at)) {
+            Ok(_) => Ok(Some(Self { at })),
+            Err(error) => {
+                eprintln!("infill: not measured on XFS: {error}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Where it is.
+    pub(super) fn at(&self) -> &Path {
+        &self.at
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        let _ = umount2(&self.at, MntFlags::MNT_DETACH);
+    }
+}
+
+/// `infill serve`, and a connection to it that keeps ready what it was asked for.
+pub(super) struct Infill {
+    daemon: Daemon,
+    client: Client,
+}
+
+impl Infill {
+    /// Starts it with an empty cache in `dir`; what it prints goes to files beside that.
+    pub(super) fn start(plan: &Plan, store: &Path, dir: &Path, flags: &[&str]) -> Result<Self> {
+        let (cache, state) = (dir.join("cache"), dir.join("state"));
+        fs::create_dir_all(&cache).trying(|| format!("cannot make {}", cache.display()))?;
+        let mut command = Command::new(&plan.infill);
+        command.args(["serve", "--front-end=fanotify", "--json", "--log-level=warn"]).args(flags).args(&plan.serve_flags);
+        command.arg("--store").arg(format!("dir:{}", store.display()));
+        command.arg("--cache-dir").arg(&cache).arg("--state-dir").arg(&state);
+        let mut daemon = Daemon::start(command, dir)?;
+        daemon.await_ready()?;
+        let client = Client::find(&state).trying(|| "cannot reach infill serve")?;
+        let client = client.ok_or_else(|| failed(format!("infill serve does not listen in {}", state.display())))?;
+        Ok(Self { daemon, client })
+    }
+
+    /// Has an image made ready, with its blob on demand. Gives their files.
+    pub(super) fn attach(&mut self, name: &str) -> Result<(PathBuf, PathBuf)> {
+        let [image, blob] = ["img", "blob"].map(|kind| format!("{name}.{kind}"));
+        let question = Question::Attach { image, domain: Some("bench".into()), devices: vec![blob] };
+        match self.client.ask(&question).trying(|| format!("infill serve did not make {name} ready"))? {
+            Reply::Attached(Prepared { image, devices, .. }) => Ok((image, devices.into_iter().next().unwrap_or_default())),
+            reply => Err(failed(format!("infill serve did not make {name} ready: {reply:?}"))),
+        }
+    }
+
+    /// CPU time of it so far, its ring's workers included.
+    pub(super) fn cpu_ns(&self) -> Result<u64> {
+        cpu_ns(&self.daemon)
+    }
+
+    /// Ends it. Nobody may read what it serves any more. Gives its statistics.
+    pub(super) fn end(mut self) -> Result<serde_json::Value> {
+        // What is not used any more is let go, so that nobody has to keep anything.
+        self.client.ask(&Question::Release).trying(|| "infill serve does not answer")?;
+        drop(self.client);
+        self.daemon.end(true)?;
+        let line = self.daemon.last_line();
+        serde_json::from_str(&line).map_err(|error| failed(format!("infill serve did not say what it did ({error}): {line}")))
+    }
+}
+
+/// CPU time of a process so far.
+pub(super) fn cpu_ns(daemon: &Daemon) -> Result<u64> {
+    let pid = Pid::from_raw(daemon.pid().cast_signed());
+    clock_ns(ClockId::pid_cpu_clock_id(pid).trying(|| "cannot see a daemon's CPU time")?)
+}
+
+/// Reads the first `pages` of a file that is watched, so that its daemon brings them and they are in the page cache, and sees that they
+/// are those of `source`.
+pub(super) fn prime(file: &Path, source: &Path, pages: u64) -> Result<()> {
+    let what = || format!("cannot read {}", file.display());
+    let len = usize::try_from(pages * PAGE_BYTES).map_err(|_| failed("too many pages"))?;
+    let (mut found, mut expected) = (vec![0; len], vec![0; len]);
+    File::open(file).and_then(|mut file| file.read_exact(&mut found)).trying(what)?;
+    File::open(source).and_then(|mut source| source.read_exact(&mut expected)).trying(|| format!("cannot read {}", source.display()))?;
+    if found == expected { Ok(()) } else { Err(failed(format!("{} has other bytes than {}", file.display(), source.display()))) }
+}
