@@ -17,7 +17,7 @@ const PAGES: u64 = ONE_BYTES / PAGE_BYTES;
 pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     let mut progress = Progress::begin("complete: reading what is not watched any more");
     let never = ground.copy_of_blob("complete-never")?;
-    let mut infill = Infill::start(plan, &ground.store(), &ground.dir("complete")?, &[])?;
+    let mut infill = Infill::start(plan, &[&ground.store()], &ground.dir("complete")?, &[])?;
     let (_, complete) = infill.attach(ONE)?;
     prime(&complete, &ground.blob(), PAGES)?;
     let at = ground.path("complete-mnt");

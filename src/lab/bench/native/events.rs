@@ -45,7 +45,7 @@ impl Server {
 /// Measures.
 pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     let mut progress = Progress::begin("events: reading what is there, by files that are watched");
-    let mut infill = Infill::start(plan, &ground.store(), &ground.dir("events")?, &[&["--shards=1"], &NO_MORE[..]].concat())?;
+    let mut infill = Infill::start(plan, &[&ground.store()], &ground.dir("events")?, &[&["--shards=1"], &NO_MORE[..]].concat())?;
     let (_, blob) = infill.attach(ONE)?;
     prime(&blob, &ground.blob(), PAGES)?;
     let unwatched = ground.copy_of_blob("events-unwatched")?;

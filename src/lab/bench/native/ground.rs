@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::mount::{MntFlags, umount, umount2};
 use nix::sys::statvfs::statvfs;
 use nix::time::ClockId;
@@ -15,8 +16,8 @@ use super::{Plan, Subject, failed};
 use crate::front::sim::rng::Rng;
 use crate::lab::bench::daemon::Daemon;
 use crate::lab::bench::memdisk::clock_ns;
-use crate::lab::disk::{self, ErofsLayout};
-use crate::lab::{Result, Scratch, Trying, packages, run};
+use crate::lab::disk::{self, CacheFs, ErofsLayout};
+use crate::lab::{Result, Scratch, Trying, run};
 use crate::mount::control::{Client, Question, Reply};
 use crate::mount::{self, Prepared, Source};
 
@@ -90,7 +91,7 @@ impl Ground {
     pub(super) fn copy_of_blob(&self, name: &str) -> Result<PathBuf> {
         let path = self.path(name);
         fs::copy(self.blob(), &path).trying(|| format!("cannot write {}", path.display()))?;
-        warm(&path)?;
+        reload(&path)?;
         Ok(path)
     }
 }
@@ -125,6 +126,21 @@ pub(super) fn write_random(path: &Path, len_bytes: u64) -> Result<()> {
 pub(super) fn warm(path: &Path) -> Result<()> {
     let read = File::open(path).and_then(|mut file| io::copy(&mut file, &mut io::sink()));
     read.map(drop).trying(|| format!("cannot read {}", path.display()))
+}
+
+/// Has the page cache hold a file as reading it from beginning to end makes it, however it was written: what is measured of two
+/// files can be compared then.
+pub(super) fn reload(path: &Path) -> Result<()> {
+    drop_cached(path)?;
+    warm(path)
+}
+
+/// Has the page cache hold nothing of a file.
+pub(super) fn drop_cached(path: &Path) -> Result<()> {
+    let what = || format!("cannot drop what is cached of {}", path.display());
+    let file = File::open(path).trying(what)?;
+    file.sync_all().trying(what)?;
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).trying(what)
 }
 
 /// Lets the machine finish what is left of the last cell: writes, and files that are gone.
@@ -164,24 +180,20 @@ impl Drop for Mounted {
     }
 }
 
-/// An XFS in a file; unmounted when dropped.
-pub(super) struct Xfs {
+/// A file system in a file; unmounted when dropped.
+pub(super) struct LoopDisk {
     at: PathBuf,
 }
 
-impl Xfs {
-    /// `None`: there is no mkfs.xfs, or the kernel cannot mount what it makes, as is said.
-    pub(super) fn make(ground: &Ground, size_bytes: u64) -> Result<Option<Self>> {
-        let (disk, at) = (ground.path("xfs.disk"), ground.dir("xfs")?);
-        if packages::find("mkfs.xfs").is_none() {
-            eprintln!("infill: not measured on XFS: there is no mkfs.xfs");
-            return Ok(None);
-        }
-        disk::xfs(&disk, size_bytes)?;
-        match run(Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(&at)) {
+impl LoopDisk {
+    /// Makes one that is mounted on the directory `name`. `None`: it cannot be made here, as is said.
+    pub(super) fn make(ground: &Ground, fs: CacheFs, name: &str, size_bytes: u64) -> Result<Option<Self>> {
+        let (disk, at) = (ground.path(name).with_extension("disk"), ground.dir(name)?);
+        let made = fs.make(&disk, size_bytes).and_then(|()| run(Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(&at)));
+        match made {
             Ok(_) => Ok(Some(Self { at })),
             Err(error) => {
-                eprintln!("infill: not measured on XFS: {error}");
+                eprintln!("infill: not measured on {} of its own: {error}", fs.name());
                 Ok(None)
             }
         }
@@ -193,42 +205,57 @@ impl Xfs {
     }
 }
 
-impl Drop for Xfs {
+impl Drop for LoopDisk {
     fn drop(&mut self) {
         let _ = umount2(&self.at, MntFlags::MNT_DETACH);
     }
 }
 
-/// `infill serve`, and a connection to it that keeps ready what it was asked for.
+/// `infill serve`, and a connection to it that keeps ready what it was asked for. Ended for good when dropped.
 pub(super) struct Infill {
     daemon: Daemon,
-    client: Client,
+    /// `None`: it has ended.
+    client: Option<Client>,
+    /// The program.
+    infill: PathBuf,
+    state: PathBuf,
 }
 
 impl Infill {
     /// Starts it with an empty cache in `dir`; what it prints goes to files beside that.
-    pub(super) fn start(plan: &Plan, store: &Path, dir: &Path, flags: &[&str]) -> Result<Self> {
+    pub(super) fn start(plan: &Plan, stores: &[&Path], dir: &Path, flags: &[&str]) -> Result<Self> {
         let (cache, state) = (dir.join("cache"), dir.join("state"));
         fs::create_dir_all(&cache).trying(|| format!("cannot make {}", cache.display()))?;
         let mut command = Command::new(&plan.infill);
         command.args(["serve", "--front-end=fanotify", "--json", "--log-level=warn"]).args(flags).args(&plan.serve_flags);
-        command.arg("--store").arg(format!("dir:{}", store.display()));
+        for store in stores {
+            command.arg("--store").arg(format!("dir:{}", store.display()));
+        }
         command.arg("--cache-dir").arg(&cache).arg("--state-dir").arg(&state);
-        let mut daemon = Daemon::start(command, dir)?;
-        daemon.await_ready()?;
-        let client = Client::find(&state).trying(|| "cannot reach infill serve")?;
-        let client = client.ok_or_else(|| failed(format!("infill serve does not listen in {}", state.display())))?;
-        Ok(Self { daemon, client })
+        let mut infill = Self { daemon: Daemon::start(command, dir)?, client: None, infill: plan.infill.clone(), state };
+        infill.daemon.await_ready()?;
+        infill.client = Client::find(&infill.state).trying(|| "cannot reach infill serve")?;
+        Ok(infill)
+    }
+
+    fn ask(&mut self, question: &Question) -> Result<Reply> {
+        let client = self.client.as_mut().ok_or_else(|| failed(format!("infill serve does not listen in {}", self.state.display())))?;
+        client.ask(question).trying(|| "infill serve does not answer")
     }
 
     /// Has an image made ready, with its blob on demand. Gives their files.
     pub(super) fn attach(&mut self, name: &str) -> Result<(PathBuf, PathBuf)> {
         let [image, blob] = ["img", "blob"].map(|kind| format!("{name}.{kind}"));
         let question = Question::Attach { image, domain: Some("bench".into()), devices: vec![blob] };
-        match self.client.ask(&question).trying(|| format!("infill serve did not make {name} ready"))? {
+        match self.ask(&question)? {
             Reply::Attached(Prepared { image, devices, .. }) => Ok((image, devices.into_iter().next().unwrap_or_default())),
             reply => Err(failed(format!("infill serve did not make {name} ready: {reply:?}"))),
         }
+    }
+
+    /// Its process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.daemon.pid()
     }
 
     /// CPU time of it so far, its ring's workers included.
@@ -238,12 +265,19 @@ impl Infill {
 
     /// Ends it. Nobody may read what it serves any more. Gives its statistics.
     pub(super) fn end(mut self) -> Result<serde_json::Value> {
-        // What is not used any more is let go, so that nobody has to keep anything.
-        self.client.ask(&Question::Release).trying(|| "infill serve does not answer")?;
-        drop(self.client);
+        // What nobody uses is let go, so that nobody has to keep it.
+        self.client = None;
         self.daemon.end(true)?;
         let line = self.daemon.last_line();
         serde_json::from_str(&line).map_err(|error| failed(format!("infill serve did not say what it did ({error}): {line}")))
+    }
+}
+
+impl Drop for Infill {
+    fn drop(&mut self) {
+        // Nothing is left to do if it has ended well. Else somebody keeps what is still mounted, for ever.
+        let _ = self.daemon.end(false);
+        let _ = run(Command::new(&self.infill).args(["release", "--force", "--state-dir"]).arg(&self.state));
     }
 }
 
@@ -256,10 +290,15 @@ pub(super) fn cpu_ns(daemon: &Daemon) -> Result<u64> {
 /// Reads the first `pages` of a file that is watched, so that its daemon brings them and they are in the page cache, and sees that they
 /// are those of `source`.
 pub(super) fn prime(file: &Path, source: &Path, pages: u64) -> Result<()> {
-    let what = || format!("cannot read {}", file.display());
     let len = usize::try_from(pages * PAGE_BYTES).map_err(|_| failed("too many pages"))?;
-    let (mut found, mut expected) = (vec![0; len], vec![0; len]);
-    File::open(file).and_then(|mut file| file.read_exact(&mut found)).trying(what)?;
-    File::open(source).and_then(|mut source| source.read_exact(&mut expected)).trying(|| format!("cannot read {}", source.display()))?;
-    if found == expected { Ok(()) } else { Err(failed(format!("{} has other bytes than {}", file.display(), source.display()))) }
+    let content = |path: &Path| {
+        let mut bytes = vec![0; len];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut bytes));
+        read.map(|()| bytes).trying(|| format!("cannot read {}", path.display()))
+    };
+    if content(file)? != content(source)? {
+        return Err(failed(format!("{} has other bytes than {}", file.display(), source.display())));
+    }
+    drop_cached(file)?;
+    content(file).map(drop)
 }

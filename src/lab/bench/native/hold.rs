@@ -1,5 +1,5 @@
 //! A group of the bench itself: a thread that answers all events of some files at once, but those of the first one only when it is
-//! not held up. Who reads that waits meanwhile, whether it is a program or a daemon that brings it.
+//! not held up. Who reads that waits meanwhile, beside all others of the same group.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -35,7 +35,7 @@ struct Told {
 }
 
 impl Hold {
-    /// A hold of `files`, of which the first one is held up from [`Hold::begin`] to [`Hold::end`]. Who has it open already is not.
+    /// A hold of `files`, of which the first one is held up as [`Hold::set`] says. Who has it open already is not.
     ///
     /// # Errors
     /// They cannot be watched.
@@ -57,20 +57,15 @@ impl Hold {
         Ok(Self { told, thread: Some(thread) })
     }
 
-    /// Holds up who reads from now on.
-    pub(super) fn begin(&self) {
-        self.told.hold.store(true, Ordering::Release);
-    }
-
-    /// Lets everybody go.
-    pub(super) fn end(&self) {
-        self.told.hold.store(false, Ordering::Release);
+    /// Whether who reads from now on is held up; else all go on.
+    pub(super) fn set(&self, holds: bool) {
+        self.told.hold.store(holds, Ordering::Release);
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.end();
+        self.set(false);
         self.told.end.store(true, Ordering::Release);
         let _ = self.thread.take().map(JoinHandle::join);
     }

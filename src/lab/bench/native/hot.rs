@@ -9,11 +9,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::events::{NO_MORE, PAGES};
-use super::ground::{Ground, Infill, ONE, blob_in, image_in, prime, write_random};
+use super::ground::{Ground, Infill, LoopDisk, ONE, blob_in, drop_cached, image_in, prime, write_random};
 use super::hold::Hold;
 use super::load::{PAGE_BYTES, Seen, Until, read_randomly};
 use super::samples::{Figures, Samples};
+use super::throttle::Throttle;
 use super::{Plan, Section, Subject, failed};
+use crate::lab::disk::{CacheFs, sparse};
 use crate::lab::progress::Progress;
 use crate::lab::{Result, Trying};
 
@@ -29,16 +31,44 @@ const TAKEN: Duration = Duration::from_millis(200);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Longer than anything here takes: no reader gets an error because it waits.
 const NO_TIMEOUT: &str = "--request-timeout-ms=600000";
-/// The hold must see reads of the source: those of the page cache are none.
-const DIRECT: &str = "--source=direct";
+/// The slow disk's, beside what readers wait for.
+const SLACK_BYTES: u64 = 64 << 20;
 
 /// A file with data that is there and one that nobody gets, under the same daemon.
 struct Pair<'a> {
     name: &'static str,
     hot: PathBuf,
     slow: PathBuf,
-    /// Holds the slow one up.
-    hold: &'a Hold,
+    /// What the slow one waits for.
+    obstacle: &'a dyn Obstacle,
+}
+
+/// What readers wait for, as long as the bench wants.
+trait Obstacle: Sync {
+    fn begin(&self) -> Result<()>;
+    fn end(&self) -> Result<()>;
+}
+
+impl Obstacle for Hold {
+    fn begin(&self) -> Result<()> {
+        self.set(true);
+        Ok(())
+    }
+
+    fn end(&self) -> Result<()> {
+        self.set(false);
+        Ok(())
+    }
+}
+
+impl Obstacle for Throttle {
+    fn begin(&self) -> Result<()> {
+        self.set(true)
+    }
+
+    fn end(&self) -> Result<()> {
+        self.set(false)
+    }
 }
 
 /// Measures.
@@ -46,19 +76,24 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     let mut progress = Progress::begin("hot: reading what is there, beside readers that wait");
     let store = ground.store();
     let rounds_bytes = plan.rounds as u64 * WAITING as u64 * STRIDE_BYTES;
+    let disk = LoopDisk::make(ground, CacheFs::Ext4, "hot-disk", rounds_bytes + SLACK_BYTES)?;
+    let disk = disk.ok_or_else(|| failed("there is no slow disk; see above"))?;
     write_random(&image_in(&store, SLOW), PAGE_BYTES)?;
-    write_random(&blob_in(&store, SLOW), rounds_bytes)?;
-    // Before it is opened by infill: who has a file open already is not held up.
-    let source = Hold::of(&[blob_in(&store, SLOW)])?;
-    let mut infill = Infill::start(plan, &store, &ground.dir("hot")?, &[&["--shards=1", NO_TIMEOUT, DIRECT], &NO_MORE[..]].concat())?;
+    write_random(&blob_in(disk.at(), SLOW), rounds_bytes)?;
+    drop_cached(&blob_in(disk.at(), SLOW))?;
+    let flags = [&["--shards=1", NO_TIMEOUT], &NO_MORE[..]].concat();
+    let mut infill = Infill::start(plan, &[&store, disk.at()], &ground.dir("hot")?, &flags)?;
     let (_, hot) = infill.attach(ONE)?;
     let (_, slow) = infill.attach(SLOW)?;
     prime(&hot, &ground.blob(), PAGES)?;
     let (one_hot, one_slow) = (ground.copy_of_blob("hot-one")?, ground.path("hot-slow"));
-    crate::lab::disk::sparse(&one_slow, rounds_bytes)?;
-    let one_group = Hold::of(&[one_slow.clone(), one_hot.clone()])?;
-    let pairs =
-        [Pair { name: "infill", hot, slow, hold: &source }, Pair { name: "one group", hot: one_hot, slow: one_slow, hold: &one_group }];
+    sparse(&one_slow, rounds_bytes)?;
+    let hold = Hold::of(&[one_slow.clone(), one_hot.clone()])?;
+    let throttle = Throttle::of(infill.pid(), disk.at())?;
+    let mut pairs = vec![Pair { name: "one group", hot: one_hot, slow: one_slow, obstacle: &hold }];
+    if let Some(throttle) = &throttle {
+        pairs.insert(0, Pair { name: "infill", hot, slow, obstacle: throttle });
+    }
     let mut samples = Samples::default();
     for round in 0..plan.rounds {
         progress.update(|| format!("round {}", round + 1));
@@ -71,6 +106,7 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     }
     drop(pairs);
     infill.end()?;
+    drop(throttle);
     progress.finish("done");
     let title = format!(
         "random reads of 4 KiB that are in the page cache, of a file that is watched; beside {WAITING} readers that wait for another one"
@@ -93,7 +129,7 @@ impl Pair<'_> {
             read
         };
         let wait = &wait;
-        self.hold.begin();
+        self.obstacle.begin()?;
         thread::scope(|scope| {
             let numbers = round * WAITING..(round + 1) * WAITING;
             let waiting: Vec<_> = numbers.map(|number| scope.spawn(move || wait(number))).collect();
@@ -104,7 +140,7 @@ impl Pair<'_> {
             thread::sleep(TAKEN);
             let seen = self.read(plan);
             let still = WAITING - ended.load(Ordering::Relaxed);
-            self.hold.end();
+            self.obstacle.end()?;
             waiting.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(failed("a reader panicked"))))?;
             if still < WAITING {
                 return Err(failed(format!("only {still} of {WAITING} readers of {} waited", self.slow.display())));

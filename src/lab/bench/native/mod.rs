@@ -9,7 +9,8 @@
 //!  ground    where everything lies: store, file systems, and infill as a process
 //!  load      readers of random pages
 //!  peer      the other daemons, as processes: loops that do nothing but answer, or copy
-//!  hold      what holds readers up, for as long as the bench wants
+//!  throttle  a disk that gives nothing, for as long as the bench wants
+//!  hold      one group that leaves some of its readers waiting
 //!  bare      of the peers, the limit: one ring that reads events and answers them
 //!  samples   what was measured -> medians, tables
 //!  targets   what the figures must be
@@ -26,6 +27,7 @@ mod load;
 pub mod peer;
 mod samples;
 pub mod targets;
+mod throttle;
 mod tree;
 
 use std::fs;
@@ -124,7 +126,7 @@ impl Report {
 /// Why this machine cannot run this, if it cannot.
 #[must_use]
 pub fn unfit() -> Option<String> {
-    let scratch = match Scratch::make("native-probe") {
+    let scratch = match Scratch::make("probe-native") {
         Ok(scratch) => scratch,
         Err(error) => return Some(error.to_string()),
     };

@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-
-use super::ground::{Ground, Infill, Mounted, Xfs, blob_in, cpu_ns, image_in, image_of, settle, warm};
+use super::ground::{Ground, Infill, LoopDisk, Mounted, blob_in, cpu_ns, drop_cached, image_in, image_of, settle, warm};
 use super::peer::{self, Kind, Served};
 use super::samples::{Figures, Samples};
 use super::{Plan, Section, Subject, failed};
 use crate::lab::bench::daemon::Daemon;
+use crate::lab::disk::CacheFs;
 use crate::lab::progress::Progress;
 use crate::lab::tree::{Content, Manifest, Selection, compare};
 use crate::lab::{Result, Trying};
@@ -106,7 +105,7 @@ struct Bench<'a> {
     manifest: Manifest,
     /// Paths of the files, in order.
     files: Vec<String>,
-    xfs: Option<Xfs>,
+    xfs: Option<LoopDisk>,
 }
 
 /// Who serves an image, and what has to be mounted.
@@ -140,7 +139,7 @@ impl<'a> Bench<'a> {
         let manifest = Manifest::of(&tree)?;
         image_of(&tree, &store, TREE)?;
         fs::remove_dir_all(&tree).trying(|| format!("cannot remove {}", tree.display()))?;
-        let xfs = Xfs::make(ground, 2 * manifest.len_bytes() + XFS_SLACK_BYTES)?;
+        let xfs = LoopDisk::make(ground, CacheFs::Xfs, "xfs", 2 * manifest.len_bytes() + XFS_SLACK_BYTES)?;
         if let Some(xfs) = &xfs {
             let on_xfs = xfs.at().join("store");
             fs::create_dir_all(&on_xfs).trying(|| format!("cannot make {}", on_xfs.display()))?;
@@ -186,7 +185,7 @@ impl<'a> Bench<'a> {
         if !Cell::ON_XFS.contains(&cell) {
             return Ok(self.ground.at());
         }
-        self.xfs.as_ref().map(Xfs::at).ok_or_else(|| failed("there is no XFS"))
+        self.xfs.as_ref().map(LoopDisk::at).ok_or_else(|| failed("there is no XFS"))
     }
 
     fn prepare(&self, cell: Cell, dir: &Path) -> Result<Ready> {
@@ -197,12 +196,11 @@ impl<'a> Bench<'a> {
         Ok(match cell {
             Cell::Present | Cell::PresentXfs => Ready { image, blob, server: Server::Nobody },
             Cell::ColdXfs => {
-                let dropped = File::open(&blob).and_then(|file| Ok(posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?));
-                dropped.trying(|| format!("cannot drop what is cached of {}", blob.display()))?;
+                drop_cached(&blob)?;
                 Ready { image, blob, server: Server::Nobody }
             }
             Cell::Copied | Cell::Reflinked => {
-                let mut infill = Infill::start(self.plan, &store, dir, &[])?;
+                let mut infill = Infill::start(self.plan, &[&store], dir, &[])?;
                 let (image, blob) = infill.attach(TREE)?;
                 Ready { image, blob, server: Server::Infill(infill) }
             }
