@@ -81,7 +81,7 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     write_random(&image_in(&store, SLOW), PAGE_BYTES)?;
     write_random(&blob_in(disk.at(), SLOW), rounds_bytes)?;
     drop_cached(&blob_in(disk.at(), SLOW))?;
-    let flags = [&["--shards=1", NO_TIMEOUT], &NO_MORE[..]].concat();
+    let flags = [&[NO_TIMEOUT], &NO_MORE[..]].concat();
     let mut infill = Infill::start(plan, &[&store, disk.at()], &ground.dir("hot")?, &flags)?;
     let (_, hot) = infill.attach(ONE)?;
     let (_, slow) = infill.attach(SLOW)?;
