@@ -122,9 +122,14 @@ pub(super) fn write_random(path: &Path, len_bytes: u64) -> Result<()> {
     file.flush().trying(what)
 }
 
-/// Brings a file into the page cache, if it is not watched. Else its daemon has to bring it too.
+/// Brings a file into the page cache.
 pub(super) fn warm(path: &Path) -> Result<()> {
-    let read = File::open(path).and_then(|mut file| io::copy(&mut file, &mut io::sink()));
+    warm_to(path, u64::MAX)
+}
+
+/// The same up to there.
+fn warm_to(path: &Path, end: u64) -> Result<()> {
+    let read = File::open(path).and_then(|file| io::copy(&mut file.take(end), &mut io::sink()));
     read.map(drop).trying(|| format!("cannot read {}", path.display()))
 }
 
@@ -299,6 +304,7 @@ pub(super) fn prime(file: &Path, source: &Path, pages: u64) -> Result<()> {
     if content(file)? != content(source)? {
         return Err(failed(format!("{} has other bytes than {}", file.display(), source.display())));
     }
+    // As `reload` does it.
     drop_cached(file)?;
-    content(file).map(drop)
+    warm_to(file, pages * PAGE_BYTES)
 }
