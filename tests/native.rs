@@ -374,3 +374,38 @@ fn what_cannot_be_mounted_is_explained_and_nothing_is_left() {
     let _ = std::fs::remove_dir_all("/dev/shm/infill-test");
     assert!(String::from_utf8_lossy(&tmpfs.stderr).contains("ext4, XFS or btrfs"), "{tmpfs:?}");
 }
+
+/// The bench, with little of everything: that it goes on measuring what it says.
+#[test]
+fn the_bench_measures_all_its_cells() {
+    if let Some(why) = unfit() {
+        return println!("not run: {why}");
+    }
+    let cache = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+    command.args(["bench", "native", "--json", "--rounds=1", "--time-ms=50", "--readers=2", "--tree-mib=8"]);
+    let output = command.env("INFILL_CACHE", cache.path()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    let figure = |subject: &str, cell: &str, name: &str| {
+        let of = |value: &serde_json::Value, key: &str, list: &str, wanted: &str| {
+            value[list].as_array().unwrap().iter().find(|item| item[key] == wanted).cloned().unwrap_or_default()
+        };
+        of(&of(&report, "subject", "sections", subject), "cell", "rows", cell)[name]["median"].as_f64().unwrap_or(0.0)
+    };
+    for (subject, cell, name) in [
+        ("events", "infill", "daemon_cpu_us"),
+        ("events", "bare", "daemon_cpu_us"),
+        ("events", "multishot", "daemon_cpu_us"),
+        ("events", "naive", "daemon_cpu_us"),
+        ("tree", "copied", "filled_mb"),
+        ("tree", "naive, 2 threads", "filled_mb"),
+        ("hot", "infill, beside", "p99_of_alone"),
+        ("hot", "one group, beside", "p99_of_alone"),
+        ("complete", "complete, EROFS", "p50_of_never"),
+    ] {
+        assert!(figure(subject, cell, name) > 0.0, "{subject} {cell} {name}: {text}");
+    }
+    assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 0, "something is left");
+}
