@@ -3,6 +3,7 @@
 //! Each device is a parameter of its own (fsconfig(2)); mount(2) takes all of them in one page of text.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
@@ -45,6 +46,16 @@ pub struct FsMountError {
 /// # Errors
 /// The kernel refuses, with its reason if it gives one.
 pub fn mount(source: &Source, dir: &Path) -> Result<(), FsMountError> {
+    let mounted = detached(source)?;
+    let placed = move_mount(&mounted, "", CWD, dir, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH);
+    placed.map_err(|errno| FsMountError { what: "it cannot be put there", said: String::new(), source: errno.into() })
+}
+
+/// Mounts `source` nowhere: what is in it can be opened relative to the descriptor, as long as that is open.
+///
+/// # Errors
+/// The kernel refuses, with its reason if it gives one.
+pub(super) fn detached(source: &Source) -> Result<OwnedFd, FsMountError> {
     let failed = |what, said: String| move |errno: Errno| FsMountError { what, said, source: errno.into() };
     let context =
         fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed("this kernel has no EROFS; try modprobe erofs", String::new()))?;
@@ -60,13 +71,12 @@ pub fn mount(source: &Source, dir: &Path) -> Result<(), FsMountError> {
         fsconfig_set_flag(&context, "directio").map_err(failed("no direct I/O (Linux 6.15)", String::new()))?;
     }
     fsconfig_create(&context).map_err(|errno| failed("the kernel does not take the image", said(&context))(errno))?;
-    let mounted = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)
-        .map_err(|errno| failed("it cannot be mounted", said(&context))(errno))?;
-    move_mount(&mounted, "", CWD, dir, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(failed("it cannot be put there", String::new()))
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)
+        .map_err(|errno| failed("it cannot be mounted", said(&context))(errno))
 }
 
 /// What the kernel noted about a mount that it did not make.
-fn said(context: &std::os::fd::OwnedFd) -> String {
+fn said(context: &OwnedFd) -> String {
     let mut lines = Vec::new();
     let mut buffer = [0; MESSAGE_MAX_BYTES];
     while let Ok(len @ 1..) = nix::unistd::read(context, &mut buffer) {

@@ -8,10 +8,12 @@
 //! | `service` | what a daemon does for images |
 //! | `control` | how a verb asks a daemon |
 //! | `fsmount` | mounting EROFS from files |
+//! | `metadata` | whether the kernel asks for metadata |
 
 mod blobs;
 pub mod control;
 mod fsmount;
+pub mod metadata;
 mod poisoned;
 mod restore;
 mod service;

@@ -41,14 +41,16 @@ pub struct Service {
     blobs: Arc<Blobs>,
     entry: Entry,
     store: Arc<dyn Store>,
+    /// The kernel asks for metadata too ([`super::metadata`]).
+    asked_for_metadata: bool,
     patience: Duration,
 }
 
 impl Service {
     /// Serves `blobs` from `store` by the engine behind `entry`. No step for an image may take longer than `patience`.
     #[must_use]
-    pub const fn new(blobs: Arc<Blobs>, entry: Entry, store: Arc<dyn Store>, patience: Duration) -> Self {
-        Self { blobs, entry, store, patience }
+    pub const fn new(blobs: Arc<Blobs>, entry: Entry, store: Arc<dyn Store>, asked_for_metadata: bool, patience: Duration) -> Self {
+        Self { blobs, entry, store, asked_for_metadata, patience }
     }
 
     /// Where the bytes come from.
@@ -102,8 +104,7 @@ impl Service {
         }
     }
 
-    /// Makes an image ready: its own file whole, because the kernel does not ask for metadata everywhere (before Linux
-    /// 7.1), its devices on demand.
+    /// Makes an image ready: all of it on demand, but its own file whole where the kernel does not ask for metadata.
     ///
     /// # Errors
     /// See [`AttachError`].
@@ -114,7 +115,10 @@ impl Service {
         if image.devices.is_empty() && named.iter().any(Vec::is_empty) {
             return Err(AttachError::Nameless { image: image.name.clone(), devices: named.len() });
         }
-        let pin = |(at, key): (usize, &Key)| self.blobs.attach(&self.entry, &*self.store, key, at == 0, self.patience);
+        let pin = |(at, key): (usize, &Key)| {
+            let whole = at == 0 && !self.asked_for_metadata;
+            self.blobs.attach(&self.entry, &*self.store, key, whole, self.patience)
+        };
         let pins = image.keys(&named).iter().enumerate().map(pin).collect::<Result<Vec<_>, _>>()?;
         let mut paths = pins.iter().map(|pin| pin.file().path().to_owned());
         let prepared = Prepared {

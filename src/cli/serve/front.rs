@@ -8,7 +8,7 @@ use crate::config::{Config, FrontEndKind};
 use crate::front::FrontEnd;
 use crate::front::cachefiles::{BindError, BindOptions, CullLimits, Device};
 use crate::front::sim::socket::SocketFront;
-use crate::mount::{Blobs, BlobsError, Poisoned, Restored, is_bag, poisoned};
+use crate::mount::{Blobs, BlobsError, Poisoned, Restored, is_bag, metadata, poisoned};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError, KeepMode};
 
@@ -28,6 +28,8 @@ pub(super) struct Opened {
     pub(super) device: Option<Arc<Device>>,
     /// The files of blobs, if images are mounted from files.
     pub(super) blobs: Option<Arc<Blobs>>,
+    /// Whether the kernel asks for their metadata; `None`: not known, or they are none.
+    pub(super) asked_for_metadata: Option<bool>,
     /// The culling limits that the device is bound with.
     pub(super) limits: CullLimits,
     /// The hold on it that outlives this process.
@@ -41,7 +43,14 @@ impl Opened {
             (None, Some(0)) => {
                 let front = SocketFront::from_stdin(&config.cache_dir)
                     .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-                Ok(Self { fronts: vec![Arc::new(front)], device: None, blobs: None, limits: config.cull, keep: None })
+                Ok(Self {
+                    fronts: vec![Arc::new(front)],
+                    device: None,
+                    blobs: None,
+                    asked_for_metadata: None,
+                    limits: config.cull,
+                    keep: None,
+                })
             }
             (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
             (Some(keep), _) => Self::of_kernel(config, keep),
@@ -81,7 +90,7 @@ impl Opened {
 
     fn cachefiles(device: Arc<Device>, limits: CullLimits, keep: Keep) -> Self {
         let fronts = vec![Arc::clone(&device) as Arc<dyn FrontEnd>];
-        Self { fronts, device: Some(device), blobs: None, limits, keep: Some(keep) }
+        Self { fronts, device: Some(device), blobs: None, asked_for_metadata: None, limits, keep: Some(keep) }
     }
 
     fn fanotify(config: &Config, keep: Keep) -> Result<Self, Failure> {
@@ -107,8 +116,12 @@ impl Opened {
         }
         let bag = blobs.bag().map_err(|error| Failure::new(exit::FAILED, format!("no descriptor is free: {error}")))?;
         keep.hold(config.keep, bag.as_fd(), &config.cache_dir).map_err(failed)?;
-        let fronts = blobs.fronts();
-        Ok(Self { fronts, device: None, blobs: Some(Arc::new(blobs)), limits: config.cull, keep: Some(keep) })
+        let asked_for_metadata = metadata::is_asked_for(&config.cache_dir);
+        let asked_for_metadata = asked_for_metadata.inspect_err(|error| {
+            tracing::warn!("images are brought whole before they are mounted: whether the kernel asks for metadata is not known: {error}")
+        });
+        let (fronts, blobs) = (blobs.fronts(), Some(Arc::new(blobs)));
+        Ok(Self { fronts, device: None, blobs, asked_for_metadata: asked_for_metadata.ok(), limits: config.cull, keep: Some(keep) })
     }
 
     /// Any of its sources.

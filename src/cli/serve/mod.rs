@@ -234,7 +234,7 @@ fn start_mounts(
 ) -> Result<Option<Arc<Service>>, Failure> {
     let Some((blobs, listener)) = opened.blobs.as_ref().zip(listener) else { return Ok(None) };
     let patience = config.open_timeout + config.request_timeout;
-    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, patience));
+    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, opened.asked_for_metadata == Some(true), patience));
     for error in blobs.resume(&engine.entry(), &**service.store(), patience) {
         tracing::error!("its readers get I/O errors: {error}");
     }
@@ -265,6 +265,7 @@ fn announce(config: &Config, opened: &Opened, engine: &Engine) {
         detail = started.detail,
         buffers = %started.pages,
         reopens = caps.reopens,
+        metadata = opened.blobs.as_ref().map(|_| if opened.asked_for_metadata == Some(true) { "on demand" } else { "whole" }),
         kept_by = keep.and_then(Keep::by).unwrap_or("nobody"),
         "serving"
     );
