@@ -22,7 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("files_a_compressed_image_is_read_on_demand", |g| on_demand(g, "packed.img")),
     ("files_kill_nine_under_readers_with_a_device", |g| storm(g, "tree.img", DEVICE)),
     ("files_kill_nine_under_readers_without_devices", |g| storm(g, "plain.img", &[])),
-    ("files_daemon_and_keepers_killed_is_told", all_killed),
+    ("fault_daemon_and_keepers_killed_under_files", all_killed),
     ("files_what_cannot_be_mounted_is_explained", refusals),
 ];
 

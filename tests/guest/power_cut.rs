@@ -11,7 +11,7 @@ use crate::readers::{How, Readers, expect_equal};
 use crate::restart::Released;
 use crate::{Outcome, Test};
 
-pub(crate) const TESTS: &[Test] = &[("files_the_cache_is_right_after_a_loss_of_power", power_cut)];
+pub(crate) const TESTS: &[Test] = &[("fault_loss_of_power_under_files", power_cut)];
 
 /// Images and how they are mounted: all in one file, and with a blob of its own. The first is the one that is read first.
 const IMAGES: [(&str, &[&str]); 2] = [("plain.img", &[]), ("tree.img", &["--domain", DOMAIN, "--device", "tree.blob"])];
