@@ -346,7 +346,7 @@ fn an_image_of_one_file_is_read_on_demand_exactly_where_the_kernel_asks_for_meta
         std::fs::write(path("tree").join(format!("file-{n}")), vec![n.to_le_bytes()[0]; n * 100]).unwrap();
     }
     disk::erofs(&path("store/one.img"), &path("tree"), ErofsLayout::default()).unwrap();
-    let asked = mount::metadata::is_asked_for(host.ground.path()).unwrap();
+    let asked = mount::metadata::is_asked_for(&host.ground.path()).unwrap();
     println!("the kernel asks for metadata: {asked}");
     let daemon = Daemon::start(&host);
     let mounted = Daemon::verb(&host, &["mount", "--json", "one.img"]);

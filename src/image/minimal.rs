@@ -121,8 +121,8 @@ mod tests {
         let (path, out) = (dir.path().join("image"), dir.path().join("out"));
         for unit_bytes in [4096, 65536] {
             std::fs::write(&path, Minimal::new(unit_bytes).bytes).unwrap();
-            let checked = std::process::Command::new(&fsck).arg(format!("--extract={}", out.display())).arg("--overwrite").arg(&path);
-            let checked = { checked }.output().unwrap();
+            let mut check = std::process::Command::new(&fsck);
+            let checked = check.arg(format!("--extract={}", out.display())).arg("--overwrite").arg(&path).output().unwrap();
             assert!(checked.status.success(), "{checked:?}");
             assert_eq!(std::fs::read(out.join(FILE)).unwrap(), CONTENT);
         }
