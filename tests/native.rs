@@ -15,6 +15,7 @@ use infill::engine::stats::Snapshot;
 use infill::engine::{Engine, EngineKind, Settings};
 use infill::front::fanotify::Group;
 use infill::key::Key;
+use infill::lab::disk::{self, ErofsLayout};
 use infill::lab::tree::{Content, Manifest, compare};
 use infill::lab::{demo, packages};
 use infill::mount::{self, Blobs, Source};
@@ -330,6 +331,33 @@ fn a_mount_in_the_foreground_serves_itself_and_leaves_nothing_behind() {
     assert!(mounting.wait().unwrap().success());
     assert!(std::fs::read_dir(host.at()).unwrap().next().is_none(), "it is not mounted any more");
     assert!(std::os::unix::net::UnixStream::connect(path("state/control.sock")).is_err());
+}
+
+/// An image without devices is right either way.
+#[test]
+fn an_image_of_one_file_is_read_on_demand_exactly_where_the_kernel_asks_for_metadata() {
+    if let Some(why) = unfit() {
+        return println!("not run: {why}");
+    }
+    let host = Host::new(Fs::Here).unwrap();
+    let path = |name: &str| host.ground.path().join(name);
+    std::fs::create_dir(path("tree")).unwrap();
+    for n in 0..200_usize {
+        std::fs::write(path("tree").join(format!("file-{n}")), vec![n.to_le_bytes()[0]; n * 100]).unwrap();
+    }
+    disk::erofs(&path("store/one.img"), &path("tree"), ErofsLayout::default()).unwrap();
+    let asked = mount::metadata::is_asked_for(&host.ground.path()).unwrap();
+    println!("the kernel asks for metadata: {asked}");
+    let daemon = Daemon::start(&host);
+    let mounted = Daemon::verb(&host, &["mount", "--json", "one.img"]);
+    let report: serde_json::Value = serde_json::from_slice(&mounted.stdout).unwrap();
+    assert_eq!(report["present_bytes"] == 0, asked, "{report}");
+    let read = compare(&host.at(), &Manifest::of(&path("tree")).unwrap(), 4);
+    assert_eq!(read.verdict(), "equal", "{read:?}");
+    assert!(Daemon::verb(&host, &["umount"]).status.success());
+    daemon.end(nix::sys::signal::Signal::SIGTERM);
+    let log = std::fs::read_to_string(path("log")).unwrap();
+    assert!(log.contains(if asked { "metadata=\"on demand\"" } else { "metadata=\"whole\"" }), "{log}");
 }
 
 /// What a user does wrong, and what is said of it.

@@ -64,7 +64,12 @@ impl Host {
         fs::write(tree.join(BIG), noise(BIG_BYTES, 0)).unwrap();
         (1..=FILES).for_each(|n| fs::write(tree.join(format!("f{n}")), noise(n * 3000, n as u64)).unwrap());
         let store = dir.path().join("store");
-        disk::erofs(&store.join(IMAGE), &tree, ErofsLayout { chunk_bytes: Some(64 << 10), blob: Some(&store.join(BLOB)) }).unwrap();
+        disk::erofs(
+            &store.join(IMAGE),
+            &tree,
+            ErofsLayout { chunk_bytes: Some(64 << 10), blob: Some(&store.join(BLOB)), ..ErofsLayout::default() },
+        )
+        .unwrap();
         Some(Self { manifest: Manifest::of(&tree).unwrap(), dir })
     }
 

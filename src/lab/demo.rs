@@ -81,7 +81,7 @@ pub fn prepare(data: &Path, scratch: &Path) -> Result<Manifest> {
     let manifest = Manifest::of(&tree)?;
     manifest.save(&data.join(MANIFEST))?;
     let blob = data.join(BLOB);
-    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob) };
+    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob), ..ErofsLayout::default() };
     disk::erofs(&data.join(IMAGE), &tree, layout)?;
     Ok(manifest)
 }

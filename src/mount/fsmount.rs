@@ -3,7 +3,7 @@
 //! Each device is a parameter of its own (fsconfig(2)); mount(2) takes all of them in one page of text.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
@@ -84,6 +84,12 @@ pub fn make(source: &Source, read_ahead_bytes: Option<u64>) -> Result<(Detached,
     let mounted =
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY).map_err(refused("it cannot be mounted"))?;
     Ok((Detached(mounted), read_ahead))
+}
+
+impl AsFd for Detached {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
 }
 
 impl Detached {

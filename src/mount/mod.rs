@@ -13,6 +13,7 @@
 //! | `service` | what a daemon does for images |
 //! | `control` | how a verb asks a daemon |
 //! | `fsmount` | mounting EROFS from files |
+//! | `metadata` | whether the kernel asks for metadata |
 //! | `read_ahead` | how much the kernel asks for at a time |
 
 mod blobs;
@@ -21,6 +22,7 @@ pub mod control;
 mod error;
 mod fsmount;
 pub mod loops;
+pub mod metadata;
 mod mounted;
 mod notes;
 mod opening;

@@ -60,6 +60,8 @@ pub struct ServiceSettings {
     pub patience: Duration,
     /// How much the kernel shall read ahead in mounts; `None`: as it likes.
     pub read_ahead_bytes: Option<u64>,
+    /// The kernel asks for metadata too ([`super::metadata`]).
+    pub asked_for_metadata: bool,
 }
 
 impl Service {
@@ -166,8 +168,7 @@ impl Service {
         true
     }
 
-    /// Makes an image ready: its own file whole, because the kernel does not ask for metadata everywhere (before Linux
-    /// 7.1), its devices on demand.
+    /// Makes an image ready: all of it on demand, but its own file whole where the kernel does not ask for metadata.
     ///
     /// # Errors
     /// See [`AttachError`].
@@ -178,7 +179,10 @@ impl Service {
         if image.devices.is_empty() && named.iter().any(Vec::is_empty) {
             return Err(AttachError::Nameless { image: image.name.clone(), devices: named.len() });
         }
-        let pin = |(at, key): (usize, &Key)| self.blobs.attach(&self.entry, &*self.store, key, at == 0, self.settings.patience);
+        let pin = |(at, key): (usize, &Key)| {
+            let whole = at == 0 && !self.settings.asked_for_metadata;
+            self.blobs.attach(&self.entry, &*self.store, key, whole, self.settings.patience)
+        };
         let pins = image.keys(&named).iter().enumerate().map(pin).collect::<Result<Vec<_>, _>>()?;
         let mut paths = pins.iter().map(|pin| pin.file().path().to_owned());
         let prepared = Prepared {

@@ -10,7 +10,7 @@ use crate::front::FrontEnd;
 use crate::front::cachefiles::cookies::Lists;
 use crate::front::cachefiles::{BindError, BindOptions, CullLimits, Device};
 use crate::front::sim::socket::SocketFront;
-use crate::mount::{Blobs, BlobsError, Mounted, Restored, is_bag, loops, mounted_everywhere};
+use crate::mount::{Blobs, BlobsError, Mounted, Restored, is_bag, loops, metadata, mounted_everywhere};
 use crate::ops::doctor::release::{Running, may_cull};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError, KeepMode};
@@ -31,13 +31,23 @@ pub(super) struct Opened {
     pub(super) device: Option<Arc<Device>>,
     /// The files of blobs, if images are mounted from files.
     pub(super) blobs: Option<Arc<Blobs>>,
-    /// Their mounts, and whether nobody watched those for a while.
-    pub(super) mounted: Vec<Mounted>,
-    pub(super) poisoned: bool,
+    /// And their mounts.
+    pub(super) mounts: Mounts,
     /// The culling limits that the device is bound with.
     pub(super) limits: CullLimits,
     /// The hold on it that outlives this process.
     pub(super) keep: Option<Keep>,
+}
+
+/// What there is to know of mounts from files.
+#[derive(Default)]
+pub(super) struct Mounts {
+    /// Those of the cache.
+    pub(super) mounted: Vec<Mounted>,
+    /// Nobody watched them for a while.
+    pub(super) poisoned: bool,
+    /// The kernel asks for their metadata too. If that is not known, it is taken not to.
+    pub(super) asked_for_metadata: bool,
 }
 
 /// The cache whose space is looked after.
@@ -63,7 +73,7 @@ impl Opened {
                 let front = SocketFront::from_stdin(&config.cache_dir)
                     .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
                 let fronts: Vec<Arc<dyn FrontEnd>> = vec![Arc::new(front)];
-                Ok(Self { fronts, device: None, blobs: None, mounted: Vec::new(), poisoned: false, limits: config.cull, keep: None })
+                Ok(Self { fronts, device: None, blobs: None, mounts: Mounts::default(), limits: config.cull, keep: None })
             }
             (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
             (Some(keep), _) => Self::of_kernel(config, keep),
@@ -103,14 +113,15 @@ impl Opened {
 
     fn cachefiles(device: Arc<Device>, limits: CullLimits, keep: Keep) -> Self {
         let fronts = vec![Arc::clone(&device) as Arc<dyn FrontEnd>];
-        Self { fronts, device: Some(device), blobs: None, mounted: Vec::new(), poisoned: false, limits, keep: Some(keep) }
+        Self { fronts, device: Some(device), blobs: None, mounts: Mounts::default(), limits, keep: Some(keep) }
     }
 
     fn fanotify(config: &Config, keep: Keep) -> Result<Self, Failure> {
         let blobs = Blobs::new(&config.cache_dir, config.shards).map_err(|error| Failure::new(no_fanotify(&error), error))?;
-        let opened = Self::of_blobs(config, keep, blobs)?;
-        opened.mounted.iter().for_each(say_poisoned);
-        Ok(Self { poisoned: true, ..opened })
+        let mut opened = Self::of_blobs(config, keep, blobs)?;
+        opened.mounts.mounted.iter().for_each(say_poisoned);
+        opened.mounts.poisoned = true;
+        Ok(opened)
     }
 
     /// Goes on with what an earlier daemon served.
@@ -131,9 +142,13 @@ impl Opened {
         let bag = blobs.bag().map_err(|error| Failure::new(exit::FAILED, format!("no descriptor is free: {error}")))?;
         keep.hold(config.keep, bag.as_fd(), &config.cache_dir).map_err(failed)?;
         loops::find(&config.cache_dir).iter().for_each(|found| tracing::error!("{found}"));
-        let (fronts, mounted) = (blobs.fronts(), mounted_everywhere(&config.cache_dir).unwrap_or_default());
-        let (device, blobs) = (None, Some(Arc::new(blobs)));
-        Ok(Self { fronts, device, blobs, mounted, poisoned: false, limits: config.cull, keep: Some(keep) })
+        let unknown = |error: &_| {
+            tracing::warn!("images are brought whole before they are mounted: whether the kernel asks for metadata is not known: {error}");
+        };
+        let asked_for_metadata = metadata::is_asked_for(&config.cache_dir).inspect_err(unknown).unwrap_or(false);
+        let mounted = mounted_everywhere(&config.cache_dir).unwrap_or_default();
+        let mounts = Mounts { mounted, poisoned: false, asked_for_metadata };
+        Ok(Self { fronts: blobs.fronts(), device: None, blobs: Some(Arc::new(blobs)), mounts, limits: config.cull, keep: Some(keep) })
     }
 
     /// The cache, if there is one on a disk. To be asked for once, before the process is confined.

@@ -248,8 +248,9 @@ fn start_mounts(
 ) -> Result<Option<Arc<Service>>, Failure> {
     let Some((blobs, listener)) = opened.blobs.as_ref().zip(listener) else { return Ok(None) };
     let patience = config.open_timeout + config.request_timeout;
-    let settings = ServiceSettings { patience, read_ahead_bytes: config.read_ahead.bytes() };
-    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, settings, &opened.mounted));
+    let asked_for_metadata = opened.mounts.asked_for_metadata;
+    let settings = ServiceSettings { patience, read_ahead_bytes: config.read_ahead.bytes(), asked_for_metadata };
+    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, settings, &opened.mounts.mounted));
     for error in blobs.resume(&engine.entry(), service.store(), patience) {
         tracing::error!("its readers get I/O errors: {error}");
     }
@@ -280,6 +281,7 @@ fn announce(config: &Config, opened: &Opened, engine: &Engine) {
         detail = started.detail,
         buffers = %started.pages,
         reopens = caps.reopens,
+        metadata = opened.blobs.as_ref().map(|_| if opened.mounts.asked_for_metadata { "on demand" } else { "whole" }),
         kept_by = keep.and_then(Keep::by).unwrap_or("nobody"),
         "serving"
     );

@@ -14,7 +14,8 @@ use crate::ops::exit;
 
 /// Starts it, if there is something to repair. It waits until the daemon serves.
 pub(super) fn start(config: &Config, file: Option<&Path>, opened: &Opened) -> Result<Option<Child>, Failure> {
-    let mut here = opened.mounted.iter().filter(|mount| opened.poisoned && mount.seen_by.is_none()).map(|mount| &mount.at).peekable();
+    let mut here =
+        opened.mounts.mounted.iter().filter(|mount| opened.mounts.poisoned && mount.seen_by.is_none()).map(|mount| &mount.at).peekable();
     if here.peek().is_none() {
         return Ok(None);
     }

@@ -138,7 +138,7 @@ pub fn prepare(data: &Path, scratch: &Path) -> Result<u64> {
     fs::create_dir_all(data).trying(|| format!("cannot make {}", data.display()))?;
     let manifest = Manifest::of(&tree)?;
     manifest.save(&data.join(MANIFEST))?;
-    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&data.join(BLOB)) };
+    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&data.join(BLOB)), ..ErofsLayout::default() };
     disk::erofs(&data.join(IMAGE), &tree, layout)?;
     Ok(manifest.len_bytes())
 }

@@ -109,7 +109,7 @@ pub(super) fn blob_in(store: &Path, name: &str) -> PathBuf {
 /// Makes an image of `tree` in a store.
 pub(super) fn image_of(tree: &Path, store: &Path, name: &str) -> Result<()> {
     fs::create_dir_all(store).trying(|| format!("cannot make {}", store.display()))?;
-    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob_in(store, name)) };
+    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob_in(store, name)), ..ErofsLayout::default() };
     disk::erofs(&image_in(store, name), tree, layout)
 }
 
