@@ -32,11 +32,11 @@ pub struct Blocking {
 }
 
 impl Blocking {
-    /// Starts `workers` threads.
+    /// Starts `workers` threads. With `sinks_copy` they map a file's pages before they write from them.
     ///
     /// # Errors
     /// No thread or descriptor could be had.
-    pub fn new(workers: u32, watch: Watch<'_>) -> io::Result<Self> {
+    pub fn new(workers: u32, sinks_copy: bool, watch: Watch<'_>) -> io::Result<Self> {
         let completions = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let edges = Edges::new(watch)?;
         edges.watch_also(completions.as_fd())?;
@@ -46,6 +46,7 @@ impl Blocking {
             let worker = Worker {
                 queue: Arc::clone(&queue),
                 ended: Arc::clone(&ended),
+                sinks_copy,
                 results: results.clone(),
                 completions: Arc::clone(&completions),
             };
@@ -59,6 +60,7 @@ impl Blocking {
 struct Worker {
     queue: Arc<Mutex<Receiver<Op>>>,
     ended: Arc<AtomicBool>,
+    sinks_copy: bool,
     results: Sender<Done>,
     completions: Arc<EventFd>,
 }
@@ -70,6 +72,9 @@ impl Worker {
             let Ok(op) = next else { return };
             if self.ended.load(Ordering::Acquire) {
                 return;
+            }
+            if self.sinks_copy && op.kind == Kind::Write {
+                op.memory.populate();
             }
             if self.results.send(run(op)).is_err() {
                 return;
@@ -155,7 +160,7 @@ mod tests {
     #[test]
     fn does_what_the_ring_does() {
         let (buffers, wake) = (Buffers::new(4, 65536).unwrap(), EventFd::new().unwrap());
-        let mut io = Blocking::new(2, Watch { requests: &[], wake: wake.as_fd() }).unwrap();
+        let mut io = Blocking::new(2, false, Watch { requests: &[], wake: wake.as_fd() }).unwrap();
         let file = tempfile::tempfile().unwrap();
         let to = io.add_file(file.as_fd());
         for key in 0..100 {
@@ -180,7 +185,7 @@ mod tests {
     #[test]
     fn nothing_starts_after_it_was_dropped() {
         let (buffers, wake) = (Buffers::new(4, 1 << 20).unwrap(), EventFd::new().unwrap());
-        let mut io = Blocking::new(2, Watch { requests: &[], wake: wake.as_fd() }).unwrap();
+        let mut io = Blocking::new(2, false, Watch { requests: &[], wake: wake.as_fd() }).unwrap();
         let file = tempfile::tempfile().unwrap();
         let to = io.add_file(file.as_fd());
         for key in 0..500 {

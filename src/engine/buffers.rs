@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use memmap2::MmapRaw;
+use memmap2::{Advice, MmapRaw};
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use serde::Serialize;
@@ -311,6 +311,13 @@ impl Memory {
         // SAFETY: as for `read_at`.
         let n = unsafe { libc::read(fd, self.ptr().cast(), self.len) };
         result(n)
+    }
+
+    /// Has the pages of a mapped file mapped, so that a write finds them. If that fails, the write says why.
+    pub(super) fn populate(&self) {
+        if let Some(map) = self.file().and_then(|file| file.map.as_ref()) {
+            let _ = map.advise_range(Advice::PopulateRead, self.offset, self.len);
+        }
     }
 
     /// `pwrite(2)` from it: bytes, or a negative errno.

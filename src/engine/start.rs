@@ -297,6 +297,7 @@ impl Plan {
             workers,
             near,
             sinks_block: self.caps.sinks_block,
+            sinks_copy: self.caps.sinks_copy,
             receives_aside: self.caps.ring_reads_wait,
         };
         Ring::new(settings, &buffers.whole(), watch(&self.requests(), &self.inbox)).map(Some).map_err(|error| ring::explain(&error))
@@ -313,7 +314,7 @@ impl Plan {
         buffers: Buffers,
     ) -> Result<(), EngineError> {
         let threads = self.settings.workers;
-        match Blocking::new(threads, watch(&self.requests(), &self.inbox)) {
+        match Blocking::new(threads, self.caps.sinks_copy, watch(&self.requests(), &self.inbox)) {
             Ok(io) => self.serve(report, ("blocking", detail), io, buffers, Some(threads)),
             Err(error) => drop_report(report, EngineError::Resources(error)),
         }

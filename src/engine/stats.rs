@@ -150,6 +150,8 @@ macro_rules! published {
             pub stuck: u64,
             /// Objects that are open.
             pub objects: u64,
+            /// Requests whose bytes were there before they came, as their front end knew; they are none of `needs`.
+            pub present: u64,
             /// Answers that nobody waited for any more.
             pub answers_late: u64,
             /// Answers that the kernel refused.
@@ -197,6 +199,7 @@ macro_rules! published {
                     sum.oldest_ms = sum.oldest_ms.max(shard.oldest_ms(now_ns));
                     sum.stuck += shard.stuck.load(Ordering::Relaxed);
                     sum.objects += shard.objects.load(Ordering::Relaxed);
+                    sum.present += shard.present.load(Ordering::Relaxed);
                     sum.answers_late += shard.answers_late.load(Ordering::Relaxed);
                     sum.answers_refused += shard.answers_refused.load(Ordering::Relaxed);
                     sum.turns += shard.turns.load(Ordering::Relaxed);

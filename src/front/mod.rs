@@ -237,6 +237,8 @@ pub struct Caps {
     pub sinks_know: bool,
     /// A write to a sink always blocks: it is not even tried without a thread that may.
     pub sinks_block: bool,
+    /// A write to a sink copies its memory, page by page. What is not mapped just then costs it most of what it has done.
+    pub sinks_copy: bool,
     /// The kernel opens an object again when its sink was closed and data is missing (`restore` exists).
     pub reopens: bool,
     /// Most requests that one read gives.
@@ -257,6 +259,7 @@ impl Default for Caps {
             holes_are_absent: true,
             sinks_know: false,
             sinks_block: true,
+            sinks_copy: false,
             reopens: true,
             events_per_read: 1,
             needs_hold_fds: false,

@@ -26,10 +26,10 @@ pub use self::setup::{explain, probe};
 
 /// `user_data` of the poll on the shard's wake-up descriptor; operations count from 0.
 const WAKE: u64 = u64::MAX;
-/// `user_data` of the close of a descriptor, where the kernel tells of it.
-const CLOSE: u64 = WAKE - 1;
+/// `user_data` of what nobody wants to hear of, where the kernel tells of it all the same.
+const UNHEARD: u64 = WAKE - 1;
 /// `user_data` of the polls on the front end's descriptors: from this on, one for each.
-const REQUESTS: u64 = CLOSE - SOURCES_MAX as u64;
+const REQUESTS: u64 = UNHEARD - SOURCES_MAX as u64;
 /// `user_data` of replies: from this on, one for each place in their memory.
 const REPLIES: u64 = REQUESTS - REPLIES_MAX as u64;
 /// In the `user_data` of an operation: it was sent with `RWF_NOWAIT`.
@@ -57,6 +57,8 @@ pub struct Settings<'a> {
     pub near: &'a [usize],
     /// Every write goes to such a thread at once.
     pub sinks_block: bool,
+    /// Pages of files are mapped before they are written from.
+    pub sinks_copy: bool,
     /// Messages are read by read(2), because the ring would wait for them.
     pub receives_aside: bool,
 }
@@ -96,6 +98,7 @@ pub struct Ring {
     /// Something is in the queue that should not wait for the next call that enters the kernel.
     is_urgent: bool,
     sinks_block: bool,
+    sinks_copy: bool,
     /// Each with its place in the table of files, if it has one: replies are written to them.
     requests: Vec<FileRef>,
     /// Those that are polled: a bit for each.
@@ -152,6 +155,7 @@ impl Ring {
             early_ready: Ready::default(),
             is_urgent: false,
             sinks_block: settings.sinks_block,
+            sinks_copy: settings.sinks_copy,
             requests: Vec::with_capacity(sources),
             watched: 0,
             wake: watch.wake.as_raw_fd(),
@@ -202,10 +206,7 @@ impl Ring {
 
     /// Puts a read and the write behind it into the queue, side by side, or the read alone.
     fn push_linked(&mut self, mut op: Op, read: squeue::Entry, write: squeue::Entry) {
-        let queue = self.ring.0.submission();
-        let room = queue.capacity() - queue.len() >= 2;
-        drop(queue);
-        if !(self.features.links && room && self.backlog.is_empty()) {
+        if !self.can_link() {
             op.then = None;
             let key = self.ops.insert(op);
             return self.submit(read.user_data(key as u64));
@@ -213,6 +214,21 @@ impl Ring {
         let key = self.ops.insert(op) as u64;
         self.submit(read.flags(squeue::Flags::IO_LINK | squeue::Flags::SKIP_SUCCESS).user_data(key | LINKED));
         self.submit(write.user_data(key));
+    }
+
+    /// Puts a write from a file's pages into the queue, behind what maps them. If that fails, the write says why.
+    fn push_mapped(&mut self, op: Op, write: squeue::Entry) {
+        let map = opcode::Madvise::new(op.memory.ptr().cast(), i64::from(op.memory.len()), libc::MADV_POPULATE_READ).build();
+        let quiet = squeue::Flags::IO_HARDLINK | squeue::Flags::SKIP_SUCCESS | squeue::Flags::ASYNC;
+        let key = self.ops.insert(op) as u64;
+        self.submit(map.flags(quiet).user_data(UNHEARD));
+        self.submit(write.user_data(key));
+    }
+
+    /// Whether two entries can be put into the queue side by side, and only one of them heard of.
+    fn can_link(&mut self) -> bool {
+        let queue = self.ring.0.submission();
+        self.features.links && self.backlog.is_empty() && queue.capacity() - queue.len() >= 2
     }
 
     fn flush_backlog(&mut self) {
@@ -314,7 +330,7 @@ impl Ring {
     /// What is no operation of the caller's.
     fn complete_own(&mut self, user_data: u64, cqe: &cqueue::Entry, ready: &mut Ready) {
         match user_data {
-            CLOSE => return,
+            UNHEARD => return,
             WAKE => ready.woken = true,
             REQUESTS.. => {
                 let source = 1 << (user_data - REQUESTS);
@@ -362,6 +378,9 @@ impl Io for Ring {
             let write = self.entry_for(&op, Kind::Write, file, offset);
             return self.push_linked(op, entry, write);
         }
+        if op.kind == Kind::Write && self.sinks_copy && op.memory.file().is_some() && self.can_link() {
+            return self.push_mapped(op, entry);
+        }
         if op.kind == Kind::Receive && self.receives_aside {
             let result = op.memory.receive(op.file.fd);
             return self.early.push(Done { op, result, copied: false });
@@ -386,7 +405,7 @@ impl Io for Ring {
     }
 
     fn close(&mut self, fd: OwnedFd) {
-        let close = opcode::Close::new(types::Fd(fd.into_raw_fd())).build().user_data(CLOSE);
+        let close = opcode::Close::new(types::Fd(fd.into_raw_fd())).build().user_data(UNHEARD);
         let quiet = if self.features.links { squeue::Flags::SKIP_SUCCESS } else { squeue::Flags::empty() };
         self.enqueue(close.flags(quiet));
     }

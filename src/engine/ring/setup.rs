@@ -42,17 +42,21 @@ pub(super) fn build(depth: u32) -> io::Result<(IoUring, &'static str)> {
 }
 
 /// How operations may be modified.
-const ALLOWED_FLAGS: squeue::Flags =
-    squeue::Flags::FIXED_FILE.union(squeue::Flags::ASYNC).union(squeue::Flags::IO_LINK).union(squeue::Flags::SKIP_SUCCESS);
+const ALLOWED_FLAGS: squeue::Flags = squeue::Flags::FIXED_FILE
+    .union(squeue::Flags::ASYNC)
+    .union(squeue::Flags::IO_LINK)
+    .union(squeue::Flags::IO_HARDLINK)
+    .union(squeue::Flags::SKIP_SUCCESS);
 
 /// All that a ring may do once it is enabled.
-pub(super) fn allowed() -> [Restriction; 12] {
+pub(super) fn allowed() -> [Restriction; 13] {
     [
         Restriction::sqe_op(opcode::ReadFixed::CODE),
         Restriction::sqe_op(opcode::Read::CODE),
         Restriction::sqe_op(opcode::WriteFixed::CODE),
         Restriction::sqe_op(opcode::Write::CODE),
         Restriction::sqe_op(opcode::Close::CODE),
+        Restriction::sqe_op(opcode::Madvise::CODE),
         Restriction::sqe_op(opcode::PollAdd::CODE),
         Restriction::sqe_op(opcode::PollRemove::CODE),
         Restriction::sqe_op(opcode::AsyncCancel::CODE),

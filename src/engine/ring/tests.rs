@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 fn ring(buffers: &Buffers, wake: &EventFd) -> Option<Ring> {
     let watch = Watch { requests: &[], wake: wake.as_fd() };
     match Ring::new(
-        Settings { depth: 4, receives: 4, workers: 2, near: &[], sinks_block: true, receives_aside: false },
+        Settings { depth: 4, receives: 4, workers: 2, near: &[], sinks_block: true, sinks_copy: false, receives_aside: false },
         &buffers.whole(),
         watch,
     ) {
@@ -56,7 +56,7 @@ fn replies_are_written_in_one_call_and_say_how_each_of_them_went() {
     let (to, nobody) = (EventFd::new().unwrap(), RawFd::MAX);
     let requests = [to.as_fd()];
     for receives_aside in [false, true] {
-        let settings = Settings { depth: 4, receives: 4, workers: 2, near: &[], sinks_block: true, receives_aside };
+        let settings = Settings { depth: 4, receives: 4, workers: 2, near: &[], sinks_block: true, sinks_copy: false, receives_aside };
         let Ok(mut ring) = Ring::new(settings, &buffers.whole(), Watch { requests: &requests, wake: wake.as_fd() }) else {
             return eprintln!("not run: no ring");
         };

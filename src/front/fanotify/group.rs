@@ -260,6 +260,7 @@ impl FrontEnd for Group {
             holes_are_absent: false,
             sinks_know: true,
             sinks_block: true,
+            sinks_copy: true,
             reopens: false,
             events_per_read: EVENTS_PER_READ,
             needs_hold_fds: true,

@@ -78,7 +78,7 @@ pub(super) fn measure() -> Result<Option<LimitFigures>> {
     let flags = EfdFlags::EFD_SEMAPHORE | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
     let device = EventFd::from_flags(flags).trying(|| "cannot make an eventfd")?;
     let wake = EventFd::new().trying(|| "cannot make an eventfd")?;
-    let settings = Settings { depth, receives: depth, workers: 1, sinks_block: false, receives_aside: false, near: &[] };
+    let settings = Settings { depth, receives: depth, workers: 1, sinks_block: false, sinks_copy: false, receives_aside: false, near: &[] };
     let watch = Watch { requests: &[device.as_fd()], wake: wake.as_fd() };
     let mut ring = match Ring::new(settings, &buffers.whole(), watch) {
         Ok(ring) => ring,
