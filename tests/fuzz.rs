@@ -155,4 +155,9 @@ tests! {
     notes = 4;
     cache = 5;
     kernel = 6;
+    events = 7;
+    journal = 8;
+    map = 9;
+    bag = 10;
+    control = 11;
 }

@@ -15,6 +15,7 @@ use infill::engine::stats::Snapshot;
 use infill::engine::{Engine, EngineKind, Settings};
 use infill::front::fanotify::Group;
 use infill::key::Key;
+use infill::lab::disk::{self, ErofsLayout};
 use infill::lab::tree::{Content, Manifest, compare};
 use infill::lab::{demo, packages};
 use infill::mount::{self, Blobs, Source};
@@ -332,6 +333,33 @@ fn a_mount_in_the_foreground_serves_itself_and_leaves_nothing_behind() {
     assert!(std::os::unix::net::UnixStream::connect(path("state/control.sock")).is_err());
 }
 
+/// An image without devices is right either way.
+#[test]
+fn an_image_of_one_file_is_read_on_demand_exactly_where_the_kernel_asks_for_metadata() {
+    if let Some(why) = unfit() {
+        return println!("not run: {why}");
+    }
+    let host = Host::new(Fs::Here).unwrap();
+    let path = |name: &str| host.ground.path().join(name);
+    std::fs::create_dir(path("tree")).unwrap();
+    for n in 0..200_usize {
+        std::fs::write(path("tree").join(format!("file-{n}")), vec![n.to_le_bytes()[0]; n * 100]).unwrap();
+    }
+    disk::erofs(&path("store/one.img"), &path("tree"), ErofsLayout::default()).unwrap();
+    let asked = mount::metadata::is_asked_for(&host.ground.path()).unwrap();
+    println!("the kernel asks for metadata: {asked}");
+    let daemon = Daemon::start(&host);
+    let mounted = Daemon::verb(&host, &["mount", "--json", "one.img"]);
+    let report: serde_json::Value = serde_json::from_slice(&mounted.stdout).unwrap();
+    assert_eq!(report["present_bytes"] == 0, asked, "{report}");
+    let read = compare(&host.at(), &Manifest::of(&path("tree")).unwrap(), 4);
+    assert_eq!(read.verdict(), "equal", "{read:?}");
+    assert!(Daemon::verb(&host, &["umount"]).status.success());
+    daemon.end(nix::sys::signal::Signal::SIGTERM);
+    let log = std::fs::read_to_string(path("log")).unwrap();
+    assert!(log.contains(if asked { "metadata=\"on demand\"" } else { "metadata=\"whole\"" }), "{log}");
+}
+
 /// What a user does wrong, and what is said of it.
 #[test]
 fn what_cannot_be_mounted_is_explained_and_nothing_is_left() {
@@ -373,4 +401,39 @@ fn what_cannot_be_mounted_is_explained_and_nothing_is_left() {
         .unwrap();
     let _ = std::fs::remove_dir_all("/dev/shm/infill-test");
     assert!(String::from_utf8_lossy(&tmpfs.stderr).contains("ext4, XFS or btrfs"), "{tmpfs:?}");
+}
+
+/// The bench, with little of everything: that it goes on measuring what it says.
+#[test]
+fn the_bench_measures_all_its_cells() {
+    if let Some(why) = unfit() {
+        return println!("not run: {why}");
+    }
+    let cache = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+    command.args(["bench", "native", "--json", "--rounds=1", "--time-ms=50", "--readers=2", "--tree-mib=8"]);
+    let output = command.env("INFILL_CACHE", cache.path()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    let figure = |subject: &str, cell: &str, name: &str| {
+        let of = |value: &serde_json::Value, key: &str, list: &str, wanted: &str| {
+            value[list].as_array().unwrap().iter().find(|item| item[key] == wanted).cloned().unwrap_or_default()
+        };
+        of(&of(&report, "subject", "sections", subject), "cell", "rows", cell)[name]["median"].as_f64().unwrap_or(0.0)
+    };
+    for (subject, cell, name) in [
+        ("events", "infill", "daemon_cpu_us"),
+        ("events", "bare", "daemon_cpu_us"),
+        ("events", "multishot", "daemon_cpu_us"),
+        ("events", "naive", "daemon_cpu_us"),
+        ("tree", "copied", "filled_mb"),
+        ("tree", "naive, 2 threads", "filled_mb"),
+        ("hot", "infill, beside", "p99_of_alone"),
+        ("hot", "one group, beside", "p99_of_alone"),
+        ("complete", "complete, EROFS", "p50_of_never"),
+    ] {
+        assert!(figure(subject, cell, name) > 0.0, "{subject} {cell} {name}: {text}");
+    }
+    assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 0, "something is left");
 }

@@ -25,7 +25,7 @@ use infill::front::{FrontEnd, MESSAGE_MAX_BYTES, ObjectId, Outcome, Request};
 use infill::key::Key;
 use infill::lab::tree::{Content, Manifest};
 use infill::lab::{checksum, demo};
-use infill::mount::{self, Blobs, Poisoned, Source};
+use infill::mount::{self, Blobs, Mounted, Source};
 use infill::ops::keeper::Keeper;
 use infill::store::dir::DirStore;
 use infill::store::{SourceMode, Store};
@@ -255,12 +255,12 @@ fn daemon() {
     let blobs = Arc::new(blobs);
     let engine = Engine::start_all(&blobs.fronts(), &store, &settings()).unwrap();
     let entry = engine.entry();
-    let failed = blobs.resume(&entry, &*store, PATIENCE);
+    let failed = blobs.resume(&entry, &store, PATIENCE);
     assert!(failed.is_empty(), "{failed:?}");
     let attach = |name: &str, whole| blobs.attach(&entry, &*store, &Key::new(b"dom", name.as_bytes()), whole, PATIENCE).unwrap();
     let (image, blob) = (attach(demo::IMAGE, true), attach(demo::BLOB, false));
     let at = dir.join("mnt");
-    if mount::poisoned(&dir.join("cache")).unwrap().iter().all(|mount| mount.at != at) {
+    if mount::mounted(&dir.join("cache")).unwrap().iter().all(|mount| mount.at != at) {
         let source = Source { image: image.file().path().to_owned(), devices: vec![blob.file().path().to_owned()], direct: false };
         mount::mount(&source, &at).unwrap();
     }
@@ -409,5 +409,5 @@ fn what_was_read_and_not_answered_is_answered_by_the_next_daemon() {
 }
 
 fn poisoned(host: &Host<'_>) -> Vec<PathBuf> {
-    mount::poisoned(&host.dir.path().join("cache")).unwrap().into_iter().map(|Poisoned { at, .. }| at).collect()
+    mount::mounted(&host.dir.path().join("cache")).unwrap().into_iter().map(|Mounted { at, .. }| at).collect()
 }

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -82,7 +81,7 @@ fn unmount_when_free(dir: &Path, signals: &Signals) -> Result<(), MountError> {
     let mut said = false;
     loop {
         let error = match unmount(dir) {
-            Err(error @ MountError::NotUnmounted { errno: Errno::EBUSY, .. }) => error,
+            Err(error @ MountError::Busy { .. }) => error,
             result => return result,
         };
         if signals.next() == Some(Event::Stop) {

@@ -8,6 +8,7 @@ pub mod mount;
 pub mod place;
 pub mod prefetch;
 pub mod release;
+pub mod repair;
 pub mod serve;
 
 use std::process::ExitCode;
@@ -31,6 +32,7 @@ enum Verb {
     Serve(Box<serve::ServeArgs>),
     Mount(mount::MountArgs),
     Umount(mount::UmountArgs),
+    Repair(repair::RepairArgs),
     Prefetch(prefetch::PrefetchArgs),
     Release(release::ReleaseArgs),
     /// Find out whether this host can serve images, and what to do if not
@@ -78,6 +80,7 @@ pub fn main() -> ExitCode {
         Verb::Serve(args) => serve::run(*args),
         Verb::Mount(args) => mount::run(&args),
         Verb::Umount(args) => mount::run_umount(&args),
+        Verb::Repair(args) => repair::run(&args),
         Verb::Prefetch(args) => prefetch::run(&args),
         Verb::Release(args) => release::run(&args),
         Verb::Keeper => crate::ops::keeper::main()

@@ -1,7 +1,7 @@
 //! `infill mount` and `infill umount`: what mount(8) does, with a look at what can be had for nothing.
 
 use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use nix::unistd::geteuid;
@@ -10,15 +10,16 @@ use serde::Serialize;
 use super::Failure;
 use super::foreground;
 use super::place::Place;
-use crate::config::Config;
+use crate::config::{Config, ReadAhead};
 use crate::front::cachefiles::{DEFAULT_DEVNODE, cache_dir};
 use crate::image::devices;
 use crate::mount::control::{Client, Question, Reply};
-use crate::mount::{self, Prepared, Source};
+use crate::mount::{self, FsMountError, Mounted, Prepared, ReadAheadError, Source};
 use crate::ops::exit;
-use crate::ops::mounting::{Image, MountError, unmount};
+use crate::ops::mounting::{Image, MountError, check_dir, unmount};
 use crate::ops::processes::{Process, find_holders};
 use crate::ops::seeding::{Fate, seed_key};
+use crate::ops::state::noted_cache;
 use crate::store::remembered::Remembered;
 use crate::store::{SourceMode, Store, Stores};
 
@@ -45,6 +46,10 @@ pub struct MountArgs {
     /// Serve it too, without a daemon, until a signal comes; then unmount it
     #[arg(long)]
     foreground: bool,
+    /// How much the kernel reads ahead, if it is mounted from files: auto, so many bytes, or kernel: as it likes [default: as
+    /// the daemon's settings say]
+    #[arg(long, value_name = "auto|SIZE|kernel")]
+    read_ahead: Option<ReadAhead>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -102,6 +107,7 @@ struct Report {
 /// It is not mounted; the message says what to do.
 pub fn run(args: &MountArgs) -> Result<(), Failure> {
     let config = args.place.find()?;
+    check_dir(&args.dir).map_err(failed)?;
     if args.foreground {
         return foreground::run(&args.place, &config, &args.dir, |daemon| mount_files(args, &config, daemon));
     }
@@ -110,8 +116,10 @@ pub fn run(args: &MountArgs) -> Result<(), Failure> {
     }
     // Others cannot see who holds it, and may not mount either, as the kernel will say.
     if geteuid().is_root() && find_holders(DEFAULT_DEVNODE.as_ref()).iter().all(Process::only_keeps) {
-        let message =
-            format!("no daemon serves {DEFAULT_DEVNODE}, so the mount would fail or wait; start infill serve, or see infill doctor");
+        let dir = config.state_dir.display();
+        let message = format!(
+            "no daemon serves: none has its state in {dir}, and none has {DEFAULT_DEVNODE}, so the mount would fail or wait; start infill serve (see infill doctor), or name the daemon's --state-dir"
+        );
         return Err(Failure::new(exit::UNAVAILABLE, message));
     }
     let image = Image { name: args.image.clone(), domain: args.domain.clone(), devices: args.devices.clone() };
@@ -135,9 +143,14 @@ fn mount_files(args: &MountArgs, config: &Config, mut daemon: Client) -> Result<
         Reply::Error(why) => return Err(Failure::new(exit::FAILED, format!("cannot mount {image} on {}: {why}", args.dir.display()))),
         Reply::Released(_) => return Err(no_answer(config, &ErrorKind::InvalidData.into())),
     };
-    let Prepared { image: file, devices, len_bytes, present_bytes } = prepared;
-    mount::mount(&Source { image: file, devices, direct: false }, &args.dir)
-        .map_err(|error| Failure::new(exit::FAILED, format!("cannot mount {image} on {}: {error}", args.dir.display())))?;
+    let Prepared { image: file, devices, len_bytes, present_bytes, read_ahead_bytes } = prepared;
+    let read_ahead_bytes = args.read_ahead.map_or(read_ahead_bytes, ReadAhead::bytes);
+    mount::make(&Source { image: file, devices, direct: false }, read_ahead_bytes)
+        .and_then(|(made, read_ahead)| {
+            warn(&args.dir, read_ahead);
+            made.put(&args.dir)
+        })
+        .map_err(|error| Failure::new(no_mount(&error), format!("cannot mount {image} on {}: {error}", args.dir.display())))?;
     // The daemon keeps everything ready until then.
     drop(daemon);
     let report = FromFiles { image: image.clone(), dir: args.dir.clone(), len_bytes, present_bytes };
@@ -146,8 +159,23 @@ fn mount_files(args: &MountArgs, config: &Config, mut daemon: Client) -> Result<
     Ok(())
 }
 
+/// A mount is a mount, also if it is slower than it could be.
+pub(super) fn warn(dir: &Path, read_ahead: Result<(), ReadAheadError>) {
+    if let Err(error) = read_ahead {
+        eprintln!("infill: {}: {error}", dir.display());
+    }
+}
+
+fn no_mount(error: &FsMountError) -> u8 {
+    if error.source.kind() == ErrorKind::PermissionDenied { exit::NO_PERMISSION } else { exit::FAILED }
+}
+
 pub(super) fn no_answer(config: &Config, error: &std::io::Error) -> Failure {
     let dir = config.state_dir.display();
+    if error.kind() == ErrorKind::PermissionDenied {
+        let message = format!("the daemon that has its state in {dir} serves its own user and root alone: {error}; run it as root");
+        return Failure::new(exit::NO_PERMISSION, message);
+    }
     Failure::new(exit::UNAVAILABLE, format!("the daemon that has its state in {dir} does not answer: {error}; see its log"))
 }
 
@@ -156,14 +184,36 @@ pub(super) fn no_answer(config: &Config, error: &std::io::Error) -> Failure {
 /// # Errors
 /// It is not unmounted; the message says what to do.
 pub fn run_umount(args: &UmountArgs) -> Result<(), Failure> {
+    let config = args.place.find()?;
+    check_ours(&config, &args.dir)?;
     unmount(&args.dir).map_err(failed)?;
     // It would find out by itself, some seconds later.
-    if let Ok(config) = args.place.find()
-        && let Ok(Some(mut daemon)) = Client::find(&config.state_dir)
-    {
+    if let Ok(Some(mut daemon)) = Client::find(&config.state_dir) {
         let _ = daemon.ask(&Question::Release);
     }
     Ok(())
+}
+
+/// Other EROFS mounts are somebody else's.
+fn check_ours(config: &Config, dir: &Path) -> Result<(), Failure> {
+    let mount = std::fs::canonicalize(dir).and_then(|at| mount::mounted_at(&at));
+    match mount {
+        Ok(Some(mount)) if !mount.is_on_demand && !is_of_cache(config, &mount) => {
+            let (dir, image, cache) = (dir.display(), mount.image.display(), config.cache_dir.display());
+            let message = format!(
+                "{dir}: what is mounted here, {image}, is no image of the cache {cache}; name the daemon's --state-dir or --cache-dir, or use umount(8)"
+            );
+            Err(Failure::new(exit::FAILED, message))
+        }
+        // Whatever else is wrong shows when it is unmounted.
+        _ => Ok(()),
+    }
+}
+
+/// Whether an image lies in the cache of the settings, or in that of the daemon.
+pub(super) fn is_of_cache(config: &Config, mount: &Mounted) -> bool {
+    let noted = noted_cache(&config.state_dir);
+    std::iter::once(&config.cache_dir).chain(&noted).any(|dir| mount::is_of_cache(mount, dir))
 }
 
 fn failed(error: MountError) -> Failure {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::Failure;
-use crate::mount::{is_bag, poisoned};
+use crate::mount::{is_bag, mounted_everywhere};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError};
 use crate::ops::state::DEFAULT_STATE_DIR;
@@ -60,7 +60,7 @@ pub fn run(args: &ReleaseArgs) -> Result<(), Failure> {
 /// The same of what is kept for images that are mounted from files. Without it nothing holds their readers back from what
 /// is not there.
 fn release_bag(args: &ReleaseArgs, keep: Keep) -> Result<(), Failure> {
-    let mounted = poisoned(keep.noted_cache().as_ref()).unwrap_or_default();
+    let mounted = mounted_everywhere(keep.noted_cache().as_ref()).unwrap_or_default();
     if let (Some(first), false) = (mounted.first(), args.force) {
         let (count, at) = (mounted.len(), first.at.display());
         let message = format!(

@@ -28,7 +28,7 @@ use crate::store::{SourceMode, StoreSpec};
 
 pub use self::error::ConfigError;
 pub use self::options::{DEFAULT_FILE, Options};
-pub use self::text::{Bytes, FrontEndKind, LogFormat, LogLevel, WindowText};
+pub use self::text::{Bytes, FrontEndKind, LogFormat, LogLevel, ReadAhead, WindowText};
 
 /// Where cachefiles keeps its objects.
 pub const DEFAULT_CACHE_DIR: &str = "/var/cache/infill";
@@ -58,6 +58,8 @@ const WORKERS_MAX: u32 = 512;
 const FD_BUDGET_MIN: u64 = 32;
 /// Most that any Linux lets a process have (`fs.nr_open` is below 2^31).
 const FD_BUDGET_MAX: u64 = 1 << 31;
+/// Most that the kernel may be told to read ahead in a mount: more only makes readers wait for what they do not read.
+const READ_AHEAD_BYTES_MAX: u64 = 64 << 20;
 /// How long the lookup of a blob may take, with all its tries. The kernel complains after 20 s.
 const DEFAULT_OPEN_TIMEOUT_MS: u64 = 10_000;
 /// Least such time: a healthy disk may need that long.
@@ -110,6 +112,8 @@ pub struct Config {
     pub workers: u32,
     /// Descriptors that objects may have; `None`: as the system's limits allow.
     pub fd_budget: Option<u64>,
+    /// How much the kernel reads ahead in mounts from files.
+    pub read_ahead: ReadAhead,
     /// How long an open may take.
     pub open_timeout: Duration,
     /// How long a reader may wait.
@@ -176,6 +180,7 @@ impl Options {
             slots: self.slots.unwrap_or(DEFAULT_SLOTS),
             workers: self.workers.unwrap_or(DEFAULT_WORKERS),
             fd_budget: self.fd_budget,
+            read_ahead: self.read_ahead.unwrap_or_default(),
             open_timeout: Duration::from_millis(self.open_timeout_ms.unwrap_or(DEFAULT_OPEN_TIMEOUT_MS)),
             request_timeout: Duration::from_millis(self.request_timeout_ms.unwrap_or(DEFAULT_REQUEST_TIMEOUT_MS)),
             drain_timeout: Duration::from_millis(self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
@@ -214,6 +219,9 @@ impl Config {
         bounds("workers", u64::from(self.workers), 1, u64::from(WORKERS_MAX))?;
         if let Some(fds) = self.fd_budget {
             bounds("fd_budget", fds, FD_BUDGET_MIN, FD_BUDGET_MAX)?;
+        }
+        if let ReadAhead::Fixed(Bytes(bytes)) = self.read_ahead {
+            bounds("read_ahead", bytes, 0, READ_AHEAD_BYTES_MAX)?;
         }
         let timeouts = [
             ("open_timeout_ms", self.open_timeout, OPEN_TIMEOUT_MS_MIN),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, WindowText};
+use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, ReadAhead, WindowText};
 use super::{Config, ConfigError};
 use crate::engine::EngineKind;
 use crate::engine::plan::Complete;
@@ -103,6 +103,10 @@ pub struct Options {
     /// File descriptors that open blobs may take; idle ones are closed beyond it [default: from the system's limits]
     #[arg(long, value_name = "N", env = "INFILL_FD_BUDGET")]
     pub(super) fd_budget: Option<u64>,
+    /// How much the kernel reads ahead in images that are mounted from files: auto, so many bytes, or kernel: as it likes
+    /// [default: auto]
+    #[arg(long, value_name = "auto|SIZE|kernel", env = "INFILL_READ_AHEAD")]
+    pub(super) read_ahead: Option<ReadAhead>,
     /// How long the lookup of a blob may take, with all its tries, before its mount fails [default: 10000]
     #[arg(long, value_name = "MS", env = "INFILL_OPEN_TIMEOUT_MS")]
     pub(super) open_timeout_ms: Option<u64>,
@@ -217,6 +221,7 @@ impl Options {
             slots,
             workers,
             fd_budget,
+            read_ahead,
             open_timeout_ms,
             request_timeout_ms,
             drain_timeout_ms,

@@ -4,6 +4,9 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 
+/// How much the kernel reads ahead in a mount from files, if nobody says something else (docs/performance.md).
+const AUTO_READ_AHEAD_BYTES: u64 = 1 << 20;
+
 /// A number of bytes, written as such or with a suffix `K`, `M` or `G` (powers of 1024).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
 #[serde(try_from = "BytesText")]
@@ -71,6 +74,54 @@ impl FromStr for WindowText {
 
     fn from_str(text: &str) -> Result<Self, String> {
         if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Fixed) }
+    }
+}
+
+/// The read-ahead of `--read-ahead`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
+#[serde(try_from = "BytesText")]
+pub enum ReadAhead {
+    /// What was measured to be best.
+    #[default]
+    Auto,
+    /// What the kernel gives every mount.
+    Kernel,
+    /// So many bytes.
+    Fixed(Bytes),
+}
+
+impl ReadAhead {
+    /// In bytes; `None`: as the kernel likes.
+    #[must_use]
+    pub const fn bytes(self) -> Option<u64> {
+        match self {
+            Self::Auto => Some(AUTO_READ_AHEAD_BYTES),
+            Self::Kernel => None,
+            Self::Fixed(Bytes(bytes)) => Some(bytes),
+        }
+    }
+}
+
+impl TryFrom<BytesText> for ReadAhead {
+    type Error = String;
+
+    fn try_from(text: BytesText) -> Result<Self, String> {
+        match text {
+            BytesText::Number(n) => Ok(Self::Fixed(Bytes(n))),
+            BytesText::Text(text) => text.parse(),
+        }
+    }
+}
+
+impl FromStr for ReadAhead {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "kernel" => Ok(Self::Kernel),
+            size => size.parse().map(Self::Fixed),
+        }
     }
 }
 

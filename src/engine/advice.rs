@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use nix::sys::stat::{major, minor};
 
 use super::machine::Delay;
+use super::room::NoRoom;
 
 /// A file system, by its number.
 pub(super) struct Device(pub(super) u64);
@@ -34,8 +35,8 @@ pub(super) const fn patience(delay: Delay) -> &'static str {
 pub(super) fn advice(errno: Errno) -> &'static str {
     match errno {
         Errno::EIO => "its source cannot be read or was truncated; put the whole blob back and read again",
-        Errno::ENOSPC | Errno::ENOBUFS => {
-            "the cache file system has no room, and nothing in the cache is unused (see bstop and df); unmount images or free some, and read again"
+        _ if NoRoom::is_meant_by(errno) => {
+            "the cache file system has no room, and nothing in the cache is unused (see bstop, df and quota); unmount images or free some, and read again"
         }
         Errno::ENXIO => "the image asks beyond the end of its blob; the blob in the store is not the image's",
         Errno::ENOENT => "the kernel asked for an object that is not open",

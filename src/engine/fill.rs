@@ -5,13 +5,14 @@
 
 use nix::errno::Errno;
 
+use super::room::NoRoom;
 use crate::range::{self, ByteRange, align_down, align_up};
 use crate::store::Data;
 
 /// How often an operation that ended early for a passing reason (`EINTR`, `EAGAIN`, no progress) is
 /// started again at once.
 const RETRIES_MAX: u8 = 16;
-/// How often a write that found no room (`ENOSPC`, or `ENOBUFS`, which is how cachefiles says it) is tried.
+/// How often a write that found no room ([`NoRoom::is_meant_by`]) is tried.
 const ROOM_TRIES_MAX: u8 = 7;
 /// Pause before a write that found no room is tried again; each further pause is twice as long. Together 1.26 s: time
 /// to cull some objects also from a slow disk.
@@ -223,7 +224,7 @@ impl Fill {
         let errno = Errno::from_raw(result.wrapping_neg());
         match (stage, errno) {
             (_, Errno::EINTR | Errno::EAGAIN) => self.retry(stage, errno),
-            (Stage::Writing { done }, Errno::ENOSPC | Errno::ENOBUFS) if self.room_tries + 1 < ROOM_TRIES_MAX => {
+            (Stage::Writing { done }, _) if NoRoom::is_meant_by(errno) && self.room_tries + 1 < ROOM_TRIES_MAX => {
                 let until_ns = now_ns + (ROOM_PAUSE_NS << self.room_tries);
                 self.room_tries += 1;
                 Stage::Waiting { done, until_ns, errno }
@@ -290,12 +291,16 @@ mod tests {
 
     #[test]
     fn no_room_is_waited_for_and_then_reported() {
+        [Errno::ENOBUFS, Errno::ENOSPC, Errno::EDQUOT].into_iter().for_each(waits_and_fails);
+    }
+
+    fn waits_and_fails(no_room: Errno) {
         let mut fill = Fill::new(0..PAGE, PAGE, Data::Zero, PAGE);
         let mut now = 0;
         let mut waits = 0;
         loop {
             match fill.next() {
-                Next::Write { .. } => fill.done(-(Errno::ENOBUFS as i32), now),
+                Next::Write { .. } => fill.done(-(no_room as i32), now),
                 Next::Wait { until_ns } => {
                     waits += 1;
                     fill.wake(until_ns - 1);
@@ -303,7 +308,7 @@ mod tests {
                     now = until_ns;
                     fill.wake(now);
                 }
-                Next::Finished(result) => break assert_eq!(result, Err(Errno::ENOBUFS)),
+                Next::Finished(result) => break assert_eq!(result, Err(no_room)),
                 Next::Read { .. } => unreachable!(),
             }
         }
@@ -313,9 +318,9 @@ mod tests {
         let mut fill = Fill::new(0..PAGE, PAGE, Data::Zero, PAGE);
         fill.give_up_waiting();
         assert!(matches!(fill.next(), Next::Write { .. }), "it does not wait");
-        fill.done(-(Errno::ENOSPC as i32), 0);
+        fill.done(-(no_room as i32), 0);
         fill.give_up_waiting();
-        assert_eq!(fill.next(), Next::Finished(Err(Errno::ENOSPC)));
+        assert_eq!(fill.next(), Next::Finished(Err(no_room)));
     }
 
     proptest! {

@@ -33,10 +33,11 @@ impl NoRoom {
         Ok(Self(Arc::new(Inner { bell, since: Instant::now(), in_vain_until_ms: AtomicU64::new(0) })))
     }
 
-    /// Whether a write that ended so found no room: `ENOSPC`, or `ENOBUFS`, which is how cachefiles says it.
+    /// Whether a write that ended so found no room: `ENOSPC`; `EDQUOT`, where the room is a quota; or `ENOBUFS`, which is how
+    /// cachefiles says it.
     #[must_use]
-    pub const fn is_meant_by(result: i32) -> bool {
-        result == -(Errno::ENOSPC as i32) || result == -(Errno::ENOBUFS as i32)
+    pub const fn is_meant_by(errno: Errno) -> bool {
+        matches!(errno, Errno::ENOSPC | Errno::EDQUOT | Errno::ENOBUFS)
     }
 
     /// A write found no room. `false`: there will be none so soon, so do not wait for it.

@@ -15,7 +15,7 @@ use nix::sys::time::TimeValLike;
 use nix::unistd::Pid;
 
 use super::disk::{self, ErofsLayout};
-use super::tree::{Comparison, Manifest, Selection, compare};
+use super::tree::{Comparison, MACHINE_SOURCES, Manifest, Selection, compare};
 use super::{LabError, Result, Trying, last_lines, run};
 
 /// The image in the data directory.
@@ -29,7 +29,7 @@ const CHUNK_BYTES: u32 = 64 << 10;
 /// How many processes' worth of readers.
 const READERS: usize = 8;
 /// What the image is made of.
-const FILES: Selection = Selection { files_max: 4000, bytes_max: 64 << 20, file_bytes_max: 8 << 20 };
+const FILES: Selection = Selection { sources: MACHINE_SOURCES, files_max: 4000, bytes_max: 64 << 20, file_bytes_max: 8 << 20 };
 /// Requests shown one by one before the summary takes over.
 const SHOWN_REQUESTS: u64 = 20;
 /// How often the summary is printed.
@@ -81,7 +81,7 @@ pub fn prepare(data: &Path, scratch: &Path) -> Result<Manifest> {
     let manifest = Manifest::of(&tree)?;
     manifest.save(&data.join(MANIFEST))?;
     let blob = data.join(BLOB);
-    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob) };
+    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&blob), ..ErofsLayout::default() };
     disk::erofs(&data.join(IMAGE), &tree, layout)?;
     Ok(manifest)
 }

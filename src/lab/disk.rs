@@ -47,6 +47,8 @@ pub struct ErofsLayout<'a> {
     pub chunk_bytes: Option<u32>,
     /// The data goes to this file instead of the image.
     pub blob: Option<&'a Path>,
+    /// Data is compressed by this algorithm, such as `lz4`.
+    pub compression: Option<&'a str>,
 }
 
 /// A fixed identity for disks: ext4 places directories by it, and what is timed shall repeat.
@@ -54,7 +56,7 @@ const DISK_UUID: &str = "00000000-0000-4000-8000-000000000002";
 /// A fixed time for image files, so that equal trees give equal images.
 const IMAGE_TIME: &str = "1700000000";
 
-/// Packs the directory `tree` into an EROFS image, uncompressed.
+/// Packs the directory `tree` into an EROFS image.
 ///
 /// # Errors
 /// What mkfs.erofs said.
@@ -64,6 +66,9 @@ pub fn erofs(image: &Path, tree: &Path, layout: ErofsLayout<'_>) -> Result<()> {
     command.args(["-U", "00000000-0000-4000-8000-000000000001"]);
     if let Some(chunk_bytes) = layout.chunk_bytes {
         command.arg(format!("--chunksize={chunk_bytes}"));
+    }
+    if let Some(algorithm) = layout.compression {
+        command.arg(format!("-z{algorithm}"));
     }
     if let Some(blob) = layout.blob {
         command.arg(format!("--blobdev={}", blob.display()));

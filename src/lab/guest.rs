@@ -45,7 +45,8 @@ pub struct GuestPlan<'a> {
 }
 
 impl GuestPlan<'_> {
-    /// Writes initramfs and cache disk into `scratch`; gives the machine that boots with them.
+    /// Writes initramfs and cache disk into `scratch`; gives the machine that boots with them. A cache disk that is there stays
+    /// as it is: it is that of a guest whose power was cut.
     ///
     /// # Errors
     /// A file cannot be read or written, a disk not be made, or this is not an x86-64 machine.
@@ -54,7 +55,9 @@ impl GuestPlan<'_> {
             return Err(LabError::Failed("guests run this machine's programs on x86-64 kernels: the lab needs an x86-64 machine".into()));
         }
         let cache = scratch.join("cache.img");
-        self.cache_fs.make(&cache, CACHE_BYTES)?;
+        if !cache.exists() {
+            self.cache_fs.make(&cache, CACHE_BYTES)?;
+        }
         let disks = [(cache, false), (self.store_disk.to_owned(), true)];
         let disks = disks.map(|(path, throw_away)| Disk { path, throw_away });
         Ok(Machine {

@@ -1,9 +1,9 @@
 //! Guest kernels: built once from Debian's source packages, then kept.
 //!
-//! Cachefiles on-demand mode is off in most distribution kernels, so the lab builds its own: the newest
-//! `linux-source-X` that the machine's own package sources offer, `make tinyconfig`, and the lines of
-//! `kernel.config`. The result lies in the cache directory as `kernel/X-VERSION-FRAGMENT/`, where
-//! FRAGMENT is a checksum of `kernel.config`: a new source or a new configuration is a new kernel.
+//! Cachefiles on-demand mode is off in most distribution kernels, and most are too old for what replaced it, so the lab
+//! builds its own: the newest `linux-source-X` that the machine's own package sources offer, or a newer suite, `make
+//! tinyconfig`, and the lines of `kernel.config`. The result lies in the cache directory as `kernel/X-VERSION-FRAGMENT/`,
+//! where FRAGMENT is a checksum of the settings for X: a new source or a new configuration is a new kernel.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Write, pipe};
@@ -12,12 +12,18 @@ use std::process::{Command, Stdio};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::apt::Apt;
 use super::progress::Progress;
 use super::{LabError, Result, Trying, cache_dir, checksum, last_lines, packages, run};
 
-/// The kernels the tests run on, newest first. Later ones have no EROFS over fscache (see
+/// The kernels that serve images through cachefiles, newest first. Later ones have no EROFS over fscache (see
 /// `docs/kernels.md`), earlier ones differ only in errors that were fixed.
 pub const SERIES: [&str; 2] = ["6.12", "6.1"];
+/// One that mounts images from files, and asks before it reads their metadata.
+pub const FROM_FILES: &str = "7.2";
+
+/// Suites with sources of [`FROM_FILES`]: first that in which it changes least.
+const NEWER_SUITES: [&str; 3] = ["trixie-backports", "forky", "sid"];
 
 /// What is added to `tinyconfig`.
 const FRAGMENT: &str = include_str!("kernel.config");
@@ -43,7 +49,9 @@ pub struct Kernel {
 pub fn ensure(series: &str) -> Result<Kernel> {
     let home = cache_dir()?.join("kernel");
     fs::create_dir_all(&home).trying(|| format!("cannot make {}", home.display()))?;
-    let offered = offered_version(series, &home);
+    let sources = sources(series, &home)?;
+    let package = format!("linux-source-{series}");
+    let offered = sources.iter().find_map(|apt| apt.offered(&package, &home));
     if let Some(kernel) = cached(&home, series, offered.as_deref()) {
         return Ok(kernel);
     }
@@ -56,7 +64,7 @@ pub fn ensure(series: &str) -> Result<Kernel> {
     let work = home.join(format!("{series}.work"));
     wipe(&work)?;
     fs::create_dir_all(&work).trying(|| format!("cannot make {}", work.display()))?;
-    let version = fetch(series, &work)?;
+    let version = fetch(&package, &sources, &work)?;
     let tree = unpack(series, &work)?;
     configure(series, &tree, &fragment_of(series))?;
     compile(series, &tree, &home.join(format!("{series}.log")))?;
@@ -65,27 +73,40 @@ pub fn ensure(series: &str) -> Result<Kernel> {
     Ok(kernel)
 }
 
-/// The fragment for a series: lines that end with `# since X` are only for X and later.
+/// Where the source of a series may come from, in the order in which they are asked.
+fn sources(series: &str, home: &Path) -> Result<Vec<Apt>> {
+    match series {
+        FROM_FILES => NEWER_SUITES.iter().map(|suite| Apt::of_suite(suite, home)).collect(),
+        _ => Ok(vec![Apt::of_machine()]),
+    }
+}
+
+/// The settings for a series: lines that end with `# since X` are only for X and later, with `# before X` for earlier ones.
 fn fragment_of(series: &str) -> String {
     let number = |text: &str| -> Vec<u32> { text.split('.').map(|part| part.parse().unwrap_or(0)).collect() };
     let mut text = String::new();
-    for line in FRAGMENT.lines() {
-        match line.split_once(" # since ") {
-            Some((_, since)) if number(series) < number(since) => continue,
-            Some((setting, _)) => text.push_str(setting),
-            None => text.push_str(line),
+    for line in FRAGMENT.lines().filter(|line| line.starts_with("CONFIG_")) {
+        let (setting, when) = line.split_once(" # ").unwrap_or((line, ""));
+        let applies = match when.split_once(' ') {
+            Some(("since", since)) => number(series) >= number(since),
+            Some(("before", before)) => number(series) < number(before),
+            _ => true,
+        };
+        if applies {
+            text.push_str(setting);
+            text.push('\n');
         }
-        text.push('\n');
     }
     text
 }
 
-fn fragment_key() -> String {
-    format!("{:016x}", checksum(FRAGMENT.as_bytes()))
+/// Another one for each kernel that is configured differently.
+fn fragment_key(series: &str) -> String {
+    format!("{:016x}", checksum(fragment_of(series).as_bytes()))
 }
 
 fn home_of(home: &Path, series: &str, version: &str) -> PathBuf {
-    home.join(format!("{series}-{version}-{}", fragment_key()))
+    home.join(format!("{series}-{version}-{}", fragment_key(series)))
 }
 
 /// The cached kernel of this version; of any version, if none is offered (no network, no lists).
@@ -98,28 +119,12 @@ fn cached(home: &Path, series: &str, version: Option<&str>) -> Option<Kernel> {
         return found(&home_of(home, series, version), version);
     }
     let prefix = format!("{series}-");
-    let suffix = format!("-{}", fragment_key());
+    let suffix = format!("-{}", fragment_key(series));
     fs::read_dir(home).ok()?.flatten().find_map(|entry| {
         let name = entry.file_name().into_string().ok()?;
         let version = name.strip_prefix(&prefix)?.strip_suffix(&suffix)?;
         found(&entry.path(), version)
     })
-}
-
-/// The version of the source package that apt would download, if it knows one.
-fn offered_version(series: &str, dir: &Path) -> Option<String> {
-    packages::find("apt-get")?;
-    let mut command = packages::apt_get();
-    command.args(["download", "--print-uris", &format!("linux-source-{series}")]);
-    let output = run(command.current_dir(dir)).ok()?;
-    version_in_uris(&String::from_utf8_lossy(&output.stdout))
-}
-
-/// `'http://...' linux-source-6.12_6.12.9-1_all.deb 153476148 SHA256:...` holds the version.
-fn version_in_uris(text: &str) -> Option<String> {
-    let file = text.split_whitespace().find(|word| word.starts_with("linux-source-") && word.ends_with(".deb"))?;
-    // An epoch's colon is escaped by apt; no other character needs care in a file name.
-    Some(file.split('_').nth(1)?.to_owned())
 }
 
 fn lock(path: &Path) -> Result<Flock<File>> {
@@ -140,24 +145,17 @@ fn wipe(dir: &Path) -> Result<()> {
     }
 }
 
-/// Downloads the source package into `work`; gives its version.
-fn fetch(series: &str, work: &Path) -> Result<String> {
-    let package = format!("linux-source-{series}");
+/// Downloads the source package into `work` from the first that has it; gives its version.
+fn fetch(package: &str, sources: &[Apt], work: &Path) -> Result<String> {
     let progress = Progress::begin(format!("downloading {package}"));
-    let download = || {
-        let mut command = packages::apt_get();
-        run(command.args(["download", &package]).current_dir(work))
-    };
-    if download().is_err() {
-        if nix::unistd::geteuid().is_root() {
-            packages::update_lists()?;
-        }
-        download().map_err(|e| {
-            LabError::Failed(format!(
-                "cannot download {package} (it is in Debian 12 and its security updates; is the network up, \
-                 and are the package lists current? `apt-get update` as root refreshes them): {e}"
-            ))
-        })?;
+    let mut refused = Vec::new();
+    if !sources.iter().any(|apt| apt.download(package, work).map_err(|e| refused.push(e.to_string())).is_ok()) {
+        return Err(LabError::Failed(format!(
+            "cannot download {package} (6.1 and 6.12 are in Debian 12 and its security updates, {FROM_FILES} in {}; is the network up, \
+             and are the package lists current? `apt-get update` as root refreshes them): {}",
+            NEWER_SUITES.join(", "),
+            refused.join("; ")
+        )));
     }
     let deb = only_file(work, ".deb")?;
     let name = deb.file_name().unwrap_or_default().to_string_lossy();
@@ -266,14 +264,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_is_read_from_what_apt_prints() {
-        let text = "'http://example.org/l/linux-source-6.12_6.12.9-1%7edeb12u1_all.deb' \
-                    linux-source-6.12_6.12.9-1~deb12u1_all.deb 153476148 SHA256:00\n";
-        assert_eq!(version_in_uris(text).as_deref(), Some("6.12.9-1~deb12u1"));
-        assert_eq!(version_in_uris(""), None);
-    }
-
-    #[test]
     fn unmet_names_what_is_absent_or_should_be() {
         let fragment = "# why\nCONFIG_A=y\nCONFIG_B=60\nCONFIG_C=n\nCONFIG_D=n\nCONFIG_E=y\n";
         let config = "CONFIG_A=y\nCONFIG_B=60\nCONFIG_C=y\n# CONFIG_D is not set\nCONFIG_EE=y\n";
@@ -281,10 +271,13 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_is_left_out_where_it_does_not_exist_yet() {
+    fn a_setting_is_left_out_where_it_does_not_exist() {
         assert!(fragment_of("6.12").contains("\nCONFIG_CACHESTAT_SYSCALL=y\n"));
         assert!(!fragment_of("6.1").contains("CACHESTAT"));
         assert!(fragment_of("6.1").contains("\nCONFIG_SMP=y\n"));
+        assert!(fragment_of("6.12").contains("\nCONFIG_CACHEFILES=y\n") && !fragment_of(FROM_FILES).contains("CACHEFILES"));
+        assert!(fragment_of(FROM_FILES).contains("\nCONFIG_FANOTIFY=y\n") && !fragment_of("6.12").contains("FANOTIFY"));
+        assert!(SERIES.iter().all(|series| !fragment_of(series).contains('#')));
     }
 
     #[test]

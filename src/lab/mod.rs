@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  packages   what the machine lacks -> apt-get, or one error that names the command
+//!  apt        source packages of the machine's release, or of a newer suite
 //!  kernel     source package + kernel.config -> bzImage, cached outside the checkout
 //!  initramfs  programs with their libraries, files, nodes -> a newc archive
 //!  disk       ext4, XFS and EROFS images
@@ -16,6 +17,7 @@
 //! ```
 //! Nothing here is used by `infill serve`.
 
+pub mod apt;
 pub mod bench;
 pub mod blobs;
 pub mod demo;

@@ -133,11 +133,13 @@ fn content_of(path: &Path) -> Result<Content> {
 }
 
 /// Where every machine that can build this program has files of all sizes.
-const MACHINE_SOURCES: &[&str] = &["/usr/bin", "/usr/include", "/usr/share/perl", "/usr/lib/python3", "/usr/lib/python3.11"];
+pub const MACHINE_SOURCES: &[&str] = &["/usr/bin", "/usr/include", "/usr/share/perl", "/usr/lib/python3", "/usr/lib/python3.11"];
 
 /// Which files of this machine make a tree, and how many of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Selection {
+    /// Directories that they are in.
+    pub sources: &'static [&'static str],
     /// Limits of the whole tree; one source gives at most half of each.
     pub files_max: usize,
     /// See `files_max`.
@@ -154,7 +156,7 @@ impl Selection {
     pub fn copy_to(&self, tree: &Path) -> Result<()> {
         fs::create_dir_all(tree).trying(|| format!("cannot make {}", tree.display()))?;
         let (mut files, mut bytes) = (0, 0);
-        for source in MACHINE_SOURCES.iter().map(Path::new).filter(|s| s.is_dir()) {
+        for source in self.sources.iter().map(Path::new).filter(|s| s.is_dir()) {
             let (mut source_files, mut source_bytes) = (0, 0);
             for path in walk(source)? {
                 let from = source.join(&path);

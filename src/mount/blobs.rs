@@ -2,24 +2,26 @@
 
 use std::collections::HashMap;
 use std::fs::DirBuilder;
-use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 
+use super::claims::{Claim, Claims, Place};
+use super::error::{AttachError, BlobsError};
+use super::opening::{Opening, bring};
 use crate::engine::Entry;
+use crate::engine::room::NoRoom;
 use crate::front::fanotify::{BlobFile, Group, map};
-use crate::front::{Answer, FrontEnd, NeedRequest, ObjectId, OpenRequest, Outcome, Sink, Ticket};
+use crate::front::{FrontEnd, ObjectId};
 use crate::key::Key;
 use crate::ops::bag::Bag;
-use crate::store::{Blob, Store, StoreError};
+use crate::store::{Blob, Store};
 
 /// Blobs' files in the cache directory.
 pub(super) const BLOBS_DIR: &str = "blobs";
@@ -30,9 +32,6 @@ const DIR_MODE: u32 = 0o700;
 const GROUPS_PER_SHARD: usize = 8;
 /// Groups of a daemon at most; a user may have fs.fanotify.max_user_groups (128), and others want some too.
 const GROUPS_MAX: usize = 64;
-/// Name of the two answers that a blob waits for.
-const TOKEN: u64 = 0;
-
 /// See the module's description.
 #[derive(Debug)]
 pub struct Blobs {
@@ -40,9 +39,15 @@ pub struct Blobs {
     pub(super) boot_id: String,
     pub(super) groups: Vec<Arc<Group>>,
     pub(super) next: AtomicU32,
+    /// Never locked while a store is waited for.
     pub(super) served: Mutex<All>,
+    pub(super) claims: Claims,
     /// What another process needs to go on.
     pub(super) bag: Mutex<Bag>,
+    /// How many were served and are not any more.
+    pub(super) released: AtomicU64,
+    /// To be told of files that found no room.
+    pub(super) no_room: OnceLock<NoRoom>,
 }
 
 /// Blobs that are served, by the names of their files.
@@ -53,10 +58,7 @@ pub(super) type All = HashMap<String, Served>;
 pub(super) struct Served {
     pub(super) file: Arc<BlobFile>,
     pub(super) key: Key,
-    /// The place of the group that is asked for it.
-    pub(super) group: usize,
-    /// The file system of its source.
-    pub(super) device: u64,
+    pub(super) place: Place,
     /// The engine knows it, or nobody has to.
     pub(super) opened: bool,
     /// Who is about to mount it.
@@ -86,173 +88,6 @@ impl Drop for Pinned {
     }
 }
 
-/// Why blobs cannot be served at all.
-#[derive(Debug, thiserror::Error)]
-pub enum BlobsError {
-    /// The kernel asks for a capability.
-    #[error("fanotify: not permitted; run as root, with CAP_SYS_ADMIN in the initial user namespace")]
-    NotPermitted,
-    /// It gives no group.
-    #[error("fanotify: no group: {errno}: {}", group_advice(*.errno))]
-    NoGroup {
-        /// Why not.
-        errno: Errno,
-    },
-    /// It has no such events, or not there.
-    #[error("fanotify: cannot watch files in {}: {errno}: {}", dir.display(), watch_advice(*.errno))]
-    NoEvents {
-        /// Where.
-        dir: PathBuf,
-        /// Why not.
-        errno: Errno,
-    },
-    /// Nothing can outlive the process, or what an earlier one has left is of no use.
-    #[error("fanotify: cannot keep files watched over a restart: {0}; see RLIMIT_NOFILE, and infill release")]
-    Bag(#[source] io::Error),
-    /// The cache directory cannot be used.
-    #[error("cannot use {} as a cache directory: {source}", dir.display())]
-    Dir {
-        /// Which.
-        dir: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-}
-
-const fn group_advice(errno: Errno) -> &'static str {
-    match errno {
-        Errno::EMFILE => "too many groups; raise fs.fanotify.max_user_groups, or lower --shards",
-        Errno::EINVAL | Errno::ENOSYS => "this kernel was built without CONFIG_FANOTIFY_ACCESS_PERMISSIONS",
-        _ => "see infill doctor",
-    }
-}
-
-/// Why a blob cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum AttachError {
-    /// No store has it.
-    #[error("no store has the blob {0}; look at the stores that infill was started with")]
-    NotFound(Key),
-    /// It does not say which blobs its devices are.
-    #[error("the image {image} has {devices} devices, and does not name all of them; say which blobs they are, in order, with --device")]
-    Nameless {
-        /// Which image.
-        image: String,
-        /// How many it has.
-        devices: usize,
-    },
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The cache directory.
-    #[error("cannot keep {key} in {}: {source}; see the free space and the rights there", dir.display())]
-    Cache {
-        /// What.
-        key: Key,
-        /// Where.
-        dir: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The kernel does not watch the file.
-    #[error("cannot watch {}: {errno}: {}", path.display(), watch_advice(*.errno))]
-    Mark {
-        /// Which file.
-        path: PathBuf,
-        /// Why not.
-        errno: Errno,
-    },
-    /// The engine refused it.
-    #[error("cannot serve {key}: {errno}; {}", open_advice(*.errno))]
-    Refused {
-        /// What.
-        key: Key,
-        /// Why not.
-        errno: Errno,
-    },
-    /// It could not be kept over a restart, and nothing is served that is not.
-    #[error("cannot keep {key} watched over a restart: {source}; raise LimitNOFILE=")]
-    Unkept {
-        /// What.
-        key: Key,
-        /// Why not.
-        source: io::Error,
-    },
-    /// It did not answer.
-    #[error("{0} was not brought in time; see whether its store can be read, and request_timeout_ms")]
-    TimedOut(Key),
-}
-
-const fn watch_advice(errno: Errno) -> &'static str {
-    match errno {
-        Errno::EOPNOTSUPP => "its file system has no pre-content events; use a cache directory on ext4, XFS or btrfs",
-        Errno::EINVAL => "this kernel has no pre-content events (Linux 6.14)",
-        Errno::ENOSPC => "there are too many marks; raise fs.fanotify.max_user_marks",
-        _ => "see infill doctor",
-    }
-}
-
-const fn open_advice(errno: Errno) -> &'static str {
-    match errno {
-        Errno::ENFILE => "fd_budget is used up; raise it, or unmount images",
-        Errno::EAGAIN => "too many blobs are being opened; try again",
-        _ => "the log says why",
-    }
-}
-
-/// Waits for one answer of the engine. Gives a new object its length as soon as the engine knows it.
-struct Waiter {
-    answers: SyncSender<Outcome>,
-    file: Arc<BlobFile>,
-}
-
-impl Answer for Waiter {
-    fn answer(&self, _: u64, outcome: Outcome) -> io::Result<bool> {
-        if let Outcome::Opened { len_bytes } = outcome {
-            self.file.stretch(len_bytes)?;
-        }
-        // Nobody may wait any more.
-        Ok(self.answers.try_send(outcome).is_ok())
-    }
-}
-
-/// An open that the engine has not answered yet.
-pub(super) struct Opening {
-    engine: Entry,
-    answer: Receiver<Outcome>,
-    file: Arc<BlobFile>,
-    key: Key,
-}
-
-impl Opening {
-    /// Has the engine open a blob whose store was looked at.
-    pub(super) fn begin(engine: &Entry, served: &Served) -> Self {
-        let (answers, answer) = sync_channel(1);
-        let Served { file, key, .. } = served;
-        let ticket = Ticket::new(Arc::new(Waiter { answers, file: Arc::clone(file) }) as Arc<dyn Answer>, TOKEN);
-        engine.open(OpenRequest { object: file.object(), key: key.clone(), ticket, sink: Arc::clone(file) as Arc<dyn Sink> });
-        Self { engine: engine.clone(), answer, file: Arc::clone(file), key: key.clone() }
-    }
-
-    /// Waits until it is open.
-    pub(super) fn end(self, patience: Duration) -> Result<(), AttachError> {
-        let opened = wait(&self.answer, &self.key, patience).and_then(|outcome| match outcome {
-            Outcome::Opened { len_bytes } if len_bytes == self.file.len_bytes() => Ok(()),
-            Outcome::Failed(errno) => Err(AttachError::Refused { key: self.key.clone(), errno }),
-            _ => Err(AttachError::Refused { key: self.key.clone(), errno: Errno::ESTALE }),
-        });
-        // It may be open all the same.
-        opened.inspect_err(|_| self.engine.close(self.file.object()))
-    }
-}
-
-fn wait(answer: &Receiver<Outcome>, key: &Key, patience: Duration) -> Result<Outcome, AttachError> {
-    answer.recv_timeout(patience).map_err(|error| match error {
-        RecvTimeoutError::Timeout => AttachError::TimedOut(key.clone()),
-        RecvTimeoutError::Disconnected => AttachError::Refused { key: key.clone(), errno: Errno::ECANCELED },
-    })
-}
-
 impl Blobs {
     /// Groups for so many shards, and what they serve from now on, kept in `dir`.
     ///
@@ -265,13 +100,21 @@ impl Blobs {
         let dir = dir.join(BLOBS_DIR);
         let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
         DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir).map_err(unusable)?;
+        // Verbs that mount its files may work elsewhere.
+        let dir = std::fs::canonicalize(&dir).map_err(unusable)?;
+        let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
         let boot_id = map::boot_id().map_err(unusable)?;
         let bag = Bag::new().map_err(BlobsError::Bag)?;
         groups[0].can_watch(&dir).map_err(unusable)?.map_err(|errno| BlobsError::NoEvents { dir: dir.clone(), errno })?;
-        let (next, served, bag) = (AtomicU32::new(0), Mutex::default(), Mutex::new(bag));
-        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        let blobs = Self::with(dir, boot_id, groups, bag);
         blobs.pack(&All::new()).map_err(BlobsError::Bag)?;
         Ok(blobs)
+    }
+
+    /// Nothing is served yet.
+    pub(super) fn with(dir: PathBuf, boot_id: String, groups: Vec<Arc<Group>>, bag: Bag) -> Self {
+        let (next, served, claims, bag) = (AtomicU32::new(0), Mutex::default(), Claims::default(), Mutex::new(bag));
+        Self { dir, boot_id, groups, next, served, claims, bag, released: AtomicU64::new(0), no_room: OnceLock::new() }
     }
 
     /// The sources of requests, some for each shard.
@@ -295,75 +138,76 @@ impl Blobs {
     ) -> Result<Pinned, AttachError> {
         let blob = store.open(key)?.ok_or_else(|| AttachError::NotFound(key.clone()))?;
         let name = name_of(key, &*blob);
-        // One at a time: two mounts of one blob share what the first one made.
-        let mut all = self.served();
-        if !all.contains_key(&name) {
-            self.make(&mut all, engine, &name, key, &*blob, patience)?;
+        let claim = self.claims.take(&name, patience).ok_or_else(|| AttachError::TimedOut(key.clone()))?;
+        // Restored, but perhaps its store was not there then.
+        let known = self.served().get(&name).map(|served| (!served.opened).then(|| Opening::begin(engine, served)));
+        match known {
+            None => self.make(engine, &claim, key, &*blob, patience)?,
+            Some(None) => {}
+            Some(Some(opening)) => opening.end(patience)?,
         }
-        let served = all.get_mut(&name).ok_or_else(|| AttachError::NotFound(key.clone()))?;
-        if !served.opened {
-            // Restored, but its store was not there then.
-            Opening::begin(engine, served).end(patience)?;
+        let file = {
+            let mut all = self.served();
+            let served = all.get_mut(&name).ok_or_else(|| AttachError::NotFound(key.clone()))?;
             served.opened = true;
-        }
-        served.pins += 1;
-        let file = Arc::clone(&served.file);
-        drop(all);
+            served.pins += 1;
+            Arc::clone(&served.file)
+        };
+        drop(claim);
         let pinned = Pinned { blobs: Arc::clone(self), file };
         if whole && !pinned.file.map().is_full() {
-            self.bring(engine, &pinned.file, key, blob.len_bytes(), patience)?;
+            bring(engine, &pinned.file, key, patience)?;
         }
         Ok(pinned)
     }
 
-    /// Opens the blob's file, and has it served if something is missing. From when the file is watched on, another process
-    /// can go on with it.
-    fn make(&self, all: &mut All, engine: &Entry, name: &str, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<(), AttachError> {
-        let object = ObjectId(self.next.fetch_add(1, Ordering::Relaxed));
-        let place = self.place_for(all, engine, object, blob.device());
-        let group = &self.groups[place];
+    /// Opens the blob's file, and has it served if something is missing.
+    fn make(&self, engine: &Entry, claim: &Claim<'_>, key: &Key, blob: &dyn Blob, patience: Duration) -> Result<(), AttachError> {
+        let (name, object) = (claim.name(), ObjectId(self.next.fetch_add(1, Ordering::Relaxed)));
+        let place = self.place_for(claim, engine, object, blob.device());
         let failed = |source| AttachError::Cache { key: key.clone(), dir: self.dir.clone(), source };
-        let file = BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, group, object).map_err(failed)?;
-        let served = Served { file: Arc::new(file), key: key.clone(), group: place, device: blob.device(), opened: true, pins: 0 };
-        let file = Arc::clone(&served.file);
+        let open = || BlobFile::open(&self.dir, name, blob.len_bytes(), &self.boot_id, &self.groups[place.group], object);
+        let file = Arc::new(self.with_room(open).map_err(failed)?);
+        let served = Served { file, key: key.clone(), place, opened: true, pins: 0 };
+        let file = &served.file;
         if file.map().is_full() || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed)? {
-            all.insert(name.to_owned(), served);
+            self.served().insert(name.to_owned(), served);
             return Ok(());
         }
         Opening::begin(engine, &served).end(patience)?;
-        all.insert(name.to_owned(), served);
-        let kept = self.pack(all).map_err(|source| AttachError::Unkept { key: key.clone(), source });
-        kept.and_then(|()| group.watch(&file).map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })).inspect_err(
-            |_| {
-                file.unwatch();
-                engine.close(object);
-                all.remove(name);
-                self.repack(all);
-            },
-        )
+        self.watch(engine, name, served)
     }
 
     /// The group for a new object: one that is read by the shard that owns it, with as few blobs of other file systems as
-    /// possible, and as few blobs.
-    fn place_for(&self, all: &All, engine: &Entry, object: ObjectId, device: u64) -> usize {
+    /// possible, and as few blobs. Those that are being made count as well.
+    fn place_for(&self, claim: &Claim<'_>, engine: &Entry, object: ObjectId, device: u64) -> Place {
         let (shards, owner) = (engine.shards(), engine.owner(object));
-        let crowd = |place: &usize| {
-            let served = all.values().filter(|served| served.group == *place);
-            (served.clone().filter(|served| served.device != device).count(), served.count())
-        };
-        (0..self.groups.len()).filter(|place| place % shards == owner).min_by_key(crowd).unwrap_or(owner % self.groups.len())
+        let all = self.served();
+        claim.settle(|making| {
+            let making = making.iter().filter(|(name, _)| !all.contains_key(*name)).map(|(_, place)| *place);
+            let taken: Vec<_> = all.values().map(|served| served.place).chain(making).collect();
+            let crowd = |group: &usize| {
+                let there = taken.iter().filter(|place| place.group == *group);
+                (there.clone().filter(|place| place.device != device).count(), there.count())
+            };
+            let group = (0..self.groups.len()).filter(|group| group % shards == owner).min_by_key(crowd);
+            Place { group: group.unwrap_or(owner % self.groups.len()), device }
+        })
     }
 
-    /// Brings all of a blob.
-    fn bring(&self, engine: &Entry, file: &Arc<BlobFile>, key: &Key, len_bytes: u64, patience: Duration) -> Result<(), AttachError> {
-        let (answers, answer) = sync_channel(1);
-        let ticket = Ticket::new(Arc::new(Waiter { answers, file: Arc::clone(file) }) as Arc<dyn Answer>, TOKEN);
-        engine.need(NeedRequest { object: file.object(), range: 0..len_bytes, ticket });
-        match wait(&answer, key, patience)? {
-            Outcome::Done => Ok(()),
-            Outcome::Failed(errno) => Err(AttachError::Refused { key: key.clone(), errno }),
-            Outcome::Opened { .. } => Err(AttachError::Refused { key: key.clone(), errno: Errno::EINVAL }),
-        }
+    /// Has the kernel ask for a blob that the engine knows. From then on another process can go on with it.
+    fn watch(&self, engine: &Entry, name: &str, served: Served) -> Result<(), AttachError> {
+        let (file, key, group) = (Arc::clone(&served.file), served.key.clone(), &self.groups[served.place.group]);
+        let mut all = self.served();
+        all.insert(name.to_owned(), served);
+        let kept = self.pack(&all).map_err(|source| AttachError::Unkept { key, source });
+        let watch = || group.watch(&file).map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno });
+        kept.and_then(|()| watch()).inspect_err(|_| {
+            file.unwatch();
+            engine.close(file.object());
+            all.remove(name);
+            self.repack(&all);
+        })
     }
 
     /// Ends the service of blobs that nobody has mounted any more. Gives how many.
@@ -371,8 +215,8 @@ impl Blobs {
         let mut served = self.served();
         let before = served.len();
         // Who goes on before this is packed watches them again, and finds them unused too.
-        served.retain(|_, Served { file, pins, .. }| {
-            let is_used = *pins > 0 || !file.is_unused();
+        served.retain(|name, Served { file, pins, .. }| {
+            let is_used = *pins > 0 || self.claims.has(name) || !file.is_unused();
             if !is_used {
                 file.unwatch();
                 engine.close(file.object());
@@ -382,8 +226,20 @@ impl Blobs {
         let released = before - served.len();
         if released > 0 {
             self.repack(&served);
+            self.released.fetch_add(released as u64, Ordering::Relaxed);
         }
         released
+    }
+
+    /// Whether the blob in the file of this name is served.
+    #[must_use]
+    pub fn serves(&self, name: &str) -> bool {
+        self.served().contains_key(name)
+    }
+
+    /// Where the files are kept, and what is noted of them.
+    pub(super) fn cache_dir(&self) -> &Path {
+        self.dir.parent().unwrap_or(&self.dir)
     }
 
     /// Whether nothing is served that somebody may read.
@@ -397,7 +253,7 @@ impl Blobs {
         let files: Vec<_> = self.served().values().map(|served| Arc::clone(&served.file)).collect();
         let saved = |file: &Arc<BlobFile>| {
             file.save().unwrap_or_else(|error| {
-                tracing::error!(blob = %file.path().display(), "what is in the cache cannot be noted, and would be lost by a loss of power: {error}");
+                tracing::error!(blob = %file.path().display(), "{error}");
                 false
             })
         };

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::Builder;
@@ -42,6 +42,11 @@ pub enum Question {
         #[serde(default)]
         devices: Vec<String>,
     },
+    /// Make the image ready again that is mounted of this file, though an earlier daemon has left nothing.
+    Repair {
+        /// The image's file.
+        file: PathBuf,
+    },
     /// See which images are not mounted any more.
     Release,
 }
@@ -50,7 +55,7 @@ pub enum Question {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reply {
-    /// To [`Question::Attach`].
+    /// To [`Question::Attach`] and [`Question::Repair`].
     Attached(Prepared),
     /// To [`Question::Release`]: so many blobs.
     Released(usize),
@@ -156,8 +161,11 @@ fn write_line(stream: &mut UnixStream, value: &impl Serialize) -> io::Result<()>
     stream.write_all(&line)
 }
 
-/// `None`: the other side has ended.
-fn read_line<T: for<'a> Deserialize<'a>>(stream: &mut BufReader<UnixStream>) -> io::Result<Option<T>> {
+/// The next question, or answer. `None`: the other side has ended.
+///
+/// # Errors
+/// `InvalidData`: a line that is none; what follows may be one. Else what reading says.
+pub fn read_line<T: for<'a> Deserialize<'a>>(stream: &mut impl BufRead) -> io::Result<Option<T>> {
     let mut line = Vec::new();
     stream.take(LINE_MAX_BYTES).read_until(b'\n', &mut line)?;
     match line.strip_suffix(b"\n") {

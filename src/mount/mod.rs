@@ -3,21 +3,40 @@
 //! | file | subject |
 //! |---|---|
 //! | `blobs` | the files of blobs: made, served, watched, let go |
-//! | `restore` | going on with what a dead daemon served |
-//! | `poisoned` | mounts that nobody watches |
+//! | `claims` | who makes which of them |
+//! | `opening` | having the engine open one |
+//! | `restore`, `resume` | going on with what a dead daemon served |
+//! | `space` | removing what nobody has mounted |
+//! | `mounted` | mounts of the cache's files, as the kernel lists them |
+//! | `notes` | what they were mounted of |
+//! | `loops` | loop devices over the cache's files, which bypass us |
 //! | `service` | what a daemon does for images |
 //! | `control` | how a verb asks a daemon |
 //! | `fsmount` | mounting EROFS from files |
+//! | `metadata` | whether the kernel asks for metadata |
+//! | `read_ahead` | how much the kernel asks for at a time |
 
 mod blobs;
+mod claims;
 pub mod control;
+mod error;
 mod fsmount;
-mod poisoned;
+pub mod loops;
+pub mod metadata;
+mod mounted;
+mod notes;
+mod opening;
+mod read_ahead;
 mod restore;
+mod resume;
 mod service;
+mod space;
 
-pub use self::blobs::{AttachError, Blobs, BlobsError, Pinned};
-pub use self::fsmount::{FsMountError, Source, mount};
-pub use self::poisoned::{Poisoned, poisoned};
-pub use self::restore::{Restored, is_bag};
-pub use self::service::{Prepared, Service};
+pub use self::blobs::{Blobs, Pinned};
+pub use self::error::{AttachError, BlobsError};
+pub use self::fsmount::{Detached, FsMountError, Source, make, mount};
+pub use self::mounted::{Mounted, is_of_cache, mounted, mounted_at, mounted_everywhere};
+pub use self::read_ahead::ReadAheadError;
+pub use self::restore::{Restored, contents, is_bag};
+pub use self::service::{Prepared, Service, ServiceSettings};
+pub use self::space::BlobCache;

@@ -5,24 +5,20 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
-use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat};
 use serde::{Deserialize, Serialize};
 
-use super::blobs::{All, AttachError, BLOBS_DIR, Blobs, BlobsError, Opening, Served, name_of};
-use crate::engine::Entry;
+use super::blobs::{All, BLOBS_DIR, Blobs, Served};
+use super::claims::Place;
+use super::error::{AttachError, BlobsError};
+use super::space::is_blob_name;
 use crate::front::ObjectId;
 use crate::front::fanotify::{BlobFile, Group, map};
 use crate::key::Key;
 use crate::ops::bag::{Bag, Item};
-use crate::store::Store;
-
-/// Blobs that are being opened at a time; far fewer than the engine takes.
-const OPENS_MAX: usize = 64;
 
 /// What a descriptor in the bag is. It is read by other versions: fields may come, but none may change.
 #[derive(PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -72,15 +68,16 @@ impl Blobs {
     /// The bag is of no use: what it has stays as it is. The directory cannot be used.
     pub fn restore(dir: &Path, bag: OwnedFd) -> Result<(Self, Restored), BlobsError> {
         let dir = dir.join(BLOBS_DIR);
-        let boot_id = map::boot_id().map_err(|source| BlobsError::Dir { dir: dir.clone(), source })?;
+        let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
+        let boot_id = map::boot_id().map_err(unusable)?;
+        let dir = std::fs::canonicalize(&dir).map_err(unusable)?;
         let (bag, items) = Bag::open(bag).map_err(BlobsError::Bag)?;
         let (groups, files) = sort(items).map_err(BlobsError::Bag)?;
         let groups = groups.into_iter().map(|(group, journal)| Group::restore(group, journal).map(Arc::new));
         let groups = groups.collect::<io::Result<Vec<_>>>().map_err(BlobsError::Bag)?;
         let unanswered = groups.iter().map(|group| group.unanswered()).sum();
         let mut restored = Restored { groups: groups.len(), unanswered, ..Restored::default() };
-        let (next, served, bag) = (AtomicU32::new(0), Mutex::new(All::new()), Mutex::new(bag));
-        let blobs = Self { dir, boot_id, groups, next, served, bag };
+        let blobs = Self::with(dir, boot_id, groups, bag);
         for (label, file) in files {
             blobs.next.fetch_max(label.object.wrapping_add(1), Ordering::Relaxed);
             match blobs.adopt(&label, file) {
@@ -100,30 +97,8 @@ impl Blobs {
         let file = BlobFile::restore(&self.dir, &label.file, file, label.len_bytes, &self.boot_id, group, object).map_err(failed)?;
         group.watch(&file).map_err(|errno| AttachError::Mark { path: file.path().to_owned(), errno })?;
         let opened = file.map().is_full();
-        Ok(Served { file: Arc::new(file), key, group: label.group, device: label.device, opened, pins: 0 })
-    }
-
-    /// Has `engine` serve again what was restored, from `store`, and answers what was left unanswered. From then on readers are
-    /// served, and of what could not be served, which it gives, they get errors. That is tried again by the next call, or
-    /// when it is attached. `patience` is for one blob; it should be longer than the engine's `open_timeout`.
-    pub fn resume(&self, engine: &Entry, store: &dyn Store, patience: Duration) -> Vec<AttachError> {
-        let mut failed = Vec::new();
-        let mut all = self.served();
-        let mut closed: Vec<_> = all.iter_mut().filter(|(_, served)| !served.opened).collect();
-        for some in closed.chunks_mut(OPENS_MAX) {
-            let begin = |(name, served): &(&String, &mut Served)| check(name, &served.key, store).map(|()| Opening::begin(engine, served));
-            let begun: Vec<_> = some.iter().map(begin).collect();
-            for ((_, served), opening) in some.iter_mut().zip(begun) {
-                let opened = opening.and_then(|opening| opening.end(patience));
-                served.opened = opened.is_ok();
-                failed.extend(opened.err());
-            }
-        }
-        drop(all);
-        for group in &self.groups {
-            group.resume(|need| engine.need(need));
-        }
-        failed
+        let place = Place { group: label.group, device: label.device };
+        Ok(Served { file: Arc::new(file), key, place, opened, pins: 0 })
     }
 
     /// What must outlive this process, so that another can go on: one descriptor, the same for ever. What is in it is
@@ -143,15 +118,15 @@ impl Blobs {
             items.push((serde_json::to_vec(&Label::Group(place))?, group));
             items.push((serde_json::to_vec(&Label::Journal(place))?, journal));
         }
-        for (name, Served { file, key, group, device, .. }) in all {
+        for (name, Served { file, key, place, .. }) in all {
             let label = Label::Blob(BlobLabel {
                 domain: key.domain().to_vec(),
                 name: key.name().to_vec(),
                 file: name.clone(),
-                group: *group,
+                group: place.group,
                 object: file.object().0,
                 len_bytes: file.len_bytes(),
-                device: *device,
+                device: place.device,
             });
             items.push((serde_json::to_vec(&label)?, (**file).as_fd()));
         }
@@ -172,10 +147,13 @@ pub fn is_bag(kept: &OwnedFd) -> bool {
     fstat(kept).is_ok_and(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK)
 }
 
-/// Whether the store still has the blob whose bytes lie in the file `name`.
-fn check(name: &str, key: &Key, store: &dyn Store) -> Result<(), AttachError> {
-    let blob = store.open(key)?.ok_or_else(|| AttachError::NotFound(key.clone()))?;
-    if name_of(key, &*blob) == name { Ok(()) } else { Err(AttachError::Refused { key: key.clone(), errno: Errno::ESTALE }) }
+/// What is in a bag: how many groups, and the names of blobs' files in the cache directory.
+///
+/// # Errors
+/// It is not what [`Blobs::bag`] gives.
+pub fn contents(items: Vec<Item>) -> io::Result<(usize, Vec<String>)> {
+    let (groups, files) = sort(items)?;
+    Ok((groups.len(), files.into_iter().map(|(label, _)| label.file).collect()))
 }
 
 /// A group and its journal.
@@ -191,7 +169,8 @@ fn sort(items: Vec<Item>) -> io::Result<(Vec<Pair>, Vec<Labeled>)> {
         match serde_json::from_slice(&label)? {
             Label::Group(place) => drop(groups.insert(place, fd)),
             Label::Journal(place) => drop(journals.insert(place, fd)),
-            Label::Blob(label) => files.push((label, fd)),
+            Label::Blob(label) if is_blob_name(&label.file) => files.push((label, fd)),
+            Label::Blob(_) => return Err(io::ErrorKind::InvalidData.into()),
         }
     }
     // The places are those from 0 on, of both.

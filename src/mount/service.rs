@@ -2,15 +2,18 @@
 //! mounted any more.
 
 use std::io;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::blobs::{AttachError, Blobs, Pinned};
+use super::blobs::{Blobs, Pinned};
 use super::control::{Question, Reply};
+use super::error::AttachError;
+use super::mounted::Mounted;
+use super::notes::Notes;
 use crate::engine::Entry;
 use crate::image::devices;
 use crate::key::Key;
@@ -33,6 +36,9 @@ pub struct Prepared {
     pub len_bytes: u64,
     /// See `len_bytes`.
     pub present_bytes: u64,
+    /// How much the kernel shall read ahead in the mount; `None`: as it likes.
+    #[serde(default)]
+    pub read_ahead_bytes: Option<u64>,
 }
 
 /// See the module's description.
@@ -41,14 +47,33 @@ pub struct Service {
     blobs: Arc<Blobs>,
     entry: Entry,
     store: Arc<dyn Store>,
-    patience: Duration,
+    settings: ServiceSettings,
+    notes: Mutex<Notes>,
+    /// Images that are mounted, and not asked for: they outlived all that an earlier daemon has left.
+    owed: Mutex<Vec<Image>>,
+}
+
+/// How a [`Service`] does it.
+#[derive(Clone, Copy, Debug)]
+pub struct ServiceSettings {
+    /// How long a step for an image may take.
+    pub patience: Duration,
+    /// How much the kernel shall read ahead in mounts; `None`: as it likes.
+    pub read_ahead_bytes: Option<u64>,
+    /// The kernel asks for metadata too ([`super::metadata`]).
+    pub asked_for_metadata: bool,
 }
 
 impl Service {
-    /// Serves `blobs` from `store` by the engine behind `entry`. No step for an image may take longer than `patience`.
+    /// Serves `blobs` from `store` by the engine behind `entry`. Of what is `mounted` it serves again what nobody does.
     #[must_use]
-    pub const fn new(blobs: Arc<Blobs>, entry: Entry, store: Arc<dyn Store>, patience: Duration) -> Self {
-        Self { blobs, entry, store, patience }
+    pub fn new(blobs: Arc<Blobs>, entry: Entry, store: Arc<dyn Store>, settings: ServiceSettings, mounted: &[Mounted]) -> Self {
+        let notes = Notes::open(blobs.cache_dir());
+        let mut files: Vec<_> = mounted.iter().filter_map(|mount| mount.image.file_name()?.to_str()).collect();
+        files.sort_unstable();
+        files.dedup();
+        let owed = files.iter().filter(|file| !blobs.serves(file)).flat_map(|file| notes.find(file)).collect();
+        Self { blobs, entry, store, settings, notes: Mutex::new(notes), owed: Mutex::new(owed) }
     }
 
     /// Where the bytes come from.
@@ -64,12 +89,14 @@ impl Service {
     pub fn watch(self: &Arc<Self>) -> io::Result<()> {
         let service = Arc::clone(self);
         let run = move || {
+            service.ask_again();
             let mut released = Instant::now();
             loop {
                 std::thread::sleep(SAVE_EVERY);
                 service.blobs.save();
                 if released.elapsed() >= RELEASE_EVERY {
                     service.release();
+                    service.ask_again();
                     released = Instant::now();
                 }
             }
@@ -87,23 +114,61 @@ impl Service {
         match question {
             Question::Release => Reply::Released(self.release()),
             Question::Attach { image, domain, devices } => {
-                let image = Image { name: image.clone(), domain: domain.clone(), devices: devices.clone() };
-                self.attach(&image).map_or_else(
-                    |error| {
-                        tracing::warn!(image = image.name, "not made ready: {error}");
-                        Reply::Error(error.to_string())
-                    },
-                    |(prepared, pinned)| {
-                        pins.extend(pinned);
-                        Reply::Attached(prepared)
-                    },
-                )
+                self.make_ready(&Image { name: image.clone(), domain: domain.clone(), devices: devices.clone() }, pins)
             }
+            Question::Repair { file } => self.repair(file, pins),
         }
     }
 
-    /// Makes an image ready: its own file whole, because the kernel does not ask for metadata everywhere (before Linux
-    /// 7.1), its devices on demand.
+    fn make_ready(&self, image: &Image, pins: &mut Vec<Pinned>) -> Reply {
+        self.attach(image).map_or_else(
+            |error| {
+                tracing::warn!(image = image.name, "not made ready: {error}");
+                Reply::Error(error.to_string())
+            },
+            |(prepared, pinned)| {
+                pins.extend(pinned);
+                Reply::Attached(prepared)
+            },
+        )
+    }
+
+    /// Makes an image ready of which a mount is known, and no more.
+    fn repair(&self, file: &Path, pins: &mut Vec<Pinned>) -> Reply {
+        let images = file.file_name().and_then(|name| name.to_str()).map(|name| self.notes().find(name)).unwrap_or_default();
+        let anew = "unmount it, and mount the image anew with infill mount";
+        match &images[..] {
+            [] => Reply::Error(format!("the cache does not say what it was mounted of; {anew}")),
+            [image] => match self.make_ready(image, pins) {
+                Reply::Attached(prepared) if prepared.image.file_name() != file.file_name() => {
+                    Reply::Error(format!("the store has another image {} now; {anew}", image.name))
+                }
+                reply => reply,
+            },
+            [image, ..] => Reply::Error(format!("the image {} was mounted with other devices too; {anew}", image.name)),
+        }
+    }
+
+    /// Has the kernel ask again for images that are mounted and that nobody serves. What was read of them meanwhile stays
+    /// wrong until their mounts are replaced.
+    fn ask_again(&self) {
+        let owed = self.owed().clone();
+        let served: Vec<_> = owed.into_iter().filter(|image| self.serve_again(image)).collect();
+        self.owed().retain(|image| !served.contains(image));
+    }
+
+    fn serve_again(&self, image: &Image) -> bool {
+        match self.attach(image) {
+            Ok(_) => tracing::warn!(image = image.name, "its mounts are asked for again: what is read from now on is right"),
+            Err(error) => {
+                tracing::error!(image = image.name, "it is mounted and not served, so its readers get zeros, tried again soon: {error}");
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Makes an image ready: all of it on demand, but its own file whole where the kernel does not ask for metadata.
     ///
     /// # Errors
     /// See [`AttachError`].
@@ -114,7 +179,10 @@ impl Service {
         if image.devices.is_empty() && named.iter().any(Vec::is_empty) {
             return Err(AttachError::Nameless { image: image.name.clone(), devices: named.len() });
         }
-        let pin = |(at, key): (usize, &Key)| self.blobs.attach(&self.entry, &*self.store, key, at == 0, self.patience);
+        let pin = |(at, key): (usize, &Key)| {
+            let whole = at == 0 && !self.settings.asked_for_metadata;
+            self.blobs.attach(&self.entry, &*self.store, key, whole, self.settings.patience)
+        };
         let pins = image.keys(&named).iter().enumerate().map(pin).collect::<Result<Vec<_>, _>>()?;
         let mut paths = pins.iter().map(|pin| pin.file().path().to_owned());
         let prepared = Prepared {
@@ -122,7 +190,12 @@ impl Service {
             devices: paths.collect(),
             len_bytes: pins.iter().map(|pin| pin.file().len_bytes()).sum(),
             present_bytes: pins.iter().map(|pin| pin.file().map().present_bytes()).sum(),
+            read_ahead_bytes: self.settings.read_ahead_bytes,
         };
+        if let Some(file) = prepared.image.file_name() {
+            // Before it can be mounted.
+            self.notes().add(file.to_string_lossy().into_owned(), image);
+        }
         Ok((prepared, pins))
     }
 
@@ -131,6 +204,17 @@ impl Service {
         if released > 0 {
             tracing::info!(blobs = released, "not mounted any more");
         }
+        if self.owed().is_empty() {
+            self.notes().retain(|file| self.blobs.serves(file));
+        }
         released
+    }
+
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn owed(&self) -> MutexGuard<'_, Vec<Image>> {
+        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

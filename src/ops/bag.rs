@@ -104,7 +104,7 @@ impl Bag {
         }
         let mut fds = whole.ok_or(io::ErrorKind::InvalidData)?.fds.into_iter();
         let (other, list) = fds.next().zip(fds.next()).ok_or(io::ErrorKind::InvalidData)?;
-        let labels = read_list(File::from(list))?;
+        let labels = read_list(File::from(list), fds.len())?;
         if labels.len() != fds.len() {
             return Err(io::ErrorKind::InvalidData.into());
         }
@@ -197,14 +197,15 @@ fn write_list<'a>(labels: impl Iterator<Item = &'a [u8]>) -> io::Result<File> {
     Ok(file)
 }
 
-fn read_list(mut file: File) -> io::Result<Vec<Vec<u8>>> {
+/// The labels of so many descriptors; there are no more.
+fn read_list(mut file: File, count: usize) -> io::Result<Vec<Vec<u8>>> {
     let (mut bytes, mut labels) = (Vec::new(), Vec::new());
     file.rewind()?;
     file.take(LIST_MAX_BYTES).read_to_end(&mut bytes)?;
     let mut rest = bytes.as_slice();
     while let Some((len, after)) = rest.split_first_chunk() {
         let label = after.split_at_checked(usize::try_from(u32::from_ne_bytes(*len)).unwrap_or(usize::MAX));
-        let (label, after) = label.ok_or(io::ErrorKind::InvalidData)?;
+        let (label, after) = label.filter(|_| labels.len() < count).ok_or(io::ErrorKind::InvalidData)?;
         labels.push(label.to_vec());
         rest = after;
     }

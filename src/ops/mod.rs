@@ -9,7 +9,7 @@
 //! | `keep`, `keeper`, `passing`, `notify`, `state` | the device over a restart: systemd or a process keeps it |
 //! | `mounting`, `seeding` | images that are mounted, and blobs that are in the cache beforehand |
 //! | `processes`, `signals`, `log`, `exit` | the host's processes, and what passes between it and this one |
-//! | `erofs`, `extsize`, `reflink`, `xattr` | what file systems are asked beside reading and writing |
+//! | `erofs`, `extsize`, `inode`, `reflink`, `xattr` | what file systems are asked beside reading and writing |
 
 pub mod bag;
 pub mod confine;
@@ -17,6 +17,7 @@ pub mod doctor;
 pub mod erofs;
 pub mod exit;
 pub mod extsize;
+pub mod inode;
 pub mod keep;
 pub mod keeper;
 pub mod limits;

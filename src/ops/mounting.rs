@@ -6,7 +6,9 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::statfs;
+use rustix::fs::{AtFlags, CWD, FileType, StatxAttributes, StatxFlags, statx};
 
+use super::processes::{self, Process};
 use super::{erofs, exit};
 use crate::key::Key;
 
@@ -40,6 +42,9 @@ pub enum MountError {
         /// Why not.
         source: io::Error,
     },
+    /// There is an image already, which would be hidden.
+    #[error("{0}: an image is mounted here already; unmount it first (infill umount), or name another directory")]
+    InUse(String),
     /// The kernel refused.
     #[error("cannot mount {image} on {dir}: {errno}: {}", advice(*.errno))]
     Refused {
@@ -53,6 +58,14 @@ pub enum MountError {
     /// Something else, or nothing, is mounted there.
     #[error("{0}: no EROFS image is mounted here; see findmnt -t erofs")]
     NotMounted(String),
+    /// Somebody uses it.
+    #[error("cannot unmount {dir}: it is used by {}", in_words(.users))]
+    Busy {
+        /// Where.
+        dir: String,
+        /// Who, as far as /proc shows.
+        users: Vec<Process>,
+    },
     /// The kernel does not unmount it.
     #[error("cannot unmount {dir}: {errno}: {}", unmount_advice(*.errno))]
     NotUnmounted {
@@ -73,7 +86,7 @@ impl MountError {
                 exit::NO_PERMISSION
             }
             Self::Refused { errno: Errno::ENODEV | Errno::ENOTBLK, .. } => exit::UNAVAILABLE,
-            Self::Refused { .. } | Self::NotMounted(_) | Self::NotUnmounted { .. } => exit::FAILED,
+            Self::Refused { .. } | Self::InUse(_) | Self::NotMounted(_) | Self::Busy { .. } | Self::NotUnmounted { .. } => exit::FAILED,
         }
     }
 }
@@ -95,9 +108,15 @@ const fn advice(errno: Errno) -> &'static str {
     }
 }
 
+fn in_words(users: &[Process]) -> String {
+    if users.is_empty() {
+        return "no process that /proc shows, so perhaps by a mount on it or an overlay of it; see findmnt".to_owned();
+    }
+    format!("{}; end them first", processes::describe(users))
+}
+
 const fn unmount_advice(errno: Errno) -> &'static str {
     match errno {
-        Errno::EBUSY => "files on it are open, or it is somebody's working directory; see fuser -vm",
         Errno::EPERM => "only root may unmount",
         _ => "see dmesg",
     }
@@ -142,12 +161,26 @@ impl Image {
     pub fn mount(&self, dir: &Path) -> Result<(), MountError> {
         let shown = dir.display().to_string();
         let options = self.options()?;
-        if let Err(source) = std::fs::read_dir(dir) {
-            return Err(MountError::BadDir { dir: shown, source });
-        }
+        check_dir(dir)?;
         mount(Some(self.name.as_str()), dir, Some("erofs"), MsFlags::MS_RDONLY, Some(options.as_str()))
             .map_err(|errno| MountError::Refused { image: self.name.clone(), dir: shown, errno })
     }
+}
+
+/// Whether an image can be mounted on `dir`.
+///
+/// # Errors
+/// It is no directory, or an image is mounted there.
+pub fn check_dir(dir: &Path) -> Result<(), MountError> {
+    let shown = dir.display().to_string();
+    let bad = |source: io::Error| MountError::BadDir { dir: shown.clone(), source };
+    let found = statx(CWD, dir, AtFlags::empty(), StatxFlags::TYPE).map_err(|errno| bad(errno.into()))?;
+    if FileType::from_raw_mode(found.stx_mode.into()) != FileType::Directory {
+        return Err(bad(Errno::ENOTDIR.into()));
+    }
+    let is_mount = found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+    let kind = statfs(dir).map_err(|errno| bad(errno.into()))?.filesystem_type();
+    if is_mount && erofs::is_erofs(kind) { Err(MountError::InUse(shown)) } else { Ok(()) }
 }
 
 /// Unmounts the image on `dir`.
@@ -162,6 +195,7 @@ pub fn unmount(dir: &Path) -> Result<(), MountError> {
         Err(errno) => return Err(MountError::BadDir { dir: shown, source: errno.into() }),
     }
     umount2(dir, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| match errno {
+        Errno::EBUSY => MountError::Busy { dir: shown, users: processes::file_system(dir).map(processes::find_users).unwrap_or_default() },
         // A directory inside of an image.
         Errno::EINVAL => MountError::NotMounted(shown),
         errno => MountError::NotUnmounted { dir: shown, errno },
@@ -199,6 +233,10 @@ mod tests {
     fn what_is_no_mount_is_not_unmounted() {
         assert!(matches!(unmount(Path::new("/")), Err(MountError::NotMounted(_))));
         assert!(matches!(unmount(Path::new("/nowhere/at/all")), Err(MountError::BadDir { .. })));
-        assert!(matches!(image(None, &[]).mount(Path::new("/nowhere/at/all")), Err(MountError::BadDir { .. })));
+        for dir in ["/nowhere/at/all", "/proc/self/stat"] {
+            let error = image(None, &[]).mount(Path::new(dir)).unwrap_err();
+            assert!(matches!(error, MountError::BadDir { .. }) && error.exit_code() == exit::USAGE, "{error}");
+        }
+        assert!(check_dir(Path::new("/proc")).is_ok(), "a mount, but of no image");
     }
 }

@@ -1,4 +1,4 @@
-//! Which processes hold a device that only one may open, and which wait for data.
+//! Which processes hold a device that only one may open, which wait for data, and which use a mount.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -6,6 +6,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 /// Where processes are found.
 const PROC: &str = "/proc";
@@ -17,6 +19,11 @@ const OBJECT_LINK: &[u8] = b"anon_inode:[cachefiles]";
 /// The function in which a reader or a mount waits for the daemon (fs/cachefiles/ondemand.c), as `/proc/<pid>/wchan`
 /// tells it.
 const WAITS_IN: &[u8] = b"cachefiles_ondemand_send_req";
+
+/// Links of a process to files that it uses without having them open.
+const OTHER_LINKS: [&str; 3] = ["cwd", "root", "exe"];
+/// Column of `/proc/<pid>/maps` with the device of the mapped file.
+const MAPS_DEVICE_COLUMN: usize = 3;
 
 /// Longest part of a command line that is shown, in bytes.
 const COMMAND_MAX_BYTES: usize = 80;
@@ -72,6 +79,36 @@ pub fn find_waiting() -> Vec<Process> {
         let threads = fs::read_dir(format!("{PROC}/{pid}/task")).into_iter().flatten().flatten();
         threads.map(|thread| fs::read(thread.path().join("wchan"))).any(|place| place.is_ok_and(|place| place == WAITS_IN))
     })
+}
+
+/// The number of the file system that `path` is on (`st_dev`), without asking a server for it.
+///
+/// # Errors
+/// There is no such file.
+pub fn file_system(path: &Path) -> std::io::Result<u64> {
+    let found = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::empty())?;
+    Ok(rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor))
+}
+
+/// The processes that use a file of this file system: open, mapped, as their program, or as a directory of theirs. Of any
+/// mount of it, also in other namespaces, and of one that was taken away. Only processes that we may look into are found.
+#[must_use]
+pub fn find_users(file_system: u64) -> Vec<Process> {
+    found(|pid| uses(pid, file_system))
+}
+
+fn uses(pid: i32, wanted: u64) -> bool {
+    let own = format!("{PROC}/{pid}");
+    let is_there = |path: &Path| file_system(path).is_ok_and(|found| found == wanted);
+    let is_open = || fs::read_dir(format!("{own}/fd")).into_iter().flatten().flatten().any(|fd| is_there(&fd.path()));
+    let (major, minor) = (rustix::fs::major(wanted), rustix::fs::minor(wanted));
+    let device = format!("{major:02x}:{minor:02x}");
+    let is_mapped = || {
+        let maps = fs::read(format!("{own}/maps")).unwrap_or_default();
+        let device_of = |line: &[u8]| line.split(|&byte| byte == b' ').nth(MAPS_DEVICE_COLUMN).map(<[u8]>::to_vec);
+        maps.split(|&byte| byte == b'\n').any(|line| device_of(line).is_some_and(|found| found == device.as_bytes()))
+    };
+    OTHER_LINKS.iter().any(|link| is_there(&Path::new(&own).join(link))) || is_open() || is_mapped()
 }
 
 /// The processes that are meant.
@@ -143,6 +180,18 @@ mod tests {
     fn what_is_no_device_has_no_holders() {
         assert_eq!(find_holders(Path::new("/proc/self/stat")), []);
         assert_eq!(find_holders(Path::new("/no/such/path")), []);
+    }
+
+    #[test]
+    fn who_uses_a_file_is_found_whether_it_is_open_or_mapped() {
+        let of_me = |users: Vec<Process>| users.iter().any(|user| user.pid == i32::try_from(std::process::id()).unwrap());
+        // procfs is used by nobody who does not read it just now; other tests do.
+        assert!(of_me(find_users(file_system(&std::env::current_exe().unwrap()).unwrap())));
+        assert!(!of_me(find_users(u64::MAX)));
+        let mapped = format!("{PROC}/{}/maps", std::process::id());
+        let column =
+            fs::read_to_string(mapped).unwrap().lines().next().and_then(|line| line.split(' ').nth(MAPS_DEVICE_COLUMN).map(str::len));
+        assert!(column >= Some("00:00".len()), "{column:?}");
     }
 
     #[test]

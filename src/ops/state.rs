@@ -153,8 +153,14 @@ impl StateDir {
     /// What was noted last.
     #[must_use]
     pub fn noted_cache(&self) -> Option<PathBuf> {
-        fs::read(self.dir.join(CACHE_NOTE)).ok().map(|bytes| std::ffi::OsString::from_vec(bytes).into())
+        noted_cache(&self.dir)
     }
+}
+
+/// What the last daemon with this state directory noted as its cache directory; anybody may look who may read there.
+#[must_use]
+pub fn noted_cache(dir: &Path) -> Option<PathBuf> {
+    fs::read(dir.join(CACHE_NOTE)).ok().map(|bytes| std::ffi::OsString::from_vec(bytes).into())
 }
 
 fn lock(mut file: File, dir: &Path) -> Result<Flock<File>, StateError> {

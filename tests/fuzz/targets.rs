@@ -7,8 +7,10 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::os::fd::AsFd;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -17,10 +19,17 @@ use infill::front::cachefiles::layout::{MARK, Place, fanout_name, volume_key};
 use infill::front::cachefiles::tree::{CACHE, Dir, census};
 use infill::front::cachefiles::wire::{self, Body, Header};
 use infill::front::cachefiles::{CullLimits, cookies, fsck};
+use infill::front::fanotify::map::{PAGE_BYTES, PresenceMap, SinkId};
+use infill::front::fanotify::wire::{Events, PRE_ACCESS, response};
+use infill::front::fanotify::{empty_journal, unanswered};
 use infill::image::superblock::{Superblock, WHOLE_BYTES_MAX};
 use infill::key::Key;
+use infill::mount::contents;
+use infill::mount::control::{Question, read_line};
+use infill::ops::bag::Bag;
 use infill::ops::doctor::release::{self, Running};
-use infill::ops::xattr;
+use infill::ops::mounting::Image;
+use infill::ops::{passing, xattr};
 use infill::store::dir::DirStore;
 use infill::store::oci::OciStore;
 use infill::store::{Blob, SourceMode, Store, StoreError, StoreSpec, remembered};
@@ -29,7 +38,7 @@ use infill::store::{Blob, SourceMode, Store, StoreError, StoreSpec, remembered};
 pub(crate) type Target = (&'static str, fn(&[u8]) -> u64);
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 7] = [
+pub(crate) const TARGETS: [Target; 12] = [
     ("wire", wire),
     ("key", key),
     ("superblock", superblock),
@@ -37,6 +46,11 @@ pub(crate) const TARGETS: [Target; 7] = [
     ("notes", notes),
     ("cache", cache),
     ("kernel", kernel),
+    ("events", events),
+    ("journal", journal),
+    ("map", map),
+    ("bag", bag),
+    ("control", control),
 ];
 
 fn taken(how: impl Hash) -> u64 {
@@ -284,4 +298,159 @@ pub(crate) fn kernel(bytes: &[u8]) -> u64 {
     let running = Running::new(&text, &text, Some(&text));
     let checks = release::checks(&running);
     taken((place.is_some(), release::may_cull(&running), checks.len(), running.exact))
+}
+
+/// Events of a fanotify group. (What a group does with them needs a kernel: it owns the descriptors that they name.)
+///
+/// 1. No bytes cause a panic; each event takes some of them, and none is taken twice.
+/// 2. A descriptor is never negative, a range never reversed, and an answer names its event.
+pub(crate) fn events(bytes: &[u8]) -> u64 {
+    let mut events = Events::new(bytes);
+    let (mut count, mut kinds) = (0, 0_u64);
+    let mut left = events.left_over();
+    while let Some(event) = events.next() {
+        assert!(events.left_over() + 24 <= left);
+        left = events.left_over();
+        count += 1;
+        assert!(event.fd.is_none_or(|fd| fd >= 0) && event.range.as_ref().is_none_or(|range| range.start <= range.end));
+        if let Some(fd) = event.fd {
+            assert_eq!(response(fd, Ok(()))[..4], fd.to_ne_bytes());
+        }
+        kinds |= 1 << (u64::from(event.fd.is_some()) | u64::from(event.range.is_some()) << 1 | (event.mask & PRE_ACCESS) >> 18);
+    }
+    taken((count.min(3), kinds, left.min(30)))
+}
+
+/// Where the head of a journal begins, behind the messages.
+const JOURNAL_HEAD: u64 = 64 << 10;
+/// Where its entries begin.
+const JOURNAL_TABLE: u64 = JOURNAL_HEAD + 4096;
+/// As many numbers as it has entries.
+const JOURNAL_ENTRIES: i32 = 1 << 20;
+
+/// What a dead process may have left: a message, the head and entries of any bytes.
+///
+/// What is found is found once, has a number for which there is an entry, and is found again by the next process.
+pub(crate) fn journal(bytes: &[u8]) -> u64 {
+    let [message, head, entries] = parts(bytes);
+    let kept = File::from(empty_journal().unwrap());
+    let len = kept.metadata().unwrap().len();
+    kept.write_all_at(message, 0).unwrap();
+    // Most bytes make no journal of it, so the first ones are left alone as a rule.
+    let at = JOURNAL_HEAD + if head.first() == Some(&0) { 0 } else { 8 };
+    kept.write_all_at(&head[..head.len().min(16)], at).unwrap();
+    kept.write_all_at(entries, JOURNAL_TABLE).unwrap();
+    let look = || unanswered(kept.try_clone().unwrap().into());
+    let Ok(found) = look() else { return 1 };
+    assert!(found.windows(2).all(|two| two[0].0 < two[1].0));
+    assert!(found.iter().all(|(number, _)| (0..JOURNAL_ENTRIES).contains(number)));
+    assert_eq!(look().unwrap(), found);
+    assert_eq!(kept.metadata().unwrap().len(), len);
+    taken((found.len().min(4), found.iter().any(|(_, range)| range.is_empty())))
+}
+
+/// The map of a sink: any file, and one whose header is right.
+///
+/// It says nothing of a sink whose header it does not have, and never of pages that the sink does not have.
+pub(crate) fn map(bytes: &[u8]) -> u64 {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    let path = DIR.get_or_init(|| scratch("map")).join("map");
+    let [len, bits, header] = parts(bytes);
+    let pages = 1 + len.iter().fold(0_u64, |sum, byte| (sum * 31 + u64::from(*byte)) % 40_000);
+    let len_bytes = pages * PAGE_BYTES - u64::from(bytes.len() as u8);
+    let of = SinkId { name: "name".into(), len_bytes, inode: 1, generation: 2 };
+    let open = |of: &SinkId, boot| {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+        PresenceMap::open(file, of, boot).unwrap()
+    };
+    fs::write(&path, bytes).unwrap();
+    assert!(open(&of, "boot").ranges().is_empty(), "any bytes are a map");
+    let file = File::options().write(true).open(&path).unwrap();
+    let live_at = file.metadata().unwrap().len() / 2 + 2048;
+    file.write_all_at(&bits[..bits.len().min(4096)], live_at).unwrap();
+    file.write_all_at(&bits[..bits.len().min(4096)], 4096).unwrap();
+    for boot in ["boot", "another"] {
+        let map = open(&of, boot);
+        let (ranges, present) = (map.ranges(), map.present_bytes());
+        assert!(ranges.iter().all(|range| range.start < range.end && range.end <= pages * PAGE_BYTES));
+        assert!(ranges.windows(2).all(|two| two[0].end < two[1].start));
+        assert_eq!(ranges.iter().map(|range| range.end - range.start).sum::<u64>(), present);
+        assert_eq!(map.is_full(), present == pages * PAGE_BYTES);
+    }
+    let present = open(&of, "another").present_bytes();
+    file.write_all_at(&header[..header.len().min(96)], 0).unwrap();
+    let damaged = open(&of, "another").present_bytes();
+    assert!(damaged == 0 || damaged == present);
+    taken((present == 0, present == pages * PAGE_BYTES, damaged == 0, pages.is_multiple_of(64)))
+}
+
+/// What a dead daemon may have left: a bag with any labels, and any messages behind them.
+///
+/// The name of a blob's file leads nowhere but into its directory.
+pub(crate) fn bag(bytes: &[u8]) -> u64 {
+    let [count, labels, messages] = parts(bytes);
+    // All in all no more than a socket takes at a time (net.unix.max_dgram_qlen).
+    let count = u32::try_from(count.len() % 5).unwrap();
+    let (kept, other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let mut list = tempfile();
+    for label in labels.split(|byte| *byte == b'\n') {
+        list.write_all(&u32::try_from(label.len()).unwrap().to_ne_bytes()).unwrap();
+        list.write_all(label).unwrap();
+    }
+    let message = |n: u32| [&b"INFILLB1"[..], &1_u64.to_ne_bytes(), &n.to_ne_bytes(), &(count + 2).to_ne_bytes()].concat();
+    let send = |bytes: &[u8], fd| passing::send(other.as_fd(), bytes, Some(fd)).unwrap();
+    send(&message(0), other.as_fd());
+    send(&message(1), list.as_fd());
+    (0..count).for_each(|n| send(&message(n + 2), list.as_fd()));
+    messages.chunks(24).take(4).for_each(|message| send(message, list.as_fd()));
+    let Ok((_, items)) = Bag::open(OwnedFd::from(kept)) else { return 1 };
+    let found = items.len();
+    let Ok((groups, files)) = contents(items) else { return taken((2, found)) };
+    assert!(groups * 2 + files.len() <= found);
+    for file in &files {
+        assert!(file.len() == 64 && file.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    }
+    taken((3, groups, files.len()))
+}
+
+/// A file without a name.
+fn tempfile() -> File {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    let path = DIR.get_or_init(|| scratch("bag")).join("list");
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    file
+}
+
+/// Lines of a client on the control socket.
+///
+/// Each is a question or none, what is none does not hide the next one, and a question that is asked again is the same.
+pub(crate) fn control(bytes: &[u8]) -> u64 {
+    let (mut stream, mut how) = (bytes, Vec::new());
+    loop {
+        match read_line::<Question>(&mut stream) {
+            Ok(None) => break,
+            Ok(Some(question)) => {
+                let again = [serde_json::to_vec(&question).unwrap(), b"\n".to_vec()].concat();
+                assert_eq!(read_line::<Question>(&mut again.as_slice()).unwrap().as_ref(), Some(&question));
+                how.push(match question {
+                    Question::Release => 0,
+                    Question::Repair { .. } => 22,
+                    Question::Attach { image, domain, devices } => {
+                        let image = Image { name: image, domain, devices };
+                        assert_eq!(image.keys(&[])[0], image.key());
+                        1 + image.devices.len().min(2) + 4 * usize::from(image.domain.is_some())
+                    }
+                });
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => how.push(20),
+            Err(_) => {
+                assert!(stream.is_empty());
+                how.push(21);
+                break;
+            }
+        }
+    }
+    how.truncate(4);
+    taken(how)
 }

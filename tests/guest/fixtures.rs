@@ -45,6 +45,7 @@ impl Fixtures {
         add_programs(&tree)?;
         Manifest::of(&tree)?.save(&data.join("tree.json"))?;
         disk::erofs(&data.join("plain.img"), &tree, ErofsLayout::default())?;
+        disk::erofs(&data.join("packed.img"), &tree, ErofsLayout { compression: Some("lz4"), ..ErofsLayout::default() })?;
         with_blob(&data, "tree.img", "tree.blob", &tree)?;
 
         // Two images whose directories have different names and whose data is the same blob.
@@ -76,7 +77,7 @@ impl Fixtures {
 }
 
 fn with_blob(data: &Path, image: &str, blob: &str, tree: &Path) -> lab::Result<()> {
-    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&data.join(blob)) };
+    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&data.join(blob)), ..ErofsLayout::default() };
     disk::erofs(&data.join(image), tree, layout)
 }
 

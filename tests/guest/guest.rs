@@ -225,10 +225,28 @@ impl Guest {
         Ok(at)
     }
 
+    /// Has the daemon make an image ready, with more arguments for that, and mounts it from files. Gives the mount point and what
+    /// `infill mount` said of it.
+    pub(crate) fn mount_files(&self, image: &str, more: &[&str]) -> Result<(PathBuf, serde_json::Value)> {
+        let at = PathBuf::from(format!("/mnt/{image}"));
+        fs::create_dir_all(&at)?;
+        let output = Command::new(INFILL).args(["mount", "--json"]).args(more).arg(image).arg(&at).output()?;
+        if !output.status.success() {
+            return Err(format!("{image} is not mounted: {}", String::from_utf8_lossy(&output.stderr)).into());
+        }
+        self.mounts.borrow_mut().push(at.clone());
+        Ok((at, serde_json::from_slice(&output.stdout)?))
+    }
+
+    /// Somebody has unmounted an image.
+    pub(crate) fn unmounted(&self, at: &Path) {
+        self.mounts.borrow_mut().retain(|m| m != at);
+    }
+
     /// Unmounts an image.
     pub(crate) fn umount(&self, at: &Path) -> Result<()> {
         umount2(at, MntFlags::empty()).map_err(|e| format!("cannot unmount {}: {e}", at.display()))?;
-        self.mounts.borrow_mut().retain(|m| m != at);
+        self.unmounted(at);
         Ok(())
     }
 

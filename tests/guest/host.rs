@@ -1,6 +1,6 @@
 //! The host's side: boots guests and turns what they print into test results.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use crate::density::TEN_THOUSAND;
 use crate::fixtures::Fixtures;
 use crate::runner::{FAILED, INSIDE, OK, START};
-use crate::tests;
+use crate::tests_of;
 
 /// Where the guest has this program.
 const GUEST_PROGRAM: &str = "/bin/guest-tests";
@@ -26,6 +26,8 @@ const GUEST_PROGRAM: &str = "/bin/guest-tests";
 const TOTAL_LIMIT: Duration = Duration::from_secs(1800);
 /// A console line that begins so goes on with a command for the emulator's monitor.
 pub(crate) const EMULATOR: &str = "to the emulator: ";
+/// With this line a test has the guest's power cut, once: another guest with the same cache disk then begins it anew.
+pub(crate) const CUT_POWER: &str = "to the emulator: cut the power";
 /// An ext4 disk beside those of every guest, for tests to have it hang; what is on it is gone with the guest.
 pub(crate) const HANGING_DISK: &str = "/dev/vdc";
 /// The emulator's name of it.
@@ -58,6 +60,8 @@ struct State {
     selected: Vec<&'static str>,
     /// The thread that boots the guests, once a test has asked for its result.
     thread: Option<JoinHandle<()>>,
+    /// Tests that had the power cut.
+    cuts: HashSet<String>,
     results: HashMap<String, Result<(), String>>,
 }
 
@@ -67,11 +71,11 @@ pub(crate) fn main() -> ExitCode {
     let skip = std::env::var("INFILL_GUEST").is_ok_and(|value| value == "skip");
     let (mut trials, mut cells) = (Vec::new(), Vec::new());
     let bench = Arc::new(Bench::default());
-    for series in kernel::SERIES {
+    for series in kernel::SERIES.into_iter().chain([kernel::FROM_FILES]) {
         for fs in [CacheFs::Ext4, CacheFs::Xfs] {
             let cell = Arc::new(Cell { series, fs, bench: Arc::clone(&bench), state: Mutex::default(), changed: Condvar::new() });
             let has_time_for_all = (series, fs) == (kernel::SERIES[0], CacheFs::Ext4);
-            for (test, _) in tests().filter(|(test, _)| has_time_for_all || *test != TEN_THOUSAND) {
+            for (test, _) in tests_of(series).into_iter().filter(|(test, _)| has_time_for_all || *test != TEN_THOUSAND) {
                 let name = format!("k{}::{}::{test}", series.replace('.', "_"), fs.name());
                 let its_cell = Arc::clone(&cell);
                 let trial = Trial::ignorable_test(name, move || {
@@ -132,13 +136,18 @@ impl Cell {
     /// one that dies before any test costs them all.
     fn run(&self) {
         let _turn = self.bench.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut disks = None;
         loop {
             let remaining = self.remaining();
             if remaining.is_empty() {
                 return;
             }
-            let problem = self.boot(&remaining).err();
-            if self.remaining().len() == remaining.len() {
+            let cuts = self.lock().cuts.len();
+            let scratch = disks.take().map_or_else(tempfile::tempdir, Ok).map_err(|e| format!("no scratch directory: {e}"));
+            let problem = scratch.as_ref().map_err(String::clone).and_then(|scratch| self.boot(&remaining, scratch.path())).err();
+            if self.lock().cuts.len() > cuts {
+                disks = scratch.ok();
+            } else if self.remaining().len() == remaining.len() {
                 let problem = problem.unwrap_or_else(|| "the guest ran none of its tests".into());
                 for test in remaining {
                     self.record(test, Err(problem.clone()));
@@ -147,7 +156,8 @@ impl Cell {
         }
     }
 
-    fn boot(&self, names: &[&str]) -> Result<(), String> {
+    /// Boots a guest with disks in `scratch`.
+    fn boot(&self, names: &[&str], scratch: &Path) -> Result<(), String> {
         let text = |e: infill::lab::LabError| e.to_string();
         let fixtures = self.bench.fixtures()?;
         let kernel = kernel::ensure(self.series).map_err(text)?;
@@ -166,9 +176,8 @@ impl Cell {
             argv,
             total_limit: TOTAL_LIMIT,
         };
-        let scratch = tempfile::tempdir().map_err(|e| format!("no scratch directory: {e}"))?;
-        let mut machine = plan.build(scratch.path()).map_err(text)?;
-        let (hanging, monitor) = (scratch.path().join("hanging.img"), scratch.path().join("monitor"));
+        let mut machine = plan.build(scratch).map_err(text)?;
+        let (hanging, monitor) = (scratch.join("hanging.img"), scratch.join("monitor"));
         disk::ext4(&hanging, HANGING_DISK_BYTES, None).map_err(text)?;
         machine.disks.push(Disk { path: hanging, throw_away: false });
         machine.monitor = Some(monitor.clone());
@@ -200,6 +209,7 @@ struct Transcript {
     current: Option<String>,
     lines: Vec<String>,
     reached_tests: bool,
+    power_is_cut: bool,
     monitor: Monitor,
 }
 
@@ -238,6 +248,8 @@ impl Transcript {
         } else if let Some((name, reason)) = line.strip_prefix(FAILED).and_then(|rest| rest.split_once(": ")) {
             self.current = None;
             cell.record(name, Err(self.with_tail(&reason.replace(" | ", "\n"))));
+        } else if line == CUT_POWER {
+            self.power_is_cut = self.monitor.tell("quit").is_ok();
         } else if let Some(command) = line.strip_prefix(EMULATOR) {
             let said = self.monitor.tell(command).map_or_else(|e| format!("not told to the emulator: {e}"), |()| line.to_owned());
             self.lines.push(said);
@@ -250,6 +262,7 @@ impl Transcript {
     fn end(mut self, ending: &str, cell: &Cell) -> Result<(), String> {
         let message = self.with_tail(&format!("guest died: {ending}"));
         match self.current.take() {
+            Some(test) if self.power_is_cut && cell.lock().cuts.insert(test.clone()) => {}
             Some(test) => cell.record(&test, Err(message)),
             None if !self.reached_tests => return Err(message),
             None => {}

@@ -1,5 +1,5 @@
-//! infill against real kernels: every promise that only a kernel can confirm, on Linux 6.12 and 6.1 with
-//! the cache on ext4 and on XFS, in QEMU.
+//! infill against real kernels: every promise that only a kernel can confirm, on Linux 6.12 and 6.1 through cachefiles, on
+//! Linux 7.2 from files, with the cache on ext4 and on XFS, in QEMU.
 //!
 //! One program, three roles. Started by `cargo test` it is the host: it boots a guest for each kernel and
 //! file system and turns what the guest prints into test results. Inside the guest it runs the tests, each
@@ -15,12 +15,14 @@ mod density;
 mod disturbances;
 mod failures;
 mod fixtures;
+mod from_files;
 mod guest;
 mod hang;
 mod host;
 mod lifecycle;
 mod matrix;
 mod mounting;
+mod power_cut;
 mod readers;
 mod replaced;
 mod restart;
@@ -35,6 +37,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use guest::Guest;
+use infill::lab::kernel::FROM_FILES;
 
 /// What a test gives; `?` takes any error.
 type Outcome = Result<(), Box<dyn Error>>;
@@ -42,8 +45,17 @@ type Outcome = Result<(), Box<dyn Error>>;
 /// A test: its name and what it does in the guest.
 type Test = (&'static str, fn(&mut Guest) -> Outcome);
 
-/// All tests, in the order they run.
+/// The tests of a series of kernels, in the order they run.
+fn tests_of(series: &str) -> Vec<Test> {
+    if series == FROM_FILES { [from_files::TESTS, power_cut::TESTS].concat() } else { through_cachefiles().collect() }
+}
+
+/// All tests.
 fn tests() -> impl Iterator<Item = Test> {
+    tests_of(FROM_FILES).into_iter().chain(through_cachefiles())
+}
+
+fn through_cachefiles() -> impl Iterator<Item = Test> {
     [
         serve::TESTS,
         sources::TESTS,

@@ -74,7 +74,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Whoever keeps the device, it is given up when a test ends.
-struct Released<'a>(&'a Guest);
+pub(crate) struct Released<'a>(pub(crate) &'a Guest);
 
 impl Drop for Released<'_> {
     fn drop(&mut self) {
@@ -167,7 +167,7 @@ fn keepers() -> Vec<i32> {
         .collect()
 }
 
-fn both_keepers() -> Result<[i32; KEEPERS]> {
+pub(crate) fn both_keepers() -> Result<[i32; KEEPERS]> {
     keepers().try_into().map_err(|others| format!("not {KEEPERS} keepers but {others:?}").into())
 }
 

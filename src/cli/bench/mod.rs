@@ -3,6 +3,7 @@
 mod density;
 mod guest;
 mod inside;
+mod native;
 mod restart;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 use clap::Subcommand;
 
 use super::{Failure, print_json};
+use crate::lab::bench::native::peer;
 use crate::lab::bench::{cell, engine, naive};
 use crate::ops::exit;
 
@@ -36,6 +38,8 @@ pub enum Bench {
     Restart(restart::RestartArgs),
     /// Thousands of mounted objects under a small budget of descriptors, on a real kernel
     Density(density::DensityArgs),
+    /// What infill costs readers on this machine's own kernel (6.14 or later), by fanotify: events, a cold tree, isolation
+    Native(native::NativeArgs),
     /// One cell, inside a guest
     #[command(hide = true)]
     Cell,
@@ -50,6 +54,9 @@ pub enum Bench {
         #[arg(long)]
         all: bool,
     },
+    /// The daemons to compare with on this machine's own kernel
+    #[command(hide = true)]
+    NativePeer(peer::PeerArgs),
 }
 
 /// Runs what was asked for.
@@ -69,6 +76,8 @@ pub fn run(bench: &Bench) -> Result<(), Failure> {
         }
         Bench::Restart(args) => restart::run(args),
         Bench::Density(args) => density::run(args),
+        Bench::Native(args) => native::run(args),
+        Bench::NativePeer(args) => peer::run(args).map_err(failed),
         Bench::Cell => cell::run().map_err(failed),
         Bench::Naive { cache_dir, store, all } => match naive::serve(cache_dir, store, *all) {
             Ok(never) => match never {},

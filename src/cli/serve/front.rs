@@ -4,11 +4,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::Failure;
+use crate::cli::repair::place;
 use crate::config::{Config, FrontEndKind};
 use crate::front::FrontEnd;
+use crate::front::cachefiles::cookies::Lists;
 use crate::front::cachefiles::{BindError, BindOptions, CullLimits, Device};
 use crate::front::sim::socket::SocketFront;
-use crate::mount::{Blobs, BlobsError, Poisoned, Restored, is_bag, poisoned};
+use crate::mount::{Blobs, BlobsError, Mounted, Restored, is_bag, loops, metadata, mounted_everywhere};
+use crate::ops::doctor::release::{Running, may_cull};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError, KeepMode};
 
@@ -28,10 +31,38 @@ pub(super) struct Opened {
     pub(super) device: Option<Arc<Device>>,
     /// The files of blobs, if images are mounted from files.
     pub(super) blobs: Option<Arc<Blobs>>,
+    /// And their mounts.
+    pub(super) mounts: Mounts,
     /// The culling limits that the device is bound with.
     pub(super) limits: CullLimits,
     /// The hold on it that outlives this process.
     pub(super) keep: Option<Keep>,
+}
+
+/// What there is to know of mounts from files.
+#[derive(Default)]
+pub(super) struct Mounts {
+    /// Those of the cache.
+    pub(super) mounted: Vec<Mounted>,
+    /// Nobody watched them for a while.
+    pub(super) poisoned: bool,
+    /// The kernel asks for their metadata too. If that is not known, it is taken not to.
+    pub(super) asked_for_metadata: bool,
+}
+
+/// The cache whose space is looked after.
+pub(super) enum CacheOf {
+    /// It is bound.
+    Device {
+        /// By this.
+        device: Arc<Device>,
+        /// Whether the kernel may be asked to cull.
+        may_cull: bool,
+        /// Where it tells what it has open.
+        lists: Option<Lists>,
+    },
+    /// It has blobs' files.
+    Blobs(Arc<Blobs>),
 }
 
 impl Opened {
@@ -41,7 +72,8 @@ impl Opened {
             (None, Some(0)) => {
                 let front = SocketFront::from_stdin(&config.cache_dir)
                     .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
-                Ok(Self { fronts: vec![Arc::new(front)], device: None, blobs: None, limits: config.cull, keep: None })
+                let fronts: Vec<Arc<dyn FrontEnd>> = vec![Arc::new(front)];
+                Ok(Self { fronts, device: None, blobs: None, mounts: Mounts::default(), limits: config.cull, keep: None })
             }
             (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
             (Some(keep), _) => Self::of_kernel(config, keep),
@@ -81,13 +113,15 @@ impl Opened {
 
     fn cachefiles(device: Arc<Device>, limits: CullLimits, keep: Keep) -> Self {
         let fronts = vec![Arc::clone(&device) as Arc<dyn FrontEnd>];
-        Self { fronts, device: Some(device), blobs: None, limits, keep: Some(keep) }
+        Self { fronts, device: Some(device), blobs: None, mounts: Mounts::default(), limits, keep: Some(keep) }
     }
 
     fn fanotify(config: &Config, keep: Keep) -> Result<Self, Failure> {
         let blobs = Blobs::new(&config.cache_dir, config.shards).map_err(|error| Failure::new(no_fanotify(&error), error))?;
-        say_poisoned(config);
-        Self::of_blobs(config, keep, blobs)
+        let mut opened = Self::of_blobs(config, keep, blobs)?;
+        opened.mounts.mounted.iter().for_each(say_poisoned);
+        opened.mounts.poisoned = true;
+        Ok(opened)
     }
 
     /// Goes on with what an earlier daemon served.
@@ -107,8 +141,25 @@ impl Opened {
         }
         let bag = blobs.bag().map_err(|error| Failure::new(exit::FAILED, format!("no descriptor is free: {error}")))?;
         keep.hold(config.keep, bag.as_fd(), &config.cache_dir).map_err(failed)?;
-        let fronts = blobs.fronts();
-        Ok(Self { fronts, device: None, blobs: Some(Arc::new(blobs)), limits: config.cull, keep: Some(keep) })
+        loops::find(&config.cache_dir).iter().for_each(|found| tracing::error!("{found}"));
+        let unknown = |error: &_| {
+            tracing::warn!("images are brought whole before they are mounted: whether the kernel asks for metadata is not known: {error}");
+        };
+        let asked_for_metadata = metadata::is_asked_for(&config.cache_dir).inspect_err(unknown).unwrap_or(false);
+        let mounted = mounted_everywhere(&config.cache_dir).unwrap_or_default();
+        let mounts = Mounts { mounted, poisoned: false, asked_for_metadata };
+        Ok(Self { fronts: blobs.fronts(), device: None, blobs: Some(Arc::new(blobs)), mounts, limits: config.cull, keep: Some(keep) })
+    }
+
+    /// The cache, if there is one on a disk. To be asked for once, before the process is confined.
+    pub(super) fn cache(&mut self, config: &Config) -> Option<CacheOf> {
+        if let Some(blobs) = &self.blobs {
+            return Some(CacheOf::Blobs(Arc::clone(blobs)));
+        }
+        let device = self.device.take()?;
+        let cannot = |error: &_| tracing::warn!("{}: {error}: the last use of blobs is not noted", config.cache_dir.display());
+        let lists = Lists::open().inspect_err(cannot).ok();
+        Some(CacheOf::Device { device, may_cull: may_cull(&Running::read()), lists })
     }
 
     /// Any of its sources.
@@ -153,16 +204,17 @@ fn no_fanotify(error: &BlobsError) -> u8 {
     }
 }
 
-/// Says which mounts nobody watched for a while. Nothing is kept of an earlier daemon when this is called.
-fn say_poisoned(config: &Config) {
-    let found = poisoned(&config.cache_dir).unwrap_or_default();
-    for Poisoned { at, image } in found {
-        tracing::error!(
-            "{}: this mount of {} outlived the daemon and its keepers, so whoever read it since may have got zeros: unmount it, and mount the image anew with infill mount",
-            at.display(),
-            image.display()
-        );
-    }
+/// Says that nobody watched a mount for a while.
+fn say_poisoned(mount: &Mounted) {
+    let remedy = match mount.seen_by {
+        None => format!("infill repair {} replaces it and says who must be restarted, as infill serve --repair does", mount.at.display()),
+        Some(_) => "unmount it there, and mount the image anew".to_owned(),
+    };
+    tracing::error!(
+        "the mount of {} {} outlived the daemon and its keepers, so whoever read it since may have got zeros: {remedy}",
+        mount.image.display(),
+        place(mount)
+    );
 }
 
 fn failed(error: KeepError) -> Failure {

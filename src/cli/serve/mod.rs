@@ -1,6 +1,7 @@
 //! `infill serve`: the daemon.
 
 mod front;
+mod repair;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -13,7 +14,7 @@ use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
-use self::front::Opened;
+use self::front::{CacheOf, Opened};
 use super::Failure;
 use crate::config::{Config, Options};
 use crate::engine::buffers::Pages;
@@ -23,15 +24,14 @@ use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
-use crate::front::cachefiles::Device;
-use crate::mount::Service;
 use crate::mount::control::{self, Listener};
+use crate::mount::{BlobCache, Service, ServiceSettings};
 use crate::ops::confine::{self, Kept, Mode, User};
 use crate::ops::keep::Keep;
 use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
-use crate::ops::space::{self, Steward};
+use crate::ops::space::{self, Steward, Volumes};
 use crate::ops::{erofs, exit, limits, log};
 use crate::store::remembered::Remembered;
 use crate::store::{Store, StoreSpec, Stores};
@@ -55,6 +55,9 @@ pub struct ServeArgs {
     /// Print statistics as one JSON object at the end
     #[arg(long)]
     json: bool,
+    /// Replace mounts from files that outlived an earlier daemon and its keepers, as infill repair does
+    #[arg(long)]
+    repair: bool,
     /// Check the settings, print nothing if they are good, and end
     #[arg(long)]
     check_config: bool,
@@ -68,8 +71,8 @@ pub struct ServeArgs {
 /// # Errors
 /// Whatever keeps it from serving, with the exit code that says what kind it is.
 pub fn run(args: ServeArgs) -> Result<(), Failure> {
-    let ServeArgs { config, options, trace_requests, json, check_config, sim_socket } = args;
-    let config = options.resolve(config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    let ServeArgs { config: file, options, trace_requests, json, repair, check_config, sim_socket } = args;
+    let config = options.resolve(file.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     if check_config {
         return Ok(());
     }
@@ -93,11 +96,14 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         seed(&config, &*store, &remembered);
     }
     // What it looks up on this host cannot be read later.
-    let space = space::Settings::new(&config.cache_dir, opened.limits, config.cache_bytes);
+    let cache = opened.cache(&config);
     let seats = placement::seats();
     let listener = opened.blobs.as_ref().map(|_| control::listen(&config.state_dir)).transpose().map_err(no_control)?;
+    // It does what this process will not be permitted, and waits for it.
+    let repairing = if repair { repair::start(&config, file.as_deref(), &opened)? } else { None };
     let store = confine_to(&config, user.as_ref(), store)?;
-    let (steward, no_room) = start_steward(space, opened.device.take())?.unzip();
+    let space = space::Settings { cache_dir: config.cache_dir.clone(), limits: opened.limits, budget_bytes: config.cache_bytes };
+    let (steward, no_room) = start_steward(space, cache)?.unzip();
     if user.is_some() {
         confine::drop_cache_powers().map_err(|why| Failure::new(exit::FAILED, format!("cannot give up capabilities: {why}")))?;
     }
@@ -107,15 +113,17 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let engine = start_engine(&opened.fronts, &store, &settings)?;
     seal(&config);
     let mounts = start_mounts(&config, &opened, &engine, store, listener)?;
+    repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
     announce(&config, &opened, &engine);
     let started = engine.started().clone();
     let result = serve(&config, engine, steward.as_ref(), &signals, &mut opened);
+    // While it looks at a file, that is not idle.
+    let space = steward.map(Steward::stop);
     if let Some(mounts) = mounts {
         mounts.save();
         opened.give_up_if_idle();
     }
     finish(printer);
-    let space = steward.map(Steward::stop);
     // If nobody else keeps the device, the kernel now fails what still waits, and unbinds.
     drop(opened);
     report(&started, result, space, json)
@@ -176,12 +184,22 @@ fn start_tracer(wanted: bool) -> Result<(Option<Tracer>, Option<JoinHandle<()>>)
     Ok((Some(tracer), Some(printer)))
 }
 
-/// Starts to look after the space of a cache that is bound.
-fn start_steward(settings: space::Settings, device: Option<Arc<Device>>) -> Result<Option<(Steward, NoRoom)>, Failure> {
-    let Some(device) = device else { return Ok(None) };
+/// Starts to look after the space of a cache.
+fn start_steward(settings: space::Settings, cache: Option<CacheOf>) -> Result<Option<(Steward, NoRoom)>, Failure> {
+    let Some(cache) = cache else { return Ok(None) };
     let start = || {
         let no_room = NoRoom::new()?;
-        Ok((Steward::start(settings, device, no_room.clone())?, no_room))
+        let dir = settings.cache_dir.clone();
+        let steward = match cache {
+            CacheOf::Device { device, may_cull, lists } => {
+                Steward::start(settings, move || Volumes::new(&dir, device, may_cull, lists), no_room.clone())
+            }
+            CacheOf::Blobs(blobs) => {
+                blobs.ring_for_room(no_room.clone());
+                Steward::start(settings, move || BlobCache::new(blobs), no_room.clone())
+            }
+        };
+        Ok((steward?, no_room))
     };
     start().map(Some).map_err(|error: std::io::Error| Failure::new(exit::FAILED, format!("cannot look after the cache's space: {error}")))
 }
@@ -230,8 +248,10 @@ fn start_mounts(
 ) -> Result<Option<Arc<Service>>, Failure> {
     let Some((blobs, listener)) = opened.blobs.as_ref().zip(listener) else { return Ok(None) };
     let patience = config.open_timeout + config.request_timeout;
-    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, patience));
-    for error in blobs.resume(&engine.entry(), &**service.store(), patience) {
+    let asked_for_metadata = opened.mounts.asked_for_metadata;
+    let settings = ServiceSettings { patience, read_ahead_bytes: config.read_ahead.bytes(), asked_for_metadata };
+    let service = Arc::new(Service::new(Arc::clone(blobs), engine.entry(), store, settings, &opened.mounts.mounted));
+    for error in blobs.resume(&engine.entry(), service.store(), patience) {
         tracing::error!("its readers get I/O errors: {error}");
     }
     service.watch().and_then(|()| listener.serve(Arc::clone(&service))).map_err(no_control)?;
@@ -261,6 +281,7 @@ fn announce(config: &Config, opened: &Opened, engine: &Engine) {
         detail = started.detail,
         buffers = %started.pages,
         reopens = caps.reopens,
+        metadata = opened.blobs.as_ref().map(|_| if opened.mounts.asked_for_metadata { "on demand" } else { "whole" }),
         kept_by = keep.and_then(Keep::by).unwrap_or("nobody"),
         "serving"
     );

@@ -71,7 +71,9 @@ impl Ring {
         let mut entered = Ok(());
         while self.replies.pending > 0 && entered.is_ok() {
             self.flush_backlog();
-            entered = self.enter(self.replies.pending, None);
+            // What has no room in the queue yet cannot be waited for.
+            let want = if self.backlog.is_empty() { self.replies.pending } else { 0 };
+            entered = self.enter(want, None);
             self.reap(&mut early, &mut ready);
         }
         (self.early, self.early_ready) = (early, ready);

@@ -419,7 +419,7 @@ impl<I: Io> Shard<I> {
                 }
                 result = -(Errno::EIO as i32);
             }
-            if (op.kind == Kind::Write || copied) && NoRoom::is_meant_by(result) {
+            if (op.kind == Kind::Write || copied) && NoRoom::is_meant_by(Errno::from_raw(result.wrapping_neg())) {
                 let patient = self.no_room.as_ref().is_none_or(NoRoom::ring);
                 self.machine.wait_for_room(patient);
             }

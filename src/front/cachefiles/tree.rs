@@ -279,17 +279,20 @@ fn count_fanout(
 }
 
 /// Whether files of this file system can have blocks in common.
-fn can_share(dir: &Dir) -> bool {
+pub fn can_share(dir: &Dir) -> bool {
     fstatfs(dir).is_ok_and(|stat| matches!(stat.filesystem_type(), XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC))
 }
 
-/// Space that a file takes, in bytes.
-fn bytes(stat: &FileStat) -> u64 {
+/// Space that a file takes, in bytes; a hole takes none.
+#[must_use]
+pub fn bytes(stat: &FileStat) -> u64 {
     u64::try_from(stat.st_blocks).unwrap_or(0) * STAT_BLOCK_BYTES
 }
 
-/// The access time is the kernel's note and ours; a fill is seen in the modification time.
-fn last_use(stat: &FileStat) -> (i64, i64) {
+/// When a file was last used, in seconds and nanoseconds of the epoch: the access time is the kernel's note and ours; a fill is
+/// seen in the modification time.
+#[must_use]
+pub fn last_use(stat: &FileStat) -> (i64, i64) {
     (stat.st_atime, stat.st_atime_nsec).max((stat.st_mtime, stat.st_mtime_nsec))
 }
 

@@ -142,6 +142,10 @@ impl Journal {
             // Its entry may be that of an event before it. Whichever it is about: it has its data if both are brought.
             *known = Unanswered { object: None, range: known.range.start.min(range.start)..known.range.end.max(range.end), ..*known };
         }
+        // Behind what was used nothing counts, whatever is there; nor may it when more is used.
+        let end = found.keys().next_back().map_or(0, |number| number + 1);
+        let used = RawFd::try_from(self.used().load(Ordering::Acquire)).unwrap_or(end);
+        (used..end).filter(|number| !found.contains_key(number)).for_each(|number| self.clear(number));
         for event in found.values() {
             if let Some(entry) = self.entry(event.number) {
                 write(entry, event.object.map_or(ANY, |object| u64::from(object.0) + FIRST_OBJECT), &event.range);

@@ -20,5 +20,28 @@ pub mod map;
 mod stale;
 pub mod wire;
 
-pub use self::blob::BlobFile;
+pub use self::blob::{BlobFile, MAP_SUFFIX};
 pub use self::group::Group;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+
+use self::journal::Journal;
+use crate::range::ByteRange;
+
+/// A journal without entries, as [`Group::kept`] gives it.
+///
+/// # Errors
+/// No memory, or no descriptor for it.
+pub fn empty_journal() -> io::Result<OwnedFd> {
+    Journal::new()?.as_fd().try_clone_to_owned()
+}
+
+/// The events in a journal that have no answer: their names, and what they want. It must be that of a process that is dead.
+///
+/// # Errors
+/// It is none, or one of another version.
+pub fn unanswered(journal: OwnedFd) -> io::Result<Vec<(RawFd, ByteRange)>> {
+    let found = Journal::open(journal)?.take_stock();
+    Ok(found.into_iter().map(|event| (event.number, event.range)).collect())
+}

@@ -116,7 +116,11 @@ impl Data {
         let store = scratch.join("store");
         fs::create_dir_all(&store).trying(|| format!("cannot make {}", store.display()))?;
         let image = |tree: &Path, image: &str, blob: &str| {
-            disk::erofs(&store.join(image), tree, ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&store.join(blob)) })
+            disk::erofs(
+                &store.join(image),
+                tree,
+                ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&store.join(blob)), ..ErofsLayout::default() },
+            )
         };
         image(&tree, IMAGE, BLOB)?;
         let listing = Listing::of(&tree)?;

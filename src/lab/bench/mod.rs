@@ -1,7 +1,8 @@
 //! The benches. `infill bench guest`: what a daemon costs its readers, measured on a real kernel whose clock counts
 //! instructions. `infill bench engine`: what the engine costs without a kernel that asks. `infill bench restart`: what
 //! readers notice when the daemon is killed (`restart`), and `infill bench density`: far more objects than descriptors
-//! (`density`); these two, and the `daemon` that they start, are apart from all below.
+//! (`density`). `infill bench native`: the fanotify front end on this machine's own kernel (`native`). These three, and the `daemon`
+//! that they start, are apart from all below.
 //!
 //! ```text
 //!  engine  engine    figures of the two below, and system calls counted by strace
@@ -40,6 +41,7 @@ pub mod machine;
 mod memdisk;
 mod meter;
 pub mod naive;
+pub mod native;
 pub mod peer;
 mod pump;
 mod readers;

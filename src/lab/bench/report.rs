@@ -239,7 +239,8 @@ fn section(text: &mut String, fs: CacheFs, title: &str, cells: Table) {
     table(text, &cells);
 }
 
-fn table(text: &mut String, (head, rows): &Table) {
+/// Adds a table.
+pub(super) fn table(text: &mut String, (head, rows): &Table) {
     let width = |column: usize| rows.iter().map(|row| row[column].len()).chain([head[column].len()]).max().unwrap_or(0);
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let rule: Vec<String> = widths.iter().map(|width| format!("{}:", "-".repeat(width.saturating_sub(1)))).collect();

@@ -16,7 +16,7 @@ use super::Findings;
 use super::daemon::Daemon;
 use crate::front::sim::rng::Rng;
 use crate::lab::disk::{self, ErofsLayout};
-use crate::lab::tree::{Content, Entry, Manifest, Selection};
+use crate::lab::tree::{Content, Entry, MACHINE_SOURCES, Manifest, Selection};
 use crate::lab::{Result, Trying, checksum};
 
 /// The image, its blob and its manifest in the data directory.
@@ -26,7 +26,7 @@ const MANIFEST: &str = "restart.json";
 /// Chunks of the image.
 const CHUNK_BYTES: u32 = 64 << 10;
 /// What the image is made of.
-const FILES: Selection = Selection { files_max: 1500, bytes_max: 24 << 20, file_bytes_max: 4 << 20 };
+const FILES: Selection = Selection { sources: MACHINE_SOURCES, files_max: 1500, bytes_max: 24 << 20, file_bytes_max: 4 << 20 };
 /// Readers at a time.
 const READERS: usize = 8;
 /// What one read(2) asks for.
@@ -138,7 +138,7 @@ pub fn prepare(data: &Path, scratch: &Path) -> Result<u64> {
     fs::create_dir_all(data).trying(|| format!("cannot make {}", data.display()))?;
     let manifest = Manifest::of(&tree)?;
     manifest.save(&data.join(MANIFEST))?;
-    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&data.join(BLOB)) };
+    let layout = ErofsLayout { chunk_bytes: Some(CHUNK_BYTES), blob: Some(&data.join(BLOB)), ..ErofsLayout::default() };
     disk::erofs(&data.join(IMAGE), &tree, layout)?;
     Ok(manifest.len_bytes())
 }

@@ -8,6 +8,8 @@ use nix::errno::Errno;
 use super::features::{Kernel, Setting};
 use super::{Check, Verdict, read};
 use crate::front::fanotify::Group;
+use crate::mount::loops::{self, Loop};
+use crate::mount::metadata::{MetadataError, is_asked_for};
 
 /// Groups of a user at most.
 const MAX_GROUPS: &str = "/proc/sys/fs/fanotify/max_user_groups";
@@ -20,6 +22,10 @@ pub fn checks(kernel: &Kernel, cache_dir: &Path, shards: usize) -> Vec<Check> {
     let backed = kernel.config.as_ref().map(|config| config.setting("EROFS_FS_BACKED_BY_FILE"));
     let watched = Group::new().map(|group| group.can_watch(existing));
     let mut checks = vec![events(watched, existing), files(backed)];
+    if checks.iter().all(|check| check.verdict == Verdict::Ready) {
+        checks.push(metadata(is_asked_for(existing)));
+    }
+    checks.extend(loops::find(cache_dir).iter().map(bypassed));
     checks.extend(groups.and_then(|groups| enough(groups, shards)));
     checks
 }
@@ -71,6 +77,30 @@ fn files(backed: Option<Setting>) -> Check {
     }
 }
 
+/// A device through which the cache is read, and nobody is asked.
+fn bypassed(found: &Loop) -> Check {
+    let text = found.to_string();
+    let (found, remedy) = text.split_once("; ").unwrap_or((&text, ""));
+    Check::fail("cache-loop", Verdict::Failed, found, remedy)
+}
+
+/// What became of a try to mount an image.
+fn metadata(asked: Result<bool, MetadataError>) -> Check {
+    const ID: &str = "erofs-metadata";
+    match asked {
+        Ok(true) => Check::ok(ID, "the kernel asks before it reads an image's metadata: nothing has to be there before a mount"),
+        Ok(false) => Check::ok(
+            ID,
+            "the kernel does not ask before it reads an image's metadata (Linux 7.1 does): an image is brought whole before it is mounted, its devices on demand",
+        ),
+        Err(error) => Check::unknown(
+            ID,
+            format!("whether the kernel asks before it reads an image's metadata is not known: {error}"),
+            "nothing, if infill mount works: images are brought whole before they are mounted",
+        ),
+    }
+}
+
 /// Whether there are groups enough.
 fn enough(groups: usize, shards: usize) -> Option<Check> {
     let found = format!("{shards} event loops want a group each, and a user may have {groups}");
@@ -100,6 +130,8 @@ mod tests {
             let (found, remedy) = of(watched);
             assert!(found == verdict && remedy.contains(word), "{found:?}: {remedy}");
         }
+        assert_eq!(metadata(Ok(false)).verdict, Verdict::Ready);
+        assert_eq!(metadata(Err(MetadataError::TimedOut)).verdict, Verdict::Ready);
         assert_eq!(files(Some(Setting::No)).verdict, Verdict::Unavailable);
         assert!(enough(2, 2).is_none() && enough(1, 2).is_some_and(|check| check.remedy.contains("--shards")));
     }

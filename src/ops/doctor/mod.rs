@@ -10,8 +10,8 @@
 //! | `host` | io_uring, limits |
 //! | `confinement` | Landlock, seccomp |
 //!
-//! Nothing is changed: no module is loaded, the device is not opened, and the only file that is made (to
-//! try direct writes) never has a name.
+//! Nothing is changed: no module is loaded, the device is not opened, the only files that are made (to try direct writes, and
+//! what the kernel asks for) never have a name, and the only mount is nowhere.
 
 pub mod cache_dir;
 pub mod confinement;

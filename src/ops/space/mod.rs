@@ -4,16 +4,19 @@
 //! |---|---|
 //! | `policy` | marks, and which objects go (pure) |
 //! | `count` | when the cache is counted (pure) |
-//! | `uses` | when objects were last used |
+//! | `cache` | what is looked after |
+//! | `volumes`, `uses` | the cache of cachefiles, and when its objects were last used |
 //! | `round` | one round of culling |
 //! | `steward` | the thread `infill-space`, which sees to it |
 //! | `mod` | the room that a file system has, judged as the kernel does |
 
+pub mod cache;
 mod count;
 pub mod policy;
 mod round;
 pub mod steward;
 mod uses;
+mod volumes;
 
 use std::os::fd::AsFd;
 
@@ -22,6 +25,7 @@ use nix::sys::statvfs::fstatvfs;
 
 use self::policy::{Limits, Marks, Resource, Room};
 pub use self::steward::{Settings, Statistics, Steward};
+pub use self::volumes::Volumes;
 use crate::front::cachefiles::{CullLimits, Percents};
 
 /// How much room the file system of an open file has.

@@ -124,6 +124,8 @@ impl Limits {
 pub struct Candidate {
     /// Space that it takes.
     pub bytes: u64,
+    /// Inodes that it takes, one at least.
+    pub files: u64,
     /// When it was last used, in seconds and nanoseconds.
     pub last_use: (i64, i64),
     /// Whether it cannot go: it belongs to a mounted image.
@@ -141,7 +143,7 @@ pub fn choose(candidates: &[Candidate], excess: Excess) -> Vec<usize> {
     order.retain(|&i| {
         let helps = left.files > 0 || left.bytes > 0 && candidates[i].bytes > 0;
         if helps {
-            left.files = left.files.saturating_sub(1);
+            left.files = left.files.saturating_sub(candidates[i].files);
             left.bytes = left.bytes.saturating_sub(candidates[i].bytes);
         }
         helps
@@ -156,15 +158,18 @@ mod tests {
     use super::*;
 
     fn candidate() -> impl Strategy<Value = Candidate> {
-        (prop_oneof![Just(0), 1u64..1000], 0i64..20, prop::bool::weighted(0.3)).prop_map(|(bytes, at, stays)| Candidate {
+        let bytes = prop_oneof![Just(0), 1u64..1000];
+        (bytes, 1u64..3, 0i64..20, prop::bool::weighted(0.3)).prop_map(|(bytes, files, at, stays)| Candidate {
             bytes,
+            files,
             last_use: (at, 0),
             stays,
         })
     }
 
     fn gives(candidates: &[Candidate], chosen: &[usize], excess: Excess) -> bool {
-        chosen.iter().map(|&i| candidates[i].bytes).sum::<u64>() >= excess.bytes && chosen.len() as u64 >= excess.files
+        let sum = |of: fn(&Candidate) -> u64| chosen.iter().map(|&i| of(&candidates[i])).sum::<u64>();
+        sum(|one| one.bytes) >= excess.bytes && sum(|one| one.files) >= excess.files
     }
 
     proptest! {

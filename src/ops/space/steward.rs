@@ -1,35 +1,30 @@
-//! The thread `infill-space`: looks how full the cache is, and has the kernel remove what was not used for the longest
-//! time when it is too full.
+//! The thread `infill-space`: looks how full the cache is, and has what was not used for the longest time removed when it is
+//! too full.
 //!
-//! In on-demand mode the kernel does not say that space is short (its read(2) gives requests, not the state that
+//! No kernel says that space is short (in cachefiles' on-demand mode its read(2) gives requests, not the state that
 //! cachefilesd reads), so the thread looks itself, every [`POLL`] and whenever a fill found no room.
 
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::Serialize;
 
+use super::cache::{Cache, Counted};
 use super::count::{Count, Need};
 use super::policy::{Excess, Level, Limits, Room};
 use super::round::{Removed, Round};
-use super::uses::Uses;
 use super::{limits, room};
 use crate::engine::room::NoRoom;
+use crate::front::cachefiles::CullLimits;
 use crate::front::cachefiles::cache_dir::CacheDirError;
-use crate::front::cachefiles::cookies::Lists;
-use crate::front::cachefiles::cull::{Culler, empty_graveyard};
-use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
-use crate::front::cachefiles::{CullLimits, Device};
 use crate::ops::confine::take_cache_powers;
-use crate::ops::doctor::release::{Running, may_cull};
 
 /// How often the cache's room is looked at when nobody complains.
 pub const POLL: Duration = Duration::from_secs(5);
@@ -51,34 +46,21 @@ const REFUSED_SHARE_PERCENT: u64 = 1;
 const BUDGET_SLACK_PERCENT: u64 = 5;
 
 /// What to keep to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
-    /// The bound cache.
+    /// The cache, for messages.
     pub cache_dir: PathBuf,
-    /// Marks on free space and inodes, as the kernel was told.
+    /// Marks on free space and inodes, as the kernel was told if it wants to know.
     pub limits: CullLimits,
     /// How much the objects may take together; `None`: as much as the marks allow.
     pub budget_bytes: Option<u64>,
-    /// Whether the kernel may be asked to cull.
-    pub may_cull: bool,
-    /// Where the kernel tells what it has open; `None`: nowhere, so it is asked about each object that is to go.
-    pub lists: Option<Lists>,
-}
-
-impl Settings {
-    /// These settings for this kernel. To be made before the process is confined.
-    #[must_use]
-    pub fn new(cache_dir: &Path, limits: CullLimits, budget_bytes: Option<u64>) -> Self {
-        let lists = Lists::open().inspect_err(|error| tracing::warn!("{error}: the last use of blobs is not noted")).ok();
-        Self { cache_dir: cache_dir.to_owned(), limits, budget_bytes, may_cull: may_cull(&Running::read()), lists }
-    }
 }
 
 /// What the steward knows and has done.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize)]
 pub struct Statistics {
-    /// Space that the objects in the cache take. Those of images that are mounted for the first time have no name yet and
-    /// are missing; blocks that are shared with a store do not count.
+    /// Space that the objects in the cache take. Those that cachefiles makes for images which are mounted for the first time have
+    /// no name yet and are missing; blocks that are shared with a store do not count.
     pub cache_bytes: u64,
     /// Objects that were counted.
     pub cache_objects: u64,
@@ -90,7 +72,7 @@ pub struct Statistics {
     pub culled_bytes: u64,
     /// Volumes removed because no object was left in them.
     pub culled_volumes: u64,
-    /// Objects that were chosen but stayed, because the kernel had just begun to use them.
+    /// Objects that were chosen but stayed, because they had just come into use.
     pub cull_refused: u64,
     /// When something was last removed, in seconds of the epoch; 0: never.
     pub last_cull_unix_s: u64,
@@ -123,11 +105,15 @@ pub struct Steward {
 }
 
 impl Steward {
-    /// Starts the thread for a cache that `device` has bound.
+    /// Starts the thread, which looks after what `open` gives it.
     ///
     /// # Errors
     /// No thread or descriptor is free.
-    pub fn start(settings: Settings, device: Arc<Device>, no_room: NoRoom) -> io::Result<Self> {
+    pub fn start<C: Cache>(
+        settings: Settings,
+        open: impl FnOnce() -> Result<C, CacheDirError> + Send + 'static,
+        no_room: NoRoom,
+    ) -> io::Result<Self> {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let statistics = Arc::<Mutex<Statistics>>::default();
         let (asked, shared) = (Arc::clone(&stop), Arc::clone(&statistics));
@@ -136,7 +122,7 @@ impl Steward {
             if let Err(why) = take_cache_powers() {
                 tracing::warn!("{path}: cannot use the capabilities that looking after the cache takes: {why}");
             }
-            match Worker::new(settings, device, no_room, shared) {
+            match open().and_then(|cache| Worker::new(cache, &settings, no_room, shared)) {
                 Ok(mut worker) => worker.work(&asked),
                 Err(error) => tracing::error!("{path}: no space will be made in the cache: {error}"),
             }
@@ -171,16 +157,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// What the thread works with.
-struct Worker {
-    root: Dir,
-    cache: Dir,
-    /// `None`: the kernel must not or cannot be asked to remove anything.
-    culler: Option<Culler>,
+struct Worker<C> {
+    cache: C,
     limits: Limits,
     budget_bytes: Option<u64>,
     no_room: NoRoom,
     statistics: Arc<Mutex<Statistics>>,
-    uses: Uses,
     /// The cull mark was passed, and the run mark is not reached yet.
     culling: bool,
     /// Looks in a row that saw plenty of room where fills found none.
@@ -200,7 +182,7 @@ enum Trouble {
     Look,
     /// It is not known what is in use.
     Uses,
-    /// What the kernel has buried stays.
+    /// What was removed stays all the same.
     Graves,
     /// Parts of the cache could not be counted.
     Count,
@@ -210,22 +192,15 @@ enum Trouble {
     TooFull,
 }
 
-impl Worker {
-    fn new(settings: Settings, device: Arc<Device>, no_room: NoRoom, statistics: Arc<Mutex<Statistics>>) -> Result<Self, CacheDirError> {
-        let dir = &settings.cache_dir;
-        let missing = || CacheDirError::io(dir, "look after its space")(Errno::ENOENT);
-        let root = Dir::open(dir)?.ok_or_else(missing)?;
-        let cache = root.sub(CACHE)?.ok_or_else(missing)?;
-        let size = room(&root).map_err(CacheDirError::io(dir, "query its file system"))?;
+impl<C: Cache> Worker<C> {
+    fn new(cache: C, settings: &Settings, no_room: NoRoom, statistics: Arc<Mutex<Statistics>>) -> Result<Self, CacheDirError> {
+        let size = room(cache.dir()).map_err(CacheDirError::io(cache.dir().path(), "query its file system"))?;
         Ok(Self {
-            limits: limits(&settings.limits, &size),
-            culler: culler(&settings, device),
-            root,
             cache,
+            limits: limits(&settings.limits, &size),
             budget_bytes: settings.budget_bytes,
             no_room,
             statistics,
-            uses: Uses::new(settings.lists),
             culling: false,
             refused: 0,
             counted: None,
@@ -242,7 +217,7 @@ impl Worker {
             self.looked = Instant::now();
             self.tell(Trouble::Look, turn.err().map(|error| format!("cannot look after the cache's space: {error}")));
             if self.wait(stop) {
-                self.uses.finish(&self.cache);
+                self.cache.finish();
                 return;
             }
         }
@@ -260,7 +235,7 @@ impl Worker {
     /// One look at the cache, after a fill found no room if it is `starved`.
     fn turn(&mut self, starved: bool) -> Result<(), CacheDirError> {
         let closed = self.note_uses();
-        let now = room(&self.root).map_err(CacheDirError::io(self.root.path(), "query its file system"))?;
+        let now = room(self.cache.dir()).map_err(CacheDirError::io(self.cache.dir().path(), "query its file system"))?;
         lock(&self.statistics).cache_free_bytes = now.bytes.free;
         let level = self.limits.level(&now);
         let is_refused = self.is_refused(starved && level == Level::Plenty, &now);
@@ -269,7 +244,7 @@ impl Worker {
             Level::Low => self.culling || starved,
             Level::Plenty => is_refused,
         };
-        self.empty_graveyard();
+        self.tidy();
         self.counted.iter_mut().for_each(|(count, _)| count.closed_since |= closed);
         let need = match self.budget_bytes {
             _ if self.culling => Need::Room,
@@ -304,7 +279,7 @@ impl Worker {
 
     fn count_and_keep(&mut self, now: &Room, starved: bool) -> Result<(), CacheDirError> {
         let began = Instant::now();
-        let found = census(&self.root)?;
+        let found = self.cache.count()?;
         // Until it is known better: a round that fails is in vain.
         let mut count = Count { took: began.elapsed(), free_bytes: now.bytes.free, in_vain: true, closed_since: false };
         let at = Instant::now();
@@ -321,23 +296,23 @@ impl Worker {
         Ok(())
     }
 
-    /// Notes what is in use, and says whether something was closed. Without it culling goes on, in a worse order: the kernel lets
-    /// nothing go that is in use.
+    /// Notes what is in use, and says whether something was closed. Without it culling goes on, in a worse order: nothing can go
+    /// that is in use.
     fn note_uses(&mut self) -> bool {
-        let closed = self.uses.update(&self.cache);
+        let closed = self.cache.note_uses();
         let why = |error| format!("cannot see which blobs are in use, so some may go that were used not long ago: {error}");
         self.tell(Trouble::Uses, closed.as_ref().err().map(why));
         closed.unwrap_or(false)
     }
 
     /// What cannot be deleted takes room, and that is all.
-    fn empty_graveyard(&mut self) {
-        let emptied = empty_graveyard(&self.root);
-        self.tell(Trouble::Graves, emptied.err().map(|error| format!("cannot delete what the kernel has removed: {error}")));
+    fn tidy(&mut self) {
+        let tidied = self.cache.tidy();
+        self.tell(Trouble::Graves, tidied.err().map(|error| format!("cannot delete what was removed from the cache: {error}")));
     }
 
     /// Removes what is too much of what was found; `true`: something is too much, and nothing of it could go.
-    fn keep(&mut self, found: &Census, now: &Room) -> Result<bool, CacheDirError> {
+    fn keep(&mut self, found: &Counted, now: &Room) -> Result<bool, CacheDirError> {
         let used_bytes = found.objects.iter().map(|object| object.bytes).sum();
         lock(&self.statistics).count(used_bytes, found.objects.len());
         let excess = self.excess(used_bytes, now);
@@ -347,12 +322,12 @@ impl Worker {
         }
         let mut left = excess;
         let mut removed = Removed::default();
-        if let Some(culler) = &self.culler {
-            let mut round = Round::new(&self.cache, culler, excess);
-            let ended = round.run(found, self.uses.live());
+        if self.cache.may_cull() {
+            let mut round = Round::new(excess);
+            let ended = round.run(&mut self.cache, found);
             (left, removed) = (round.left, round.removed);
             lock(&self.statistics).add(removed);
-            self.empty_graveyard();
+            self.tidy();
             ended?;
         }
         if removed.anything() {
@@ -390,14 +365,4 @@ fn advice(left: Excess, now: &Room) -> String {
         "{} bytes and {} inodes too few ({} and {} are free); unmount images, enlarge the cache's file system, or change brun and frun or --cache-bytes",
         left.bytes, left.files, now.bytes.free, now.files.free
     )
-}
-
-/// The right to cull, where the kernel does that well.
-fn culler(settings: &Settings, device: Arc<Device>) -> Option<Culler> {
-    if !settings.may_cull {
-        tracing::warn!("nothing is removed from the cache: culling can corrupt this kernel's memory (CVE-2026-43106); update it");
-        return None;
-    }
-    let culler = Culler::on_this_thread(device);
-    culler.inspect_err(|error| tracing::warn!("nothing is removed from the cache: unshare(CLONE_FS) is refused: {error}")).ok()
 }

@@ -56,7 +56,7 @@ impl World {
     fn inject(&mut self, shard: usize, flight: &Flight, sink: &Sink) -> Injected {
         let is_write = matches!(flight.kind, Kind::Write { .. });
         if is_write && self.full {
-            return Injected::Error(self.rng.pick(&[Errno::ENOSPC, Errno::ENOBUFS]));
+            return Injected::Error(self.rng.pick(&[Errno::ENOSPC, Errno::ENOBUFS, Errno::EDQUOT]));
         }
         let faults = self.faults;
         if self.rng.chance(faults.hard) {
@@ -76,7 +76,7 @@ impl World {
             return Injected::Error(self.rng.pick(&[Errno::EINTR, Errno::EAGAIN]));
         }
         if is_write && self.rng.chance(faults.no_room) {
-            return Injected::Error(self.rng.pick(&[Errno::ENOSPC, Errno::ENOBUFS]));
+            return Injected::Error(self.rng.pick(&[Errno::ENOSPC, Errno::ENOBUFS, Errno::EDQUOT]));
         }
         if self.rng.chance(faults.short) && !(is_write && rounds) {
             return Injected::Short(self.shorten(flight, sink));

@@ -22,7 +22,7 @@ pub(super) struct Faults {
     pub(super) short: u64,
     /// An operation is interrupted: `EINTR` or `EAGAIN`.
     pub(super) soft: u64,
-    /// A write finds no room, but will at the next try: `ENOSPC` or `ENOBUFS`.
+    /// A write finds no room, but will at the next try: `ENOSPC`, `ENOBUFS` or `EDQUOT`.
     pub(super) no_room: u64,
     /// An operation fails once for no reason: `EIO` or `ECANCELED`.
     pub(super) hard: u64,

@@ -1,0 +1,70 @@
+//! A disk that is as good as stopped for one process: the block layer's own throttling, through a control group. A read waits in the
+//! kernel as for a slow disk, and nobody has to wait in the system call by which it was begun. (An event of a group of the bench's own
+//! would hold a ring up: the kernel waits for the answer inside of `rw_verify_area`.)
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::{major, minor};
+
+use crate::lab::{Result, Trying};
+
+/// Where control groups of the first kind have the controller, and those of the second have everything.
+const FIRST: &str = "/sys/fs/cgroup/blkio";
+const SECOND: &str = "/sys/fs/cgroup";
+
+/// A group of one process. It is given back when dropped.
+pub(super) struct Throttle {
+    group: PathBuf,
+    /// The setting, and its values.
+    setting: PathBuf,
+    stopped: String,
+    free: String,
+}
+
+impl Throttle {
+    /// For what the process `pid` reads from the disk under `dir`. `None`: this machine has no such controller, as is said.
+    ///
+    /// # Errors
+    /// The process cannot be moved.
+    pub(super) fn of(pid: u32, dir: &Path) -> Result<Option<Self>> {
+        let device = fs::metadata(dir).trying(|| format!("cannot look at {}", dir.display()))?.dev();
+        let device = format!("{}:{}", major(device), minor(device));
+        let has_second =
+            || fs::read_to_string(Path::new(SECOND).join("cgroup.controllers")).is_ok_and(|all| all.split_whitespace().any(|c| c == "io"));
+        let (root, setting, stopped, free) = if Path::new(FIRST).join("cgroup.procs").exists() {
+            (FIRST, "blkio.throttle.read_bps_device", format!("{device} 1"), format!("{device} 0"))
+        } else if has_second() {
+            // It may be there already.
+            let _ = fs::write(Path::new(SECOND).join("cgroup.subtree_control"), "+io");
+            (SECOND, "io.max", format!("{device} rbps=1"), format!("{device} rbps=max"))
+        } else {
+            eprintln!("infill: not measured beside a slow disk: no control group can throttle one here");
+            return Ok(None);
+        };
+        let group = Path::new(root).join(format!("infill-bench-{pid}"));
+        fs::create_dir_all(&group).trying(|| format!("cannot make {}", group.display()))?;
+        let throttle = Self { setting: group.join(setting), group, stopped, free };
+        let members = throttle.group.join("cgroup.procs");
+        fs::write(&members, pid.to_string()).trying(|| format!("cannot write to {}", members.display()))?;
+        Ok(Some(throttle))
+    }
+
+    /// Whether reads wait.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub(super) fn set(&self, stops: bool) -> Result<()> {
+        let value = if stops { &self.stopped } else { &self.free };
+        fs::write(&self.setting, value).trying(|| format!("cannot write {value} to {}", self.setting.display()))
+    }
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        let _ = self.set(false);
+        // If the process is there still, the empty group stays.
+        let _ = fs::remove_dir(&self.group);
+    }
+}

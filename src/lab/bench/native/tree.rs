@@ -1,0 +1,244 @@
+//! A tree of this machine as an EROFS image, read whole and cold: nothing of the mounted files is in the page cache, and all of the
+//! blob in the store is.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::ground::{Ground, Infill, LoopDisk, Mounted, blob_in, cpu_ns, drop_cached, image_in, image_of, settle, warm};
+use super::peer::{self, Kind, Served};
+use super::samples::{Figures, Samples};
+use super::{Plan, Section, Subject, failed};
+use crate::lab::bench::daemon::Daemon;
+use crate::lab::disk::CacheFs;
+use crate::lab::progress::Progress;
+use crate::lab::tree::{Content, Manifest, Selection, compare};
+use crate::lab::{Result, Trying};
+
+/// The image in a store.
+const TREE: &str = "tree";
+/// What the tree is made of.
+const SOURCES: &[&str] = &["/usr/share", "/usr/bin", "/usr/lib"];
+/// Files of the tree.
+const FILES_MAX: usize = 40_000;
+/// Longest of them.
+const FILE_BYTES_MAX: u64 = 64 << 20;
+/// Numbers of readers.
+const READERS: [usize; 2] = [1, 8];
+/// What a reader reads at a time, as cat(1).
+const READ_BYTES: usize = 128 << 10;
+/// Readers that look whether everything is right, after the time was taken.
+const CHECKERS: usize = 2;
+/// The file system for [`Cell::Reflinked`] beside what is in it.
+const XFS_SLACK_BYTES: u64 = 1 << 30;
+
+/// Who serves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Cell {
+    /// Nobody: the blob is complete, in the page cache, and not watched.
+    Present,
+    /// infill, with an empty cache.
+    Copied,
+    /// The naive daemon with so many threads.
+    Naive(usize),
+    /// As [`Cell::Present`], on XFS.
+    PresentXfs,
+    /// The same, but the blob is not in the page cache: as the blob of a reflink, which is a file of its own, is not either.
+    ColdXfs,
+    /// infill, with an empty cache on the XFS of its store.
+    Reflinked,
+}
+
+impl Cell {
+    /// Those that are measured beside each other; the first one of a file system is what the others are compared with.
+    const HERE: [Self; 4] = [Self::Present, Self::Copied, Self::Naive(1), Self::Naive(2)];
+    const ON_XFS: [Self; 3] = [Self::PresentXfs, Self::ColdXfs, Self::Reflinked];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Present => "present",
+            Self::Copied => "copied",
+            Self::Naive(1) => "naive",
+            Self::Naive(_) => "naive, 2 threads",
+            Self::PresentXfs => "present, XFS",
+            Self::ColdXfs => "present, XFS, cold blob",
+            Self::Reflinked => "reflinked",
+        }
+    }
+}
+
+/// Measures.
+pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
+    let bench = Bench::make(plan, ground)?;
+    let mut progress = Progress::begin("tree: reading it cold");
+    let mut samples = Samples::default();
+    for round in 0..plan.rounds {
+        for readers in READERS {
+            for cells in [&Cell::HERE[..], if bench.xfs.is_some() { &Cell::ON_XFS } else { &[] }] {
+                let mut present_ms = None;
+                for &cell in cells {
+                    progress.update(|| format!("round {}: {}, {readers} readers", round + 1, cell.name()));
+                    let (wall, mut figures) = bench.run(cell, readers, round == 0)?;
+                    let wall_ms = wall.as_secs_f64() * 1e3;
+                    let of_ms = *present_ms.get_or_insert(wall_ms);
+                    figures.extend([("wall_ms", wall_ms), ("of_present", wall_ms / of_ms)]);
+                    samples.add(cell.name(), readers, figures);
+                }
+            }
+        }
+    }
+    progress.finish("done");
+    let title = format!(
+        "{} files ({:.0} MB) read whole and cold by cat's reads; the source is in the page cache",
+        bench.files.len(),
+        bench.manifest.len_bytes() as f64 / 1e6
+    );
+    Ok(samples.section(Subject::Tree, title, &["wall_ms", "of_present", "daemon_cpu_ms", "events", "filled_mb"]))
+}
+
+/// The tree as an image in stores, and what it must read as.
+struct Bench<'a> {
+    plan: &'a Plan,
+    ground: &'a Ground,
+    manifest: Manifest,
+    /// Paths of the files, in order.
+    files: Vec<String>,
+    xfs: Option<LoopDisk>,
+}
+
+/// Who serves an image, and what has to be mounted.
+struct Ready {
+    image: PathBuf,
+    blob: PathBuf,
+    server: Server,
+}
+
+enum Server {
+    Nobody,
+    Infill(Infill),
+    Naive(Daemon),
+}
+
+impl Server {
+    fn cpu_ns(&self) -> Result<u64> {
+        match self {
+            Self::Nobody => Ok(0),
+            Self::Infill(infill) => infill.cpu_ns(),
+            Self::Naive(daemon) => cpu_ns(daemon),
+        }
+    }
+}
+
+impl<'a> Bench<'a> {
+    fn make(plan: &'a Plan, ground: &'a Ground) -> Result<Self> {
+        let progress = Progress::begin("tree: packing files of this machine into an EROFS image");
+        let (tree, store) = (ground.path("tree"), ground.store());
+        Selection { sources: SOURCES, files_max: FILES_MAX, bytes_max: plan.tree_bytes, file_bytes_max: FILE_BYTES_MAX }.copy_to(&tree)?;
+        let manifest = Manifest::of(&tree)?;
+        image_of(&tree, &store, TREE)?;
+        fs::remove_dir_all(&tree).trying(|| format!("cannot remove {}", tree.display()))?;
+        let xfs = LoopDisk::make(ground, CacheFs::Xfs, "xfs", 2 * manifest.len_bytes() + XFS_SLACK_BYTES)?;
+        if let Some(xfs) = &xfs {
+            let on_xfs = xfs.at().join("store");
+            fs::create_dir_all(&on_xfs).trying(|| format!("cannot make {}", on_xfs.display()))?;
+            for (from, to) in [(image_in(&store, TREE), image_in(&on_xfs, TREE)), (blob_in(&store, TREE), blob_in(&on_xfs, TREE))] {
+                fs::copy(&from, &to).trying(|| format!("cannot write {}", to.display()))?;
+            }
+        }
+        let files = manifest.entries.iter().filter(|entry| matches!(entry.content, Content::File { .. }));
+        let files: Vec<String> = files.map(|entry| entry.path.clone()).collect();
+        progress.finish(&format!("{} files, {} MiB", files.len(), manifest.len_bytes() >> 20));
+        Ok(Self { plan, ground, manifest, files, xfs })
+    }
+
+    /// One cell: how long its readers took, and what else it cost. `check`: what they read is looked at, too.
+    fn run(&self, cell: Cell, readers: usize, check: bool) -> Result<(Duration, Figures)> {
+        let dir = self.base(cell)?.join("cell");
+        fs::create_dir_all(&dir).trying(|| format!("cannot make {}", dir.display()))?;
+        let Ready { image, blob, server } = self.prepare(cell, &dir)?;
+        let mounted = Mounted::make(&image, &blob, &dir.join("mnt"))?;
+        settle();
+        let before_ns = server.cpu_ns()?;
+        let wall = read_whole(mounted.at(), &self.files, readers)?;
+        let daemon_cpu_ms = (server.cpu_ns()? - before_ns) as f64 / 1e6;
+        if check {
+            let compared = compare(mounted.at(), &self.manifest, CHECKERS);
+            let odd: Vec<_> = compared.failed.iter().chain(&compared.different).take(3).cloned().collect();
+            if !odd.is_empty() {
+                return Err(failed(format!("{} was read wrong: {}", cell.name(), odd.join("; "))));
+            }
+        }
+        mounted.end()?;
+        let figures = match server {
+            Server::Nobody => Vec::new(),
+            Server::Infill(infill) => served(daemon_cpu_ms, &of_statistics(&infill.end()?)),
+            Server::Naive(daemon) => served(daemon_cpu_ms, &peer::end(daemon)?),
+        };
+        fs::remove_dir_all(&dir).trying(|| format!("cannot remove {}", dir.display()))?;
+        Ok((wall, figures))
+    }
+
+    /// Where the cell's store and cache are.
+    fn base(&self, cell: Cell) -> Result<&Path> {
+        if !Cell::ON_XFS.contains(&cell) {
+            return Ok(self.ground.at());
+        }
+        self.xfs.as_ref().map(LoopDisk::at).ok_or_else(|| failed("there is no XFS"))
+    }
+
+    fn prepare(&self, cell: Cell, dir: &Path) -> Result<Ready> {
+        let store = self.base(cell)?.join("store");
+        let (image, blob) = (image_in(&store, TREE), blob_in(&store, TREE));
+        warm(&image)?;
+        warm(&blob)?;
+        Ok(match cell {
+            Cell::Present | Cell::PresentXfs => Ready { image, blob, server: Server::Nobody },
+            Cell::ColdXfs => {
+                drop_cached(&blob)?;
+                Ready { image, blob, server: Server::Nobody }
+            }
+            Cell::Copied | Cell::Reflinked => {
+                let mut infill = Infill::start(self.plan, &[&store], dir, &[])?;
+                let (image, blob) = infill.attach(TREE)?;
+                Ready { image, blob, server: Server::Infill(infill) }
+            }
+            Cell::Naive(threads) => {
+                let file = dir.join("blob");
+                peer::sparse_twin(&blob, &file)?;
+                let daemon = peer::start(self.plan, Kind::Naive, &file, Some(&blob), threads)?;
+                Ready { image, blob: file, server: Server::Naive(daemon) }
+            }
+        })
+    }
+}
+
+fn of_statistics(statistics: &serde_json::Value) -> Served {
+    let number = |name: &str| statistics[name].as_u64().unwrap_or(0);
+    Served { events: number("requests"), bytes: number("bytes_filled") }
+}
+
+fn served(daemon_cpu_ms: f64, served: &Served) -> Figures {
+    vec![("daemon_cpu_ms", daemon_cpu_ms), ("events", served.events as f64), ("filled_mb", served.bytes as f64 / 1e6)]
+}
+
+/// Reads every file once; reader i of n has every n-th from the i-th on. From the first open to the last byte.
+fn read_whole(root: &Path, files: &[String], readers: usize) -> Result<Duration> {
+    let began = Instant::now();
+    let read = |first: usize| -> Result<()> {
+        let mut buffer = vec![0; READ_BYTES];
+        for path in files.iter().skip(first).step_by(readers) {
+            let path = root.join(path);
+            let what = || format!("cannot read {}", path.display());
+            let mut file = File::open(&path).trying(what)?;
+            while file.read(&mut buffer).trying(what)? > 0 {}
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..readers).map(|first| scope.spawn(move || read(first))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(failed("a reader panicked"))))
+    })?;
+    Ok(began.elapsed())
+}

@@ -1,0 +1,485 @@
+//! What an operator does with mounts from files, on this machine's own kernel, with the real program: many at a time, wrongly, with
+//! a store that hangs, and after everything that serves them was killed. Needs what `tests/native.rs` needs.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use infill::engine::{Engine, EngineKind};
+use infill::front::fanotify::Group;
+use infill::key::Key;
+use infill::lab::disk::{self, ErofsLayout};
+use infill::lab::tree::{Manifest, compare};
+use infill::mount::{self, Blobs};
+use infill::store::dir::DirStore;
+use infill::store::{Blob, SourceMode, Store, StoreError};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+#[path = "common/settings.rs"]
+mod common;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Pause between two looks.
+const POLL: Duration = Duration::from_millis(10);
+/// The image, and its blob.
+const IMAGE: &str = "app.img";
+const BLOB: &str = "app.blob";
+/// Its longest file.
+const BIG: &str = "big";
+const BIG_BYTES: usize = 8 << 20;
+/// Its other files; each is some KiB longer than the one before it.
+const FILES: usize = 40;
+
+/// A store with an image and its blob, and room for a cache and mounts.
+struct Host {
+    dir: TempDir,
+    manifest: Manifest,
+}
+
+impl Host {
+    /// `None`: not on this machine, as it says.
+    fn new() -> Option<Self> {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        if let Err(errno) = Group::new().and_then(|group| group.can_watch(dir.path()).unwrap()) {
+            println!("not run: no pre-content events: {errno}");
+            return None;
+        }
+        for name in ["tree", "store", "mnt"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let tree = dir.path().join("tree");
+        fs::write(tree.join(BIG), noise(BIG_BYTES, 0)).unwrap();
+        (1..=FILES).for_each(|n| fs::write(tree.join(format!("f{n}")), noise(n * 3000, n as u64)).unwrap());
+        let store = dir.path().join("store");
+        disk::erofs(
+            &store.join(IMAGE),
+            &tree,
+            ErofsLayout { chunk_bytes: Some(64 << 10), blob: Some(&store.join(BLOB)), ..ErofsLayout::default() },
+        )
+        .unwrap();
+        Some(Self { manifest: Manifest::of(&tree).unwrap(), dir })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn at(&self) -> PathBuf {
+        self.path("mnt")
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+        command.arg(verb).arg("--state-dir").arg(self.path("state")).arg("--cache-dir").arg(self.path("cache"));
+        command
+    }
+
+    fn mount(&self, image: &str, at: &Path) -> Output {
+        self.command("mount").args(["--domain=dom", "--device", BLOB, image]).arg(at).output().unwrap()
+    }
+
+    fn umount(&self, at: &Path) -> Output {
+        self.command("umount").arg(at).output().unwrap()
+    }
+
+    fn expect_equal(&self, at: &Path) {
+        let read = compare(at, &self.manifest, 4);
+        assert_eq!(read.verdict(), "equal", "{read:?}");
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    /// Waits until the daemon has said so, `times` times.
+    fn wait_for_log(&self, words: &str, times: usize) {
+        wait_until(|| self.log().matches(words).count() >= times, || format!("{words:?} is not in {}", self.log()));
+    }
+
+    fn mounts(&self) -> Vec<PathBuf> {
+        mount::mounted(&self.path("cache")).unwrap().into_iter().map(|mount| mount.at).collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for mount in mount::mounted(&self.path("cache")).unwrap_or_default() {
+            let _ = umount2(&mount.at, MntFlags::MNT_DETACH);
+        }
+        let _ = Command::new(env!("CARGO_BIN_EXE_infill")).args(["release", "--force", "--state-dir"]).arg(self.path("state")).output();
+    }
+}
+
+/// Bytes without holes, of which no two files have the same.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3] | 1
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn wait_until(is_so: impl Fn() -> bool, why: impl Fn() -> String) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < PATIENCE, "{}", why());
+        std::thread::sleep(POLL);
+    }
+}
+
+fn expect_done(output: &Output) {
+    assert!(output.status.success(), "{output:?}");
+}
+
+/// A refusal is one line that has all these words.
+fn expect_refused(output: &Output, code: i32, words: &[&str]) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(code) && text.lines().count() == 1, "{output:?}");
+    words.iter().for_each(|word| assert!(text.contains(word), "{text:?} does not say {word:?}"));
+}
+
+/// The daemon as a process.
+struct Daemon {
+    child: Child,
+    out: BufReader<ChildStdout>,
+}
+
+impl Daemon {
+    fn start(host: &Host, more: &[&str]) -> Self {
+        let log = File::options().append(true).create(true).open(host.path("log")).unwrap();
+        let mut command = host.command("serve");
+        command.args(["--front-end=fanotify", "--keep=keeper", "--complete=off", "--json"]).args(more);
+        command.arg("--store").arg(format!("dir:{}", host.path("store").display()));
+        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        out.read_line(&mut line).unwrap();
+        assert!(line.starts_with("infill: ready"), "{line}{}", host.log());
+        Self { child, out }
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Its keepers, which are its children as long as it lives.
+    fn keepers(&self) -> Vec<Pid> {
+        let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let parent = format!("PPid:\t{}\n", self.child.id());
+        let is_keeper = |pid: &i32| {
+            let read = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            read("cmdline") == "infill\0keeper\0" && read("status").contains(&parent)
+        };
+        pids.filter(is_keeper).map(Pid::from_raw).collect()
+    }
+
+    /// All that holds the groups, so that nobody is asked any more.
+    fn kill_with_keepers(mut self) {
+        let keepers = self.keepers();
+        assert_eq!(keepers.len(), 2);
+        for pid in std::iter::once(self.pid()).chain(keepers.iter().copied()) {
+            kill(pid, Signal::SIGKILL).unwrap();
+        }
+        self.child.wait().unwrap();
+        wait_until(|| keepers.iter().all(|pid| !Path::new(&format!("/proc/{pid}/fd/0")).exists()), || "keepers live".into());
+    }
+
+    /// What it counted.
+    fn end(mut self) -> serde_json::Value {
+        kill(self.pid(), Signal::SIGTERM).unwrap();
+        let last = self.out.by_ref().lines().map(Result::unwrap).last().unwrap();
+        assert!(self.child.wait().unwrap().success());
+        serde_json::from_str(&last).unwrap()
+    }
+
+    /// The files of the cache that it has open.
+    fn open_blobs(&self, host: &Host) -> BTreeSet<PathBuf> {
+        let fds = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().flatten();
+        let files = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+        files.filter(|file| file.starts_with(host.path("cache/blobs")) && file.extension().is_none() && file.is_file()).collect()
+    }
+}
+
+/// A process that has a file open, whatever becomes of it.
+struct User(Child);
+
+impl User {
+    fn of(file: &Path) -> Self {
+        Self(Command::new("sleep").arg("600").stdin(File::open(file).unwrap()).spawn().unwrap())
+    }
+
+    /// As it is named.
+    fn name(&self) -> String {
+        format!("pid {} (sleep 600)", self.0.id())
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn mounts_that_outlived_everybody_are_repaired() {
+    let Some(host) = Host::new() else { return };
+    let (at, big) = (host.at(), host.at().join(BIG));
+    let is_right = |name: &str| fs::read(at.join(name)).unwrap() == fs::read(host.path("tree").join(name)).unwrap();
+    let daemon = Daemon::start(&host, &[]);
+    expect_done(&host.mount(IMAGE, &at));
+    assert!(is_right("f1"));
+    daemon.kill_with_keepers();
+    let user = User::of(&big);
+    assert!(!is_right(BIG), "the kernel asks nobody, and yet the bytes are right");
+
+    // It is named, with what to do; from then on what nobody has read yet is right, what was read is not.
+    let daemon = Daemon::start(&host, &[]);
+    host.wait_for_log("asked for again", 1);
+    assert!(host.log().contains(&format!("infill repair {} replaces it", at.display())), "{}", host.log());
+    assert!(is_right("f40") && !is_right(BIG));
+    let repaired = host.command("repair").arg(&at).output().unwrap();
+    expect_done(&repaired);
+    let text = String::from_utf8_lossy(&repaired.stdout);
+    assert!(text.contains("restart those") && text.contains(&user.name()), "{text}");
+    host.expect_equal(&at);
+    assert_eq!(host.mounts(), std::slice::from_ref(&at), "one in the place of the other");
+    drop(user);
+
+    // Again, with nothing read before; and at the start of the daemon.
+    daemon.kill_with_keepers();
+    umount2(&at, MntFlags::empty()).unwrap();
+    fs::remove_dir_all(host.path("cache/blobs")).unwrap();
+    let daemon = Daemon::start(&host, &[]);
+    expect_done(&host.mount(IMAGE, &at));
+    daemon.kill_with_keepers();
+    assert!(!is_right(BIG) && !is_right("f40"));
+    let daemon = Daemon::start(&host, &["--repair"]);
+    host.wait_for_log("repaired: all mounts", 1);
+    assert!(host.log().contains("replaced; no process has files"), "{}", host.log());
+    host.expect_equal(&at);
+    assert_eq!(host.mounts(), std::slice::from_ref(&at));
+    expect_done(&host.umount(&at));
+    assert!(host.mounts().is_empty());
+    let nothing = host.command("repair").arg(&at).output().unwrap();
+    assert!(nothing.status.code() == Some(1) && String::from_utf8_lossy(&nothing.stderr).contains("no image of the cache"), "{nothing:?}");
+    daemon.end();
+}
+
+/// Images at a time, and how often each is mounted.
+const IMAGES: usize = 20;
+const ROUNDS: usize = 3;
+
+#[test]
+fn images_that_share_a_blob_come_and_go_in_any_order() {
+    let Some(host) = Host::new() else { return };
+    let image = |n: usize| format!("app{n}.img");
+    let dir = |n: usize| host.path(&format!("mnt{n}"));
+    for n in 0..IMAGES {
+        fs::copy(host.path("store").join(IMAGE), host.path("store").join(image(n))).unwrap();
+        fs::create_dir(dir(n)).unwrap();
+    }
+    let daemon = Daemon::start(&host, &[]);
+    // As many images as there are threads are mounted at once, each with another one first.
+    std::thread::scope(|scope| {
+        for n in 0..IMAGES {
+            let (host, image, dir) = (&host, image(n), dir(n));
+            scope.spawn(move || {
+                for round in 0..ROUNDS {
+                    std::thread::sleep(Duration::from_millis((n * 37 + round * 101) as u64 % 150));
+                    expect_done(&host.mount(&image, &dir));
+                    host.expect_equal(&dir);
+                    if round + 1 < ROUNDS || n > 0 {
+                        expect_done(&host.umount(&dir));
+                    }
+                }
+            });
+        }
+    });
+    // One is left, and with it the blob.
+    assert_eq!(host.mounts(), [dir(0)]);
+    wait_until(|| daemon.open_blobs(&host).len() == 2, || format!("{:?}", daemon.open_blobs(&host)));
+    host.expect_equal(&dir(0));
+    expect_done(&host.umount(&dir(0)));
+    wait_until(|| daemon.open_blobs(&host).is_empty(), || format!("{:?}", daemon.open_blobs(&host)));
+    let counted = daemon.end();
+    let len = |name: &str| fs::metadata(host.path("store").join(name)).unwrap().len().next_multiple_of(4096);
+    let once = len(BLOB) + IMAGES as u64 * len(IMAGE);
+    let filled = counted["bytes_filled"].as_u64().unwrap();
+    assert!(filled <= once, "{filled} bytes were brought, and all of them once are {once}");
+    assert_eq!((&counted["failed"], &counted["unanswered"]), (&0.into(), &0.into()), "{counted}");
+}
+
+/// A store in which the first look for one blob lasts until somebody says so.
+#[derive(Debug)]
+struct Hanging {
+    inner: DirStore,
+    name: &'static [u8],
+    gate: Mutex<Option<Receiver<()>>>,
+    waits: Sender<()>,
+}
+
+impl Store for Hanging {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn open(&self, key: &Key) -> Result<Option<Arc<dyn Blob>>, StoreError> {
+        if key.name() == self.name && self.waits.send(()).is_ok() {
+            let gate = self.gate.lock().unwrap().take();
+            if let Some(gate) = gate {
+                let _ = gate.recv();
+            }
+        }
+        self.inner.open(key)
+    }
+}
+
+#[test]
+fn a_store_that_hangs_delays_its_own_mounts_alone() {
+    let Some(host) = Host::new() else { return };
+    let inner = DirStore::new("dir:test".into(), &host.path("store"), SourceMode::Buffered).unwrap();
+    let (open_gate, gate) = channel();
+    let (waits, waiting) = channel();
+    let hanging = Arc::new(Hanging { inner, name: BLOB.as_bytes(), gate: Mutex::new(Some(gate)), waits });
+    let store: Arc<dyn Store> = hanging;
+    let lookup = DirStore::new("dir:test".into(), &host.path("store"), SourceMode::Buffered).unwrap();
+    let settings = common::settings(EngineKind::Blocking, 1);
+    let blobs = Arc::new(Blobs::new(&host.path("cache"), 1).unwrap());
+    let engine = Engine::start_all(&blobs.fronts(), &store, &settings).unwrap();
+    let entry = engine.entry();
+    let attach = |name: &str, whole| blobs.attach(&entry, &lookup, &Key::new(b"dom", name.as_bytes()), whole, PATIENCE).unwrap();
+    std::thread::scope(|scope| {
+        let slow = [scope.spawn(|| attach(BLOB, false)), scope.spawn(|| attach(BLOB, false))];
+        waiting.recv().unwrap();
+        // While the engine waits for the one, the others come and go.
+        let began = Instant::now();
+        let image = attach(IMAGE, true);
+        assert!(image.file().map().is_full());
+        blobs.save();
+        drop(image);
+        assert_eq!(blobs.release(&entry), 1);
+        assert!(slow.iter().all(|slow| !slow.is_finished()) && began.elapsed() < PATIENCE / 2);
+        drop(open_gate);
+        let [first, second] = slow.map(|slow| slow.join().unwrap());
+        assert_eq!(first.file().path(), second.file().path());
+        assert!(waiting.try_recv().is_err(), "the second one shares what the first one made");
+    });
+    assert_eq!(blobs.release(&entry), 1);
+    let snapshot = engine.stop(PATIENCE, || false).unwrap();
+    assert_eq!((snapshot.opens, snapshot.opens_failed), (2, 0), "{snapshot:?}");
+}
+
+#[test]
+fn what_is_done_wrongly_is_refused_with_the_remedy() {
+    let Some(host) = Host::new() else { return };
+    let at = host.at();
+    expect_refused(&host.mount(IMAGE, &at), 69, &["no daemon serves", "infill serve"]);
+    expect_refused(&host.command("repair").arg(&at).output().unwrap(), 69, &["infill serve --repair"]);
+    let daemon = Daemon::start(&host, &[]);
+    expect_refused(&host.mount(IMAGE, &host.path("nowhere")), 2, &["nowhere", "give an existing directory"]);
+    expect_refused(&host.mount(IMAGE, &host.path("log")), 2, &["log", "give an existing directory"]);
+    fs::set_permissions(host.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = host.command("mount");
+    command.args(["--domain=dom", "--device", BLOB, IMAGE]).arg(&at).uid(65534).gid(65534);
+    match command.output() {
+        Ok(output) if output.status.code() != Some(2) => expect_refused(&output, 77, &["as root"]),
+        other => println!("not tried as another user, who may not run this program or see its directory: {other:?}"),
+    }
+    expect_done(&host.mount(IMAGE, &at));
+    expect_refused(&host.mount(IMAGE, &at), 1, &["mounted here already", "infill umount"]);
+
+    let user = User::of(&at.join("f1"));
+    expect_refused(&host.umount(&at), 1, &["it is used by", &user.name(), "end them first"]);
+    drop(user);
+    let inside = host.path("inside");
+    fs::create_dir(&inside).unwrap();
+    nix::mount::mount(Some(&at), &inside, None::<&str>, nix::mount::MsFlags::MS_BIND, None::<&str>).unwrap();
+    let of_another = Command::new(env!("CARGO_BIN_EXE_infill"))
+        .args(["umount", "--state-dir=/nowhere", "--cache-dir=/nowhere"])
+        .arg(&inside)
+        .output()
+        .unwrap();
+    expect_refused(&of_another, 1, &["is no image of the cache /nowhere", "umount(8)"]);
+    expect_done(&host.umount(&inside));
+    loop_devices_are_named(&host);
+    expect_done(&host.umount(&at));
+    daemon.end();
+    no_cache_on_overlayfs(&host);
+}
+
+/// A loop device over a file of the cache is named by the doctor, and by the next daemon.
+fn loop_devices_are_named(host: &Host) {
+    let blobs = fs::read_dir(host.path("cache/blobs")).unwrap().flatten().map(|entry| entry.path());
+    let blob = blobs.filter(|path| path.extension().is_none()).max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let made = Command::new("losetup").args(["--read-only", "--find", "--show"]).arg(&blob).output();
+    let Some(made) = made.ok().filter(|made| made.status.success()) else { return println!("not tried with a loop device: losetup fails") };
+    let device = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+    let doctor = Command::new(env!("CARGO_BIN_EXE_infill"))
+        .args(["doctor", "--front-end=fanotify", "--cache-dir"])
+        .arg(host.path("cache"))
+        .output()
+        .unwrap();
+    expect_done(&Command::new("losetup").arg("-d").arg(&device).output().unwrap());
+    let text = String::from_utf8_lossy(&doctor.stdout);
+    assert!(!doctor.status.success() && text.contains("cache-loop") && text.contains(&format!("losetup -d {device}")), "{text}");
+}
+
+fn no_cache_on_overlayfs(host: &Host) {
+    for name in ["upper", "work", "lower", "over"] {
+        fs::create_dir(host.path(name)).unwrap();
+    }
+    let path = |name| host.path(name).display().to_string();
+    let options = format!("lowerdir={},upperdir={},workdir={}", path("lower"), path("upper"), path("work"));
+    let flags = nix::mount::MsFlags::empty();
+    if let Err(errno) = nix::mount::mount(Some("overlay"), &host.path("over"), Some("overlay"), flags, Some(options.as_str())) {
+        return println!("not tried on overlayfs: {errno}");
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+    command.args(["serve", "--front-end=fanotify", "--store=dir:/", "--state-dir"]).arg(host.path("state"));
+    let refused = command.arg("--cache-dir").arg(host.path("over")).output().unwrap();
+    umount2(&host.path("over"), MntFlags::MNT_DETACH).unwrap();
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(69) && text.contains("ext4, XFS or btrfs"), "{refused:?}");
+}
+
+/// The read-ahead of all EROFS mounts from files, in KiB.
+fn read_aheads() -> Vec<(PathBuf, u64)> {
+    let settings = fs::read_dir("/sys/class/bdi").unwrap().flatten().map(|entry| entry.path());
+    let ours = settings.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("erofs-"));
+    ours.filter_map(|path| Some((path.clone(), fs::read_to_string(path.join("read_ahead_kb")).ok()?.trim().parse().ok()?))).collect()
+}
+
+#[test]
+fn the_kernel_reads_ahead_as_the_settings_say() {
+    let Some(host) = Host::new() else { return };
+    let daemon = Daemon::start(&host, &["--read-ahead=2044K"]);
+    let set_to = |more: &[&str], kib: u64| {
+        let output = host.command("mount").args(["--domain=dom", "--device", BLOB]).args(more).arg(IMAGE).arg(host.at()).output().unwrap();
+        expect_done(&output);
+        assert!(output.stderr.is_empty(), "{output:?}");
+        let found = read_aheads();
+        assert!(found.iter().any(|(_, found)| *found == kib), "{kib}: {found:?}");
+        expect_done(&host.umount(&host.at()));
+    };
+    set_to(&[], 2044);
+    set_to(&["--read-ahead=124K"], 124);
+    set_to(&["--read-ahead=kernel"], 128);
+    daemon.end();
+}
