@@ -6,10 +6,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Shared;
 use super::fds::{Charge, Evictor};
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
-use super::{Shared, clock::Clock};
 use crate::front::{Caps, Found, FrontEnd, FrontError, MESSAGES_MAX, NeedRequest, ObjectId, OpenRequest, Outcome, Request};
 use nix::errno::Errno;
 
@@ -40,7 +40,6 @@ pub(super) struct Router {
     /// The shard on which it runs.
     index: usize,
     shared: Arc<Shared>,
-    clock: Clock,
     shards: Vec<Mailbox>,
     /// Which of them have messages for which they were not woken: that is done once for a batch, because a wake-up on
     /// another core costs as much as several requests.
@@ -131,12 +130,10 @@ impl Router {
         opens: Arc<Opens>,
         evictor: Option<Evictor>,
     ) -> Self {
-        let clock = shared.clock;
         let unrung = vec![false; shards.len()];
         Self {
             index,
             shared,
-            clock,
             shards,
             unrung,
             opens,
@@ -187,11 +184,10 @@ impl Router {
 
     /// How many messages are to be read from the front end now, `max` at most; what each read gives must come to
     /// [`Router::take`]. None while a queue is full.
-    pub(super) fn wanted(&mut self, front: &dyn FrontEnd, max: u32) -> u32 {
+    pub(super) fn wanted(&mut self, front: &dyn FrontEnd, now_ns: u64, max: u32) -> u32 {
         if self.is_reading() {
             return 0;
         }
-        let now_ns = self.clock.now_ns();
         if let Some(evictor) = &mut self.evictor {
             evictor.turn(now_ns, |shard, message| self.held.push_back(Held::Message(shard, message)));
         }

@@ -14,7 +14,7 @@
 //! | `groups` | whose turn it is: file systems of sources, and objects in them |
 //! | `background` | what is brought although nobody asked |
 //! | `deadlines` | what time brings |
-//! | `idle` | objects that nobody waits for |
+//! | `idle`, `ids` | objects that nobody waits for; finding one |
 //! | `action` | what comes out, and what is counted |
 
 mod action;
@@ -22,6 +22,7 @@ mod background;
 mod deadlines;
 mod groups;
 mod idle;
+mod ids;
 mod jobs;
 mod needs;
 
@@ -33,6 +34,7 @@ use slab::Slab;
 
 use self::background::{Background, Goal};
 use self::groups::{Class, Group, Queues};
+use self::ids::BuildIdHasher;
 use super::fill::Fill;
 use super::plan::adaptive::Planner;
 use super::plan::{self, Complete, Completion, Window};
@@ -153,7 +155,7 @@ struct Link {
 pub struct Machine<T> {
     limits: Limits,
     objects: Slab<Object>,
-    handles: HashMap<ObjectId, Handle>,
+    handles: HashMap<ObjectId, Handle, BuildIdHasher>,
     needs: Slab<Need<T>>,
     jobs: Slab<Job>,
     links: Slab<Link>,
@@ -189,7 +191,7 @@ impl<T> Machine<T> {
         Self {
             limits,
             objects: Slab::new(),
-            handles: HashMap::new(),
+            handles: HashMap::default(),
             needs: Slab::new(),
             jobs: Slab::new(),
             links: Slab::new(),

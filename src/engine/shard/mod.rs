@@ -176,6 +176,7 @@ impl<I: Io> Shard<I> {
         if self.shared.stopping.load(Ordering::Acquire) && !self.is_reading() {
             self.stop_receiving();
         }
+        let now_ns = self.clock.now_ns();
         // Looked at before it is changed, so that shards share it.
         let look_again =
             self.index == 0 && self.shared.look_again.load(Ordering::Acquire) && self.shared.look_again.swap(false, Ordering::AcqRel);
@@ -183,7 +184,7 @@ impl<I: Io> Shard<I> {
             if look_again {
                 router.notice();
             }
-            let wanted = router.wanted(&**front, BATCH_MAX);
+            let wanted = router.wanted(&**front, now_ns, BATCH_MAX);
             if router.is_idle() {
                 self.io.watch(index(source));
             }

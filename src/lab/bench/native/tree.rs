@@ -40,6 +40,8 @@ const XFS_SLACK_BYTES: u64 = 1 << 30;
 enum Cell {
     /// Nobody: the blob is complete, in the page cache, and not watched.
     Present,
+    /// The same while a thread copies the blob as cp(1) does: what bringing all of it costs at least. Ends when both have.
+    BesideCopy,
     /// infill, with an empty cache.
     Copied,
     /// The naive daemon with so many threads.
@@ -54,12 +56,13 @@ enum Cell {
 
 impl Cell {
     /// Those that are measured beside each other; the first one of a file system is what the others are compared with.
-    const HERE: [Self; 4] = [Self::Present, Self::Copied, Self::Naive(1), Self::Naive(2)];
+    const HERE: [Self; 5] = [Self::Present, Self::BesideCopy, Self::Copied, Self::Naive(1), Self::Naive(2)];
     const ON_XFS: [Self; 3] = [Self::PresentXfs, Self::ColdXfs, Self::Reflinked];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Present => "present",
+            Self::BesideCopy => "present, beside cp",
             Self::Copied => "copied",
             Self::Naive(1) => "naive",
             Self::Naive(_) => "naive, 2 threads",
@@ -78,13 +81,15 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     for round in 0..plan.rounds {
         for readers in READERS {
             for cells in [&Cell::HERE[..], if bench.xfs.is_some() { &Cell::ON_XFS } else { &[] }] {
-                let mut present_ms = None;
+                let (mut present_ms, mut cold_ms) = (None, None);
                 for &cell in cells {
                     progress.update(|| format!("round {}: {}, {readers} readers", round + 1, cell.name()));
                     let (wall, mut figures) = bench.run(cell, readers, round == 0)?;
                     let wall_ms = wall.as_secs_f64() * 1e3;
                     let of_ms = *present_ms.get_or_insert(wall_ms);
                     figures.extend([("wall_ms", wall_ms), ("of_present", wall_ms / of_ms)]);
+                    cold_ms = cold_ms.or((cell == Cell::ColdXfs).then_some(wall_ms));
+                    figures.extend(cold_ms.map(|cold_ms| ("of_cold", wall_ms / cold_ms)));
                     samples.add(cell.name(), readers, figures);
                 }
             }
@@ -96,7 +101,7 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
         bench.files.len(),
         bench.manifest.len_bytes() as f64 / 1e6
     );
-    Ok(samples.section(Subject::Tree, title, &["wall_ms", "of_present", "daemon_cpu_ms", "events", "filled_mb"]))
+    Ok(samples.section(Subject::Tree, title, &["wall_ms", "of_present", "of_cold", "daemon_cpu_ms", "events", "filled_mb"]))
 }
 
 /// The tree as an image in stores, and what it must read as.
@@ -163,7 +168,8 @@ impl<'a> Bench<'a> {
         settle();
         touch_memory(2 * self.manifest.len_bytes())?;
         let before_ns = server.cpu_ns()?;
-        let wall = read_whole(mounted.at(), &self.files, readers)?;
+        let beside = (cell == Cell::BesideCopy).then(|| (blob_in(&self.ground.store(), TREE), dir.join("copy")));
+        let wall = read_whole(mounted.at(), &self.files, readers, beside)?;
         let daemon_cpu_ms = (server.cpu_ns()? - before_ns) as f64 / 1e6;
         if check {
             let compared = compare(mounted.at(), &self.manifest, CHECKERS);
@@ -196,7 +202,7 @@ impl<'a> Bench<'a> {
         warm(&image)?;
         warm(&blob)?;
         Ok(match cell {
-            Cell::Present | Cell::PresentXfs => Ready { image, blob, server: Server::Nobody },
+            Cell::Present | Cell::BesideCopy | Cell::PresentXfs => Ready { image, blob, server: Server::Nobody },
             Cell::ColdXfs => {
                 drop_cached(&blob)?;
                 Ready { image, blob, server: Server::Nobody }
@@ -232,8 +238,9 @@ fn served(daemon_cpu_ms: f64, served: &Served) -> Figures {
     vec![("daemon_cpu_ms", daemon_cpu_ms), ("events", served.events as f64), ("filled_mb", served.bytes as f64 / 1e6)]
 }
 
-/// Reads every file once; reader i of n has every n-th from the i-th on. From the first open to the last byte.
-fn read_whole(root: &Path, files: &[String], readers: usize) -> Result<Duration> {
+/// Reads every file once; reader i of n has every n-th from the i-th on. From the first open to the last byte, also of a file
+/// that is copied meanwhile.
+fn read_whole(root: &Path, files: &[String], readers: usize, beside: Option<(PathBuf, PathBuf)>) -> Result<Duration> {
     let began = Instant::now();
     let read = |first: usize| -> Result<()> {
         let mut buffer = vec![0; READ_BYTES];
@@ -246,7 +253,9 @@ fn read_whole(root: &Path, files: &[String], readers: usize) -> Result<Duration>
         Ok(())
     };
     thread::scope(|scope| {
-        let threads: Vec<_> = (0..readers).map(|first| scope.spawn(move || read(first))).collect();
+        let copy = |(from, to): (PathBuf, PathBuf)| fs::copy(&from, &to).map(drop).trying(|| format!("cannot write {}", to.display()));
+        let copying = beside.map(|files| scope.spawn(move || copy(files)));
+        let threads: Vec<_> = (0..readers).map(|first| scope.spawn(move || read(first))).chain(copying).collect();
         threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err(failed("a reader panicked"))))
     })?;
     Ok(began.elapsed())
