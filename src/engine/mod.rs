@@ -12,7 +12,7 @@
 //! | `io` | reads and writes: `ring` (io_uring), `blocking` (threads), or `null` (none, to measure the rest) |
 //! | `edges` | waiting without a ring |
 //! | `fds` | the descriptor budget |
-//! | `placement` | which CPUs are whose |
+//! | `placement`, `spin` | which CPUs are whose; when a shard does not sleep |
 //! | `buffers` | memory that operations use |
 //! | `room` | the bell for writes that found no room |
 //! | `stats`, `trace`, `advice`, `clock` | what is counted, what is shown, what is said, and when |
@@ -41,6 +41,7 @@ pub mod ring;
 pub mod room;
 mod router;
 mod shard;
+mod spin;
 mod start;
 pub mod stats;
 pub mod trace;

@@ -233,7 +233,7 @@ impl Router {
     /// What one read gave, which had ended at `now_ns`. Requests for the shard on which this runs go through its mailbox
     /// too: only so does a request find the object that an opener put there just before it told the kernel that it is open.
     ///
-    /// Requests that ask for nothing but their answer go to `present`.
+    /// Requests that ask for nothing but their answer go to `present`. Gives how many requests there were.
     ///
     /// # Errors
     /// The front end is broken.
@@ -243,7 +243,7 @@ impl Router {
         read: Result<&[u8], Errno>,
         now_ns: u64,
         present: &mut Vec<NeedRequest>,
-    ) -> Result<(), FrontError> {
+    ) -> Result<usize, FrontError> {
         let taken = self.take_one(front, read, now_ns, present);
         if !self.is_reading() {
             self.ring();
@@ -257,15 +257,16 @@ impl Router {
         read: Result<&[u8], Errno>,
         now_ns: u64,
         present: &mut Vec<NeedRequest>,
-    ) -> Result<(), FrontError> {
+    ) -> Result<usize, FrontError> {
         if matches!(read, Err(Errno::EINTR | Errno::ECANCELED)) {
             self.batch.interrupted();
-            return Ok(());
+            return Ok(0);
         }
         let mut requests = std::mem::take(&mut self.requests);
         let parsed = front.parse(read, &mut requests);
         self.batch.end(parsed.as_ref().map_or(Found::Part, |found| *found));
-        self.unanswered = self.unanswered.saturating_add(u32::try_from(requests.len()).unwrap_or(u32::MAX));
+        let count = requests.len();
+        self.unanswered = self.unanswered.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
         for request in requests.drain(..) {
             match request {
                 Request::Present(need) => present.push(need),
@@ -290,7 +291,7 @@ impl Router {
             }
             Err(error) => return Err(error),
         }
-        Ok(())
+        Ok(count)
     }
 
     /// Answers what it still holds, or leaves it, when the engine stops.

@@ -23,6 +23,7 @@ use super::machine::{Action, Answered, Handle, Machine, OpKey};
 use super::mailbox::{Adopted, Inbox, Message};
 use super::room::NoRoom;
 use super::router::{BATCH_MAX, Router};
+use super::spin::Spin;
 use super::stats::{Gauges, ShardStats};
 use super::trace::Tracer;
 use super::{EngineError, Shared, probe};
@@ -51,6 +52,7 @@ pub(super) struct Shard<I> {
     tracer: Option<Tracer>,
     no_room: Option<NoRoom>,
     answers: Batch,
+    spin: Spin,
     /// What is unfinished now stays so.
     is_ending: bool,
     done: Vec<Done>,
@@ -107,6 +109,7 @@ impl<I: Io> Shard<I> {
             tracer,
             no_room,
             answers,
+            spin: Spin::default(),
             is_ending,
             done,
             offers,
@@ -177,6 +180,7 @@ impl<I: Io> Shard<I> {
             self.stop_receiving();
         }
         let now_ns = self.clock.now_ns();
+        self.look_again_soon(now_ns);
         // Looked at before it is changed, so that shards share it.
         let look_again =
             self.index == 0 && self.shared.look_again.load(Ordering::Acquire) && self.shared.look_again.swap(false, Ordering::AcqRel);
@@ -193,6 +197,15 @@ impl<I: Io> Shard<I> {
                 let file = FileRef::plain(front.requests());
                 self.io.push(Op { key: source, kind: Kind::Receive, file, offset: 0, memory, then: None });
             }
+        }
+    }
+
+    /// Before it sleeps: looks whether a reader that just had its answer asks again. Whoever else wants the CPU has it first.
+    fn look_again_soon(&mut self, now_ns: u64) {
+        let looks_at = self.spin.looks_at(now_ns);
+        if let Some(Intake { router, .. }) = looks_at.and_then(|source| self.intakes.get_mut(source)) {
+            std::thread::yield_now();
+            router.notice();
         }
     }
 
@@ -443,7 +456,7 @@ impl<I: Io> Shard<I> {
         memory.consume(result);
         present.drain(..).for_each(|need| self.allow(need, now_ns));
         self.present = present;
-        taken.map_err(EngineError::Front)
+        taken.map(|count| self.spin.asked(index(source), count)).map_err(EngineError::Front)
     }
 
     /// Has a request answered whose bytes were there before it came.
