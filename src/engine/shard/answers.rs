@@ -117,9 +117,9 @@ impl<I: Io> Shard<I> {
                 }
                 self.account(delivered, (object, range, outcome), now_ns.saturating_sub(since_ns));
             }
-        }
-        if self.caps.readers_preempt {
-            self.spin.answered(replies.len(), self.clock.now_ns());
+            if self.caps.readers_preempt {
+                self.spin.answered(replies.len(), now_ns);
+            }
         }
         if replies.len() >= YIELD_MIN {
             // Readers on this CPU ask again before it goes on, and are answered together.
