@@ -3,117 +3,32 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::Arc;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use infill::engine::placement::seats;
 use infill::engine::plan::{Complete, Completion, Window};
 use infill::engine::stats::Snapshot;
-use infill::engine::{Engine, EngineKind, Settings};
-use infill::front::fanotify::Group;
-use infill::key::Key;
+use infill::engine::{EngineKind, Settings};
+use infill::lab::demo;
 use infill::lab::disk::{self, ErofsLayout};
-use infill::lab::tree::{Content, Manifest, compare};
-use infill::lab::{demo, packages};
-use infill::mount::{self, Blobs, Source};
-use infill::store::dir::DirStore;
-use infill::store::{SourceMode, Store};
-use tempfile::TempDir;
+use infill::lab::tree::{Content, Manifest};
+use infill::mount::{self, Source};
+use infill::store::SourceMode;
 
-#[path = "common/settings.rs"]
+#[path = "common/native.rs"]
 mod common;
-
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Why this machine cannot run these tests.
-fn unfit() -> Option<String> {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let watched = Group::new().and_then(|group| group.can_watch(dir.path()).unwrap());
-    watched.err().map(|errno| format!("no pre-content events: {errno}"))
-}
+use common::{DOMAIN, Daemon, Fs, Host, Served, expect_equal, wait_until};
 
 fn settings(kind: EngineKind, shards: usize) -> Settings {
     let window = Window::Adaptive { budget_percent: 100 };
     Settings { seats: seats(), window, slot_bytes: 256 << 10, slots: 16, workers: 4, ..common::settings(kind, shards) }
 }
 
-/// A file system to try.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Fs {
-    /// The one that the build directory lies on.
-    Here,
-    Xfs,
-    Btrfs,
-}
-
-impl Fs {
-    const ALL: [Self; 3] = [Self::Here, Self::Xfs, Self::Btrfs];
-
-    const fn mkfs(self) -> &'static str {
-        match self {
-            Self::Here => "true",
-            Self::Xfs => "mkfs.xfs",
-            Self::Btrfs => "mkfs.btrfs",
-        }
-    }
-
-    /// Store and cache on it can share blocks.
-    const fn shares(self) -> bool {
-        !matches!(self, Self::Here)
-    }
-}
-
-/// A directory on some file system.
-struct Ground {
-    dir: TempDir,
-    mounted: bool,
-}
-
-impl Ground {
-    /// `None`: not on this machine, as it says.
-    fn new(fs: Fs) -> Option<Self> {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        std::fs::create_dir(dir.path().join("ground")).unwrap();
-        if fs == Fs::Here {
-            return Some(Self { dir, mounted: false });
-        }
-        let Some(mkfs) = packages::find(fs.mkfs()) else {
-            println!("not run on {fs:?}: no {}", fs.mkfs());
-            return None;
-        };
-        let disk = dir.path().join("disk");
-        File::create(&disk).unwrap().set_len(1 << 30).unwrap();
-        assert!(Command::new(mkfs).arg("-q").arg(&disk).status().unwrap().success());
-        let mounted = Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(dir.path().join("ground")).output().unwrap();
-        if !mounted.status.success() {
-            println!("not run on {fs:?}: {}", String::from_utf8_lossy(&mounted.stderr));
-            return None;
-        }
-        Some(Self { dir, mounted: true })
-    }
-
-    fn path(&self) -> PathBuf {
-        self.dir.path().join("ground")
-    }
-}
-
-impl Drop for Ground {
-    fn drop(&mut self) {
-        if self.mounted {
-            let _ = nix::mount::umount2(&self.path(), nix::mount::MntFlags::MNT_DETACH);
-        }
-    }
-}
-
-/// A store with an image and its blob, and a cache that is served from it.
-struct Host {
-    manifest: Manifest,
-    store: Arc<dyn Store>,
-    ground: Ground,
+/// With an image of real files, and its blob.
+fn demo_on(fs: Fs) -> Option<Host> {
+    Host::new(fs, |host| demo::prepare(&host.path("store"), &host.path("scratch")).unwrap())
 }
 
 /// A blob as an image's mount has it.
@@ -122,58 +37,28 @@ struct Seen {
     len_bytes: u64,
 }
 
-impl Host {
-    fn new(fs: Fs) -> Option<Self> {
-        let ground = Ground::new(fs)?;
-        let store_dir = ground.path().join("store");
-        let manifest = demo::prepare(&store_dir, &ground.path().join("scratch")).unwrap();
-        let store = Arc::new(DirStore::new("dir:test".into(), &store_dir, SourceMode::Auto).unwrap());
-        std::fs::create_dir(ground.path().join("mnt")).unwrap();
-        Some(Self { manifest, store, ground })
-    }
-
-    fn at(&self) -> PathBuf {
-        self.ground.path().join("mnt")
-    }
-
-    /// Serves, mounts, and unmounts behind `use_it`. Gives what the engine did.
-    fn mounted(&self, settings: &Settings, use_it: impl FnOnce(&Path, &Seen)) -> Snapshot {
-        let blobs = Arc::new(Blobs::new(&self.ground.path().join("cache"), settings.shards).unwrap());
-        let engine = Engine::start_all(&blobs.fronts(), &self.store, settings).unwrap();
-        let entry = engine.entry();
-        let attach = |name: &str, whole| {
-            let key = Key::new(b"dom", name.as_bytes());
-            blobs.attach(&entry, &*self.store, &key, whole, PATIENCE).unwrap()
-        };
-        let (image, blob) = (attach(demo::IMAGE, true), attach(demo::BLOB, false));
-        assert!(image.file().map().is_full());
-        let source = Source { image: image.file().path().to_owned(), devices: vec![blob.file().path().to_owned()], direct: false };
-        mount::mount(&source, &self.at()).unwrap();
-        let seen = Seen { present_bytes: blob.file().map().present_bytes(), len_bytes: blob.file().len_bytes() };
-        drop((image, blob));
-        assert_eq!(blobs.release(&entry), 0, "they are mounted");
-        use_it(&self.at(), &seen);
-        nix::mount::umount(&self.at()).unwrap();
-        blobs.save();
-        assert_eq!(blobs.release(&entry), 2, "they are not mounted any more");
-        let snapshot = engine.stop(PATIENCE, || false).unwrap();
-        assert_eq!((snapshot.needs_failed, snapshot.unanswered), (0, 0), "{snapshot:?}");
-        snapshot
-    }
-
-    fn expect_equal(&self, at: &Path, readers: usize) {
-        let read = compare(at, &self.manifest, readers);
-        assert_eq!(read.verdict(), "equal", "{read:?}");
-    }
+/// Serves, mounts, and unmounts behind `use_it`. Gives what the engine did.
+fn mounted(host: &Host, settings: &Settings, use_it: impl FnOnce(&Path, &Seen)) -> Snapshot {
+    let served = Served::start(host, host.store(SourceMode::Auto), settings);
+    let (image, blob) = (served.attach(demo::IMAGE, true).unwrap(), served.attach(demo::BLOB, false).unwrap());
+    assert!(image.file().map().is_full());
+    let source = Source { image: image.file().path().to_owned(), devices: vec![blob.file().path().to_owned()], direct: false };
+    mount::mount(&source, &host.at()).unwrap();
+    let seen = Seen { present_bytes: blob.file().map().present_bytes(), len_bytes: blob.file().len_bytes() };
+    drop((image, blob));
+    assert_eq!(served.release(), 0, "they are mounted");
+    use_it(&host.at(), &seen);
+    nix::mount::umount(&host.at()).unwrap();
+    assert_eq!(served.release(), 2, "they are not mounted any more");
+    let snapshot = served.stop();
+    assert_eq!(snapshot.needs_failed, 0, "{snapshot:?}");
+    snapshot
 }
 
-/// On each file system that this machine has, if it can run any of this.
+/// On each file system that this machine has.
 fn on_each(test: impl Fn(Fs, &Host)) {
-    if let Some(why) = unfit() {
-        return println!("not run: {why}");
-    }
     for fs in Fs::ALL {
-        if let Some(host) = Host::new(fs) {
+        if let Some(host) = demo_on(fs) {
             println!("{fs:?}");
             test(fs, &host);
         }
@@ -186,8 +71,8 @@ fn a_tree_is_read_through_sparse_files_byte_for_byte() {
         // Each with an empty cache; where blocks can be shared, nothing is sparse.
         let kinds = if fs.shares() { &[(EngineKind::Uring, 2)][..] } else { &[(EngineKind::Uring, 2), (EngineKind::Blocking, 1)] };
         for &(kind, shards) in kinds {
-            let _ = std::fs::remove_dir_all(host.ground.path().join("cache"));
-            let snapshot = host.mounted(&settings(kind, shards), |at, seen| {
+            let _ = std::fs::remove_dir_all(host.path("cache"));
+            let snapshot = mounted(host, &settings(kind, shards), |at, seen| {
                 host.expect_equal(at, 8);
                 assert!(fs.shares() || seen.present_bytes == 0);
             });
@@ -202,7 +87,7 @@ fn where_store_and_cache_share_a_file_system_nothing_is_copied_or_asked() {
         if !fs.shares() {
             return;
         }
-        let snapshot = host.mounted(&settings(EngineKind::Uring, 1), |at, seen| {
+        let snapshot = mounted(host, &settings(EngineKind::Uring, 1), |at, seen| {
             assert!(seen.present_bytes >= seen.len_bytes);
             host.expect_equal(at, 2);
         });
@@ -219,18 +104,18 @@ fn what_was_brought_is_there_after_a_restart_and_a_complete_blob_is_not_asked_fo
         let settings = settings(EngineKind::Uring, 2);
         let first =
             &host.manifest.entries.iter().find(|entry| matches!(entry.content, Content::File { len_bytes: 4096.., .. })).unwrap().path;
-        host.mounted(&settings, |at, _| drop(std::fs::read(at.join(first)).unwrap()));
+        mounted(host, &settings, |at, _| drop(std::fs::read(at.join(first)).unwrap()));
         // Not all of it, but not nothing; then all of it, by readers; then nothing is asked at all.
-        host.mounted(&settings, |at, seen| {
+        mounted(host, &settings, |at, seen| {
             assert!(seen.present_bytes > 0 && seen.present_bytes < seen.len_bytes);
             host.expect_equal(at, 4);
         });
         let all = Settings { completion: Completion { when: Complete::Always, ..Completion::default() }, ..settings.clone() };
-        host.mounted(&all, |at, _| {
+        mounted(host, &all, |at, _| {
             host.expect_equal(at, 4);
             std::thread::sleep(Duration::from_secs(1));
         });
-        let snapshot = host.mounted(&settings, |at, seen| {
+        let snapshot = mounted(host, &settings, |at, seen| {
             assert!(seen.present_bytes >= seen.len_bytes, "{} of {}", seen.present_bytes, seen.len_bytes);
             host.expect_equal(at, 4);
         });
@@ -238,35 +123,14 @@ fn what_was_brought_is_there_after_a_restart_and_a_complete_blob_is_not_asked_fo
     });
 }
 
-/// The daemon as a process.
-struct Daemon(std::process::Child);
-
-impl Daemon {
-    fn start(host: &Host) -> Self {
-        let path = |name: &str| host.ground.path().join(name);
-        let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
-        command.args(["serve", "--front-end=fanotify", "--window=4K", "--complete=off", "--keep=keeper", "--store"]);
-        command.arg(format!("dir:{}", path("store").display()));
-        command.arg("--cache-dir").arg(path("cache")).arg("--state-dir").arg(path("state"));
-        let log = File::options().append(true).create(true).open(path("log")).unwrap();
-        let mut child = command.stdout(std::process::Stdio::piped()).stderr(log).spawn().unwrap();
-        let mut line = String::new();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
-        assert!(line.starts_with("infill: ready"), "{line}{}", std::fs::read_to_string(path("log")).unwrap());
-        Self(child)
-    }
-
-    fn verb(host: &Host, args: &[&str]) -> std::process::Output {
-        let state = host.ground.path().join("state");
-        Command::new(env!("CARGO_BIN_EXE_infill")).args(args).arg("--state-dir").arg(state).arg(host.at()).output().unwrap()
-    }
-
-    fn end(mut self, signal: nix::sys::signal::Signal) {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0.id().cast_signed()), signal).unwrap();
-        self.0.wait().unwrap();
-    }
+/// Without the cache directory: the daemon's own note says which it is.
+fn verb(host: &Host, args: &[&str]) -> Output {
+    let state = host.path("state");
+    Command::new(env!("CARGO_BIN_EXE_infill")).args(args).arg("--state-dir").arg(state).arg(host.at()).output().unwrap()
 }
 
+/// What slows readers down, so that there is always something left to ask for.
+const SMALL_WINDOW: [&str; 1] = ["--window=4K"];
 /// How often the daemon is killed while readers read.
 const KILLS: u64 = 20;
 
@@ -274,55 +138,44 @@ const KILLS: u64 = 20;
 /// of a page, so that there is always something left to ask for.
 #[test]
 fn a_daemon_is_killed_again_and_again_and_no_reader_notices() {
-    if let Some(why) = unfit() {
-        return println!("not run: {why}");
-    }
-    let host = Host::new(Fs::Here).unwrap();
-    let first = Daemon::start(&host);
-    let mounted = Daemon::verb(&host, &["mount", "--domain=dom", "--device", demo::BLOB, demo::IMAGE]);
+    let Some(host) = demo_on(Fs::Here) else { return };
+    let first = Daemon::start(&host, &SMALL_WINDOW);
+    let mounted = verb(&host, &["mount", "--domain", DOMAIN, "--device", demo::BLOB, demo::IMAGE]);
     assert!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
     let last = std::thread::scope(|scope| {
         let mut daemon = first;
         let readers = scope.spawn(|| host.expect_equal(&host.at(), 8));
         for kill in 0..KILLS {
             std::thread::sleep(Duration::from_millis(5 + kill * 13 % 40));
-            daemon.end(nix::sys::signal::Signal::SIGKILL);
-            daemon = Daemon::start(&host);
+            daemon.kill();
+            daemon = Daemon::start(&host, &SMALL_WINDOW);
         }
         readers.join().unwrap();
         daemon
     });
     host.expect_equal(&host.at(), 2);
-    let unmounted = Daemon::verb(&host, &["umount"]);
+    let unmounted = verb(&host, &["umount"]);
     assert!(unmounted.status.success(), "{}", String::from_utf8_lossy(&unmounted.stderr));
-    last.end(nix::sys::signal::Signal::SIGTERM);
-    let log = std::fs::read_to_string(host.ground.path().join("log")).unwrap();
+    last.end();
+    let log = host.log();
     let owed = log.lines().filter_map(|line| line.split("unanswered=").nth(1)?.trim().parse::<u64>().ok()).sum::<u64>();
     println!("{KILLS} kills, {owed} reads were left unanswered by the dead and answered by their successors");
     assert!(!log.contains("ERROR"), "{log}");
     // Nothing is mounted, so nobody keeps anything.
-    let socket = host.ground.path().join("state/keeper.sock");
-    let lives = || std::os::unix::net::UnixStream::connect(&socket).is_ok();
-    let asked = std::time::Instant::now();
-    while lives() {
-        // It ends some time after it has said that it will.
-        assert!(asked.elapsed() < PATIENCE, "a keeper lives: {log}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    let socket = host.path("state/keeper.sock");
+    // It ends some time after it has said that it will.
+    wait_until(|| std::os::unix::net::UnixStream::connect(&socket).is_err(), || format!("a keeper lives: {log}"));
 }
 
 #[test]
 fn a_mount_in_the_foreground_serves_itself_and_leaves_nothing_behind() {
-    if let Some(why) = unfit() {
-        return println!("not run: {why}");
-    }
-    let host = Host::new(Fs::Here).unwrap();
-    let path = |name: &str| host.ground.path().join(name);
+    let Some(host) = demo_on(Fs::Here) else { return };
+    let path = |name: &str| host.path(name);
     let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
-    command.args(["mount", "--foreground", "--domain=dom", "--device", demo::BLOB, demo::IMAGE]).arg(host.at());
-    command.arg("--store").arg(format!("dir:{}", path("store").display()));
+    command.args(["mount", "--foreground", "--domain", DOMAIN, "--device", demo::BLOB, demo::IMAGE]).arg(host.at());
+    command.arg("--store").arg(host.store_spec());
     command.arg("--cache-dir").arg(path("cache")).arg("--state-dir").arg(path("state"));
-    let mut mounting = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut mounting = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(mounting.stdout.take().unwrap()), &mut line).unwrap();
     assert!(line.contains("is mounted on"), "{line}");
@@ -336,43 +189,36 @@ fn a_mount_in_the_foreground_serves_itself_and_leaves_nothing_behind() {
 /// An image without devices is right either way.
 #[test]
 fn an_image_of_one_file_is_read_on_demand_exactly_where_the_kernel_asks_for_metadata() {
-    if let Some(why) = unfit() {
-        return println!("not run: {why}");
-    }
-    let host = Host::new(Fs::Here).unwrap();
-    let path = |name: &str| host.ground.path().join(name);
+    let Some(host) = demo_on(Fs::Here) else { return };
+    let path = |name: &str| host.path(name);
     std::fs::create_dir(path("tree")).unwrap();
     for n in 0..200_usize {
         std::fs::write(path("tree").join(format!("file-{n}")), vec![n.to_le_bytes()[0]; n * 100]).unwrap();
     }
     disk::erofs(&path("store/one.img"), &path("tree"), ErofsLayout::default()).unwrap();
-    let asked = mount::metadata::is_asked_for(&host.ground.path()).unwrap();
+    let asked = mount::metadata::is_asked_for(&host.path(".")).unwrap();
     println!("the kernel asks for metadata: {asked}");
-    let daemon = Daemon::start(&host);
-    let mounted = Daemon::verb(&host, &["mount", "--json", "one.img"]);
+    let daemon = Daemon::start(&host, &SMALL_WINDOW);
+    let mounted = verb(&host, &["mount", "--json", "one.img"]);
     let report: serde_json::Value = serde_json::from_slice(&mounted.stdout).unwrap();
     assert_eq!(report["present_bytes"] == 0, asked, "{report}");
-    let read = compare(&host.at(), &Manifest::of(&path("tree")).unwrap(), 4);
-    assert_eq!(read.verdict(), "equal", "{read:?}");
-    assert!(Daemon::verb(&host, &["umount"]).status.success());
-    daemon.end(nix::sys::signal::Signal::SIGTERM);
-    let log = std::fs::read_to_string(path("log")).unwrap();
+    expect_equal(&host.at(), &Manifest::of(&path("tree")).unwrap(), 4);
+    assert!(verb(&host, &["umount"]).status.success());
+    daemon.end();
+    let log = host.log();
     assert!(log.contains(if asked { "metadata=\"on demand\"" } else { "metadata=\"whole\"" }), "{log}");
 }
 
 /// What a user does wrong, and what is said of it.
 #[test]
 fn what_cannot_be_mounted_is_explained_and_nothing_is_left() {
-    if let Some(why) = unfit() {
-        return println!("not run: {why}");
-    }
-    let host = Host::new(Fs::Here).unwrap();
-    let path = |name: &str| host.ground.path().join(name);
+    let Some(host) = demo_on(Fs::Here) else { return };
+    let path = |name: &str| host.path(name);
     std::fs::write(path("store/no.img"), vec![7; 100_000]).unwrap();
     std::fs::write(path("store/short.img"), b"x").unwrap();
-    let daemon = Daemon::start(&host);
+    let daemon = Daemon::start(&host, &SMALL_WINDOW);
     let refused = |args: &[&str], words: &[&str]| {
-        let output = Daemon::verb(&host, args);
+        let output = verb(&host, args);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && text.lines().count() == 1, "{args:?}: {text}");
         words.iter().for_each(|word| assert!(text.contains(word), "{args:?}: {text:?} does not say {word:?}"));
@@ -383,10 +229,10 @@ fn what_cannot_be_mounted_is_explained_and_nothing_is_left() {
     refused(&["mount", demo::IMAGE], &["--device", "1 devices"]);
     refused(&["mount", "--device=nothing.blob", demo::IMAGE], &["nothing.blob", "no store has"]);
     refused(&["umount"], &["no EROFS image is mounted"]);
-    daemon.end(nix::sys::signal::Signal::SIGTERM);
+    daemon.end();
     let off = Command::new(env!("CARGO_BIN_EXE_infill"))
         .args(["serve", "--front-end=fanotify", "--keep=off", "--store"])
-        .arg(format!("dir:{}", path("store").display()))
+        .arg(host.store_spec())
         .arg("--cache-dir")
         .arg(path("cache"))
         .arg("--state-dir")
@@ -406,8 +252,8 @@ fn what_cannot_be_mounted_is_explained_and_nothing_is_left() {
 /// The bench, with little of everything: that it goes on measuring what it says.
 #[test]
 fn the_bench_measures_all_its_cells() {
-    if let Some(why) = unfit() {
-        return println!("not run: {why}");
+    if Host::new(Fs::Here, |_| Manifest::default()).is_none() {
+        return;
     }
     let cache = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));

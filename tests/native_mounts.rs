@@ -5,35 +5,25 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{Child, Command, Output};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use infill::engine::{Engine, EngineKind};
-use infill::front::fanotify::Group;
+use infill::engine::EngineKind;
 use infill::key::Key;
 use infill::lab::disk::{self, ErofsLayout};
-use infill::lab::tree::{Manifest, compare};
-use infill::mount::{self, Blobs};
-use infill::store::dir::DirStore;
+use infill::lab::tree::Manifest;
 use infill::store::{Blob, SourceMode, Store, StoreError};
 use nix::mount::{MntFlags, umount2};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use tempfile::TempDir;
 
-#[path = "common/settings.rs"]
+#[path = "common/native.rs"]
 mod common;
+use common::{DOMAIN, Daemon, Fs, Host, PATIENCE, Served, wait_until};
 
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// Pause between two looks.
-const POLL: Duration = Duration::from_millis(10);
 /// The image, and its blob.
 const IMAGE: &str = "app.img";
 const BLOB: &str = "app.blob";
@@ -43,84 +33,26 @@ const BIG_BYTES: usize = 8 << 20;
 /// Its other files; each is some KiB longer than the one before it.
 const FILES: usize = 40;
 
-/// A store with an image and its blob, and room for a cache and mounts.
-struct Host {
-    dir: TempDir,
-    manifest: Manifest,
-}
-
-impl Host {
-    /// `None`: not on this machine, as it says.
-    fn new() -> Option<Self> {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        if let Err(errno) = Group::new().and_then(|group| group.can_watch(dir.path()).unwrap()) {
-            println!("not run: no pre-content events: {errno}");
-            return None;
-        }
-        for name in ["tree", "store", "mnt"] {
-            fs::create_dir(dir.path().join(name)).unwrap();
-        }
-        let tree = dir.path().join("tree");
+/// With an image of some files, and its blob.
+fn app() -> Option<Host> {
+    Host::new(Fs::Here, |host| {
+        let (tree, store) = (host.path("tree"), host.path("store"));
+        fs::create_dir(&tree).unwrap();
         fs::write(tree.join(BIG), noise(BIG_BYTES, 0)).unwrap();
         (1..=FILES).for_each(|n| fs::write(tree.join(format!("f{n}")), noise(n * 3000, n as u64)).unwrap());
-        let store = dir.path().join("store");
-        disk::erofs(
-            &store.join(IMAGE),
-            &tree,
-            ErofsLayout { chunk_bytes: Some(64 << 10), blob: Some(&store.join(BLOB)), ..ErofsLayout::default() },
-        )
-        .unwrap();
-        Some(Self { manifest: Manifest::of(&tree).unwrap(), dir })
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn at(&self) -> PathBuf {
-        self.path("mnt")
-    }
-
-    fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
-        command.arg(verb).arg("--state-dir").arg(self.path("state")).arg("--cache-dir").arg(self.path("cache"));
-        command
-    }
-
-    fn mount(&self, image: &str, at: &Path) -> Output {
-        self.command("mount").args(["--domain=dom", "--device", BLOB, image]).arg(at).output().unwrap()
-    }
-
-    fn umount(&self, at: &Path) -> Output {
-        self.command("umount").arg(at).output().unwrap()
-    }
-
-    fn expect_equal(&self, at: &Path) {
-        let read = compare(at, &self.manifest, 4);
-        assert_eq!(read.verdict(), "equal", "{read:?}");
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.path("log")).unwrap()
-    }
-
-    /// Waits until the daemon has said so, `times` times.
-    fn wait_for_log(&self, words: &str, times: usize) {
-        wait_until(|| self.log().matches(words).count() >= times, || format!("{words:?} is not in {}", self.log()));
-    }
-
-    fn mounts(&self) -> Vec<PathBuf> {
-        mount::mounted(&self.path("cache")).unwrap().into_iter().map(|mount| mount.at).collect()
-    }
+        let blob = store.join(BLOB);
+        let layout = ErofsLayout { chunk_bytes: Some(64 << 10), blob: Some(&blob), ..ErofsLayout::default() };
+        disk::erofs(&store.join(IMAGE), &tree, layout).unwrap();
+        Manifest::of(&tree).unwrap()
+    })
 }
 
-impl Drop for Host {
-    fn drop(&mut self) {
-        for mount in mount::mounted(&self.path("cache")).unwrap_or_default() {
-            let _ = umount2(&mount.at, MntFlags::MNT_DETACH);
-        }
-        let _ = Command::new(env!("CARGO_BIN_EXE_infill")).args(["release", "--force", "--state-dir"]).arg(self.path("state")).output();
-    }
+fn mount(host: &Host, image: &str, at: &Path) -> Output {
+    host.command("mount").args(["--domain", DOMAIN, "--device", BLOB, image]).arg(at).output().unwrap()
+}
+
+fn umount(host: &Host, at: &Path) -> Output {
+    host.command("umount").arg(at).output().unwrap()
 }
 
 /// Bytes without holes, of which no two files have the same.
@@ -135,14 +67,6 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-fn wait_until(is_so: impl Fn() -> bool, why: impl Fn() -> String) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < PATIENCE, "{}", why());
-        std::thread::sleep(POLL);
-    }
-}
-
 fn expect_done(output: &Output) {
     assert!(output.status.success(), "{output:?}");
 }
@@ -154,66 +78,11 @@ fn expect_refused(output: &Output, code: i32, words: &[&str]) {
     words.iter().for_each(|word| assert!(text.contains(word), "{text:?} does not say {word:?}"));
 }
 
-/// The daemon as a process.
-struct Daemon {
-    child: Child,
-    out: BufReader<ChildStdout>,
-}
-
-impl Daemon {
-    fn start(host: &Host, more: &[&str]) -> Self {
-        let log = File::options().append(true).create(true).open(host.path("log")).unwrap();
-        let mut command = host.command("serve");
-        command.args(["--front-end=fanotify", "--keep=keeper", "--complete=off", "--json"]).args(more);
-        command.arg("--store").arg(format!("dir:{}", host.path("store").display()));
-        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
-        let mut out = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        out.read_line(&mut line).unwrap();
-        assert!(line.starts_with("infill: ready"), "{line}{}", host.log());
-        Self { child, out }
-    }
-
-    fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id().cast_signed())
-    }
-
-    /// Its keepers, which are its children as long as it lives.
-    fn keepers(&self) -> Vec<Pid> {
-        let pids = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let parent = format!("PPid:\t{}\n", self.child.id());
-        let is_keeper = |pid: &i32| {
-            let read = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
-            read("cmdline") == "infill\0keeper\0" && read("status").contains(&parent)
-        };
-        pids.filter(is_keeper).map(Pid::from_raw).collect()
-    }
-
-    /// All that holds the groups, so that nobody is asked any more.
-    fn kill_with_keepers(mut self) {
-        let keepers = self.keepers();
-        assert_eq!(keepers.len(), 2);
-        for pid in std::iter::once(self.pid()).chain(keepers.iter().copied()) {
-            kill(pid, Signal::SIGKILL).unwrap();
-        }
-        self.child.wait().unwrap();
-        wait_until(|| keepers.iter().all(|pid| !Path::new(&format!("/proc/{pid}/fd/0")).exists()), || "keepers live".into());
-    }
-
-    /// What it counted.
-    fn end(mut self) -> serde_json::Value {
-        kill(self.pid(), Signal::SIGTERM).unwrap();
-        let last = self.out.by_ref().lines().map(Result::unwrap).last().unwrap();
-        assert!(self.child.wait().unwrap().success());
-        serde_json::from_str(&last).unwrap()
-    }
-
-    /// The files of the cache that it has open.
-    fn open_blobs(&self, host: &Host) -> BTreeSet<PathBuf> {
-        let fds = fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().flatten();
-        let files = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
-        files.filter(|file| file.starts_with(host.path("cache/blobs")) && file.extension().is_none() && file.is_file()).collect()
-    }
+/// The files of the cache that a daemon has open.
+fn open_blobs(daemon: &Daemon, host: &Host) -> BTreeSet<PathBuf> {
+    let fds = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().flatten();
+    let files = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+    files.filter(|file| file.starts_with(host.path("cache/blobs")) && file.extension().is_none() && file.is_file()).collect()
 }
 
 /// A process that has a file open, whatever becomes of it.
@@ -239,11 +108,11 @@ impl Drop for User {
 
 #[test]
 fn mounts_that_outlived_everybody_are_repaired() {
-    let Some(host) = Host::new() else { return };
+    let Some(host) = app() else { return };
     let (at, big) = (host.at(), host.at().join(BIG));
     let is_right = |name: &str| fs::read(at.join(name)).unwrap() == fs::read(host.path("tree").join(name)).unwrap();
     let daemon = Daemon::start(&host, &[]);
-    expect_done(&host.mount(IMAGE, &at));
+    expect_done(&mount(&host, IMAGE, &at));
     assert!(is_right("f1"));
     daemon.kill_with_keepers();
     let user = User::of(&big);
@@ -258,7 +127,7 @@ fn mounts_that_outlived_everybody_are_repaired() {
     expect_done(&repaired);
     let text = String::from_utf8_lossy(&repaired.stdout);
     assert!(text.contains("restart those") && text.contains(&user.name()), "{text}");
-    host.expect_equal(&at);
+    host.expect_equal(&at, 4);
     assert_eq!(host.mounts(), std::slice::from_ref(&at), "one in the place of the other");
     drop(user);
 
@@ -267,15 +136,15 @@ fn mounts_that_outlived_everybody_are_repaired() {
     umount2(&at, MntFlags::empty()).unwrap();
     fs::remove_dir_all(host.path("cache/blobs")).unwrap();
     let daemon = Daemon::start(&host, &[]);
-    expect_done(&host.mount(IMAGE, &at));
+    expect_done(&mount(&host, IMAGE, &at));
     daemon.kill_with_keepers();
     assert!(!is_right(BIG) && !is_right("f40"));
     let daemon = Daemon::start(&host, &["--repair"]);
     host.wait_for_log("repaired: all mounts", 1);
     assert!(host.log().contains("replaced; no process has files"), "{}", host.log());
-    host.expect_equal(&at);
+    host.expect_equal(&at, 4);
     assert_eq!(host.mounts(), std::slice::from_ref(&at));
-    expect_done(&host.umount(&at));
+    expect_done(&umount(&host, &at));
     assert!(host.mounts().is_empty());
     let nothing = host.command("repair").arg(&at).output().unwrap();
     assert!(nothing.status.code() == Some(1) && String::from_utf8_lossy(&nothing.stderr).contains("no image of the cache"), "{nothing:?}");
@@ -288,7 +157,7 @@ const ROUNDS: usize = 3;
 
 #[test]
 fn images_that_share_a_blob_come_and_go_in_any_order() {
-    let Some(host) = Host::new() else { return };
+    let Some(host) = app() else { return };
     let image = |n: usize| format!("app{n}.img");
     let dir = |n: usize| host.path(&format!("mnt{n}"));
     for n in 0..IMAGES {
@@ -303,10 +172,10 @@ fn images_that_share_a_blob_come_and_go_in_any_order() {
             scope.spawn(move || {
                 for round in 0..ROUNDS {
                     std::thread::sleep(Duration::from_millis((n * 37 + round * 101) as u64 % 150));
-                    expect_done(&host.mount(&image, &dir));
-                    host.expect_equal(&dir);
+                    expect_done(&mount(host, &image, &dir));
+                    host.expect_equal(&dir, 4);
                     if round + 1 < ROUNDS || n > 0 {
-                        expect_done(&host.umount(&dir));
+                        expect_done(&umount(host, &dir));
                     }
                 }
             });
@@ -314,10 +183,10 @@ fn images_that_share_a_blob_come_and_go_in_any_order() {
     });
     // One is left, and with it the blob.
     assert_eq!(host.mounts(), [dir(0)]);
-    wait_until(|| daemon.open_blobs(&host).len() == 2, || format!("{:?}", daemon.open_blobs(&host)));
-    host.expect_equal(&dir(0));
-    expect_done(&host.umount(&dir(0)));
-    wait_until(|| daemon.open_blobs(&host).is_empty(), || format!("{:?}", daemon.open_blobs(&host)));
+    wait_until(|| open_blobs(&daemon, &host).len() == 2, || format!("{:?}", open_blobs(&daemon, &host)));
+    host.expect_equal(&dir(0), 4);
+    expect_done(&umount(&host, &dir(0)));
+    wait_until(|| open_blobs(&daemon, &host).is_empty(), || format!("{:?}", open_blobs(&daemon, &host)));
     let counted = daemon.end();
     let len = |name: &str| fs::metadata(host.path("store").join(name)).unwrap().len().next_multiple_of(4096);
     let once = len(BLOB) + IMAGES as u64 * len(IMAGE);
@@ -329,7 +198,7 @@ fn images_that_share_a_blob_come_and_go_in_any_order() {
 /// A store in which the first look for one blob lasts until somebody says so.
 #[derive(Debug)]
 struct Hanging {
-    inner: DirStore,
+    inner: Arc<dyn Store>,
     name: &'static [u8],
     gate: Mutex<Option<Receiver<()>>>,
     waits: Sender<()>,
@@ -353,18 +222,14 @@ impl Store for Hanging {
 
 #[test]
 fn a_store_that_hangs_delays_its_own_mounts_alone() {
-    let Some(host) = Host::new() else { return };
-    let inner = DirStore::new("dir:test".into(), &host.path("store"), SourceMode::Buffered).unwrap();
+    let Some(host) = app() else { return };
     let (open_gate, gate) = channel();
     let (waits, waiting) = channel();
-    let hanging = Arc::new(Hanging { inner, name: BLOB.as_bytes(), gate: Mutex::new(Some(gate)), waits });
-    let store: Arc<dyn Store> = hanging;
-    let lookup = DirStore::new("dir:test".into(), &host.path("store"), SourceMode::Buffered).unwrap();
-    let settings = common::settings(EngineKind::Blocking, 1);
-    let blobs = Arc::new(Blobs::new(&host.path("cache"), 1).unwrap());
-    let engine = Engine::start_all(&blobs.fronts(), &store, &settings).unwrap();
-    let entry = engine.entry();
-    let attach = |name: &str, whole| blobs.attach(&entry, &lookup, &Key::new(b"dom", name.as_bytes()), whole, PATIENCE).unwrap();
+    let inner = host.store(SourceMode::Buffered);
+    let hanging: Arc<dyn Store> =
+        Arc::new(Hanging { inner: Arc::clone(&inner), name: BLOB.as_bytes(), gate: Mutex::new(Some(gate)), waits });
+    let served = Served { lookup: inner, ..Served::start(&host, hanging, &common::settings(EngineKind::Blocking, 1)) };
+    let attach = |name: &str, whole| served.attach(name, whole).unwrap();
     std::thread::scope(|scope| {
         let slow = [scope.spawn(|| attach(BLOB, false)), scope.spawn(|| attach(BLOB, false))];
         waiting.recv().unwrap();
@@ -372,41 +237,41 @@ fn a_store_that_hangs_delays_its_own_mounts_alone() {
         let began = Instant::now();
         let image = attach(IMAGE, true);
         assert!(image.file().map().is_full());
-        blobs.save();
+        served.blobs.save();
         drop(image);
-        assert_eq!(blobs.release(&entry), 1);
+        assert_eq!(served.release(), 1);
         assert!(slow.iter().all(|slow| !slow.is_finished()) && began.elapsed() < PATIENCE / 2);
         drop(open_gate);
         let [first, second] = slow.map(|slow| slow.join().unwrap());
         assert_eq!(first.file().path(), second.file().path());
         assert!(waiting.try_recv().is_err(), "the second one shares what the first one made");
     });
-    assert_eq!(blobs.release(&entry), 1);
-    let snapshot = engine.stop(PATIENCE, || false).unwrap();
+    assert_eq!(served.release(), 1);
+    let snapshot = served.stop();
     assert_eq!((snapshot.opens, snapshot.opens_failed), (2, 0), "{snapshot:?}");
 }
 
 #[test]
 fn what_is_done_wrongly_is_refused_with_the_remedy() {
-    let Some(host) = Host::new() else { return };
+    let Some(host) = app() else { return };
     let at = host.at();
-    expect_refused(&host.mount(IMAGE, &at), 69, &["no daemon serves", "infill serve"]);
+    expect_refused(&mount(&host, IMAGE, &at), 69, &["no daemon serves", "infill serve"]);
     expect_refused(&host.command("repair").arg(&at).output().unwrap(), 69, &["infill serve --repair"]);
     let daemon = Daemon::start(&host, &[]);
-    expect_refused(&host.mount(IMAGE, &host.path("nowhere")), 2, &["nowhere", "give an existing directory"]);
-    expect_refused(&host.mount(IMAGE, &host.path("log")), 2, &["log", "give an existing directory"]);
-    fs::set_permissions(host.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    expect_refused(&mount(&host, IMAGE, &host.path("nowhere")), 2, &["nowhere", "give an existing directory"]);
+    expect_refused(&mount(&host, IMAGE, &host.path("log")), 2, &["log", "give an existing directory"]);
+    fs::set_permissions(host.path("."), fs::Permissions::from_mode(0o755)).unwrap();
     let mut command = host.command("mount");
-    command.args(["--domain=dom", "--device", BLOB, IMAGE]).arg(&at).uid(65534).gid(65534);
+    command.args(["--domain", DOMAIN, "--device", BLOB, IMAGE]).arg(&at).uid(65534).gid(65534);
     match command.output() {
         Ok(output) if output.status.code() != Some(2) => expect_refused(&output, 77, &["as root"]),
         other => println!("not tried as another user, who may not run this program or see its directory: {other:?}"),
     }
-    expect_done(&host.mount(IMAGE, &at));
-    expect_refused(&host.mount(IMAGE, &at), 1, &["mounted here already", "infill umount"]);
+    expect_done(&mount(&host, IMAGE, &at));
+    expect_refused(&mount(&host, IMAGE, &at), 1, &["mounted here already", "infill umount"]);
 
     let user = User::of(&at.join("f1"));
-    expect_refused(&host.umount(&at), 1, &["it is used by", &user.name(), "end them first"]);
+    expect_refused(&umount(&host, &at), 1, &["it is used by", &user.name(), "end them first"]);
     drop(user);
     let inside = host.path("inside");
     fs::create_dir(&inside).unwrap();
@@ -417,9 +282,9 @@ fn what_is_done_wrongly_is_refused_with_the_remedy() {
         .output()
         .unwrap();
     expect_refused(&of_another, 1, &["is no image of the cache /nowhere", "umount(8)"]);
-    expect_done(&host.umount(&inside));
+    expect_done(&umount(&host, &inside));
     loop_devices_are_named(&host);
-    expect_done(&host.umount(&at));
+    expect_done(&umount(&host, &at));
     daemon.end();
     no_cache_on_overlayfs(&host);
 }
@@ -468,15 +333,16 @@ fn read_aheads() -> Vec<(PathBuf, u64)> {
 
 #[test]
 fn the_kernel_reads_ahead_as_the_settings_say() {
-    let Some(host) = Host::new() else { return };
+    let Some(host) = app() else { return };
     let daemon = Daemon::start(&host, &["--read-ahead=2044K"]);
     let set_to = |more: &[&str], kib: u64| {
-        let output = host.command("mount").args(["--domain=dom", "--device", BLOB]).args(more).arg(IMAGE).arg(host.at()).output().unwrap();
+        let output =
+            host.command("mount").args(["--domain", DOMAIN, "--device", BLOB]).args(more).arg(IMAGE).arg(host.at()).output().unwrap();
         expect_done(&output);
         assert!(output.stderr.is_empty(), "{output:?}");
         let found = read_aheads();
         assert!(found.iter().any(|(_, found)| *found == kib), "{kib}: {found:?}");
-        expect_done(&host.umount(&host.at()));
+        expect_done(&umount(&host, &host.at()));
     };
     set_to(&[], 2044);
     set_to(&["--read-ahead=124K"], 124);

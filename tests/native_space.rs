@@ -8,28 +8,24 @@ use std::fs::{self, File, FileTimes};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use infill::engine::room::NoRoom;
-use infill::engine::{Engine, EngineKind, Settings};
+use infill::engine::{EngineKind, Settings};
 use infill::front::cachefiles::CullLimits;
-use infill::front::fanotify::{BlobFile, Group};
-use infill::key::Key;
-use infill::mount::{AttachError, BlobCache, Blobs, Pinned};
+use infill::front::fanotify::BlobFile;
+use infill::lab::tree::Manifest;
+use infill::mount::{AttachError, BlobCache, Pinned};
 use infill::ops::space::{self, Statistics, Steward};
-use infill::store::dir::DirStore;
-use infill::store::{SourceMode, Store};
+use infill::store::SourceMode;
 use nix::fcntl::{FallocateFlags, fallocate};
-use tempfile::TempDir;
 
-#[path = "common/settings.rs"]
+#[path = "common/native.rs"]
 mod common;
+use common::{Fs, Host, PATIENCE, Served};
 
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Length of a blob; not of whole pages.
 const LEN_BYTES: usize = (1 << 20) - 100;
 /// What it takes in the cache: its pages, and those of its map.
@@ -37,105 +33,56 @@ const TAKES_BYTES: u64 = (1 << 20) + 3 * 4096;
 /// How long an attach and a removal race.
 const RACE: Duration = Duration::from_secs(5);
 
-/// A cache with a daemon's parts; `None`: not on this machine, as it says.
-struct Host {
-    dir: TempDir,
-    /// Where store and cache lie, if not on one file system.
-    disk: Option<PathBuf>,
-    store: Arc<dyn Store>,
-}
-
 fn bytes_of(n: usize) -> Vec<u8> {
     (0..LEN_BYTES).map(|at| (at / 7 + n * 31 + at % 251) as u8 | 1).collect()
 }
 
-impl Host {
-    fn new(blobs: usize) -> Option<Self> {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let watched = Group::new().and_then(|group| group.can_watch(dir.path()).unwrap());
-        if let Err(errno) = watched {
-            println!("not run: no pre-content events: {errno}");
-            return None;
-        }
-        fs::create_dir(dir.path().join("store")).unwrap();
-        for n in 0..blobs {
-            fs::write(dir.path().join(format!("store/blob{n}")), bytes_of(n)).unwrap();
-        }
-        let store = DirStore::new("dir:test".into(), &dir.path().join("store"), SourceMode::Buffered).unwrap();
-        Some(Self { dir, disk: None, store: Arc::new(store) })
-    }
-
-    /// With the cache on a file system of its own, that has so many bytes.
-    fn on_disk(mut self, len_bytes: u64) -> Option<Self> {
-        let (disk, at) = (self.dir.path().join("disk"), self.dir.path().join("cache"));
-        fs::create_dir(&at).unwrap();
-        File::create(&disk).unwrap().set_len(len_bytes).unwrap();
-        let made = Command::new("mkfs.ext4").args(["-q", "-m0", "-O", "^has_journal"]).arg(&disk).output().unwrap();
-        assert!(made.status.success(), "{made:?}");
-        let mounted = Command::new("mount").args(["-o", "loop"]).arg(&disk).arg(&at).output().unwrap();
-        if !mounted.status.success() {
-            println!("not run: {}", String::from_utf8_lossy(&mounted.stderr));
-            return None;
-        }
-        self.disk = Some(at);
-        Some(self)
-    }
-
-    fn cache(&self) -> PathBuf {
-        self.dir.path().join("cache")
-    }
-
-    /// The files in the cache, maps left out.
-    fn files(&self) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.cache().join("blobs")).unwrap().map(|entry| entry.unwrap().path());
-        entries.filter(|path| path.extension().is_none()).collect()
-    }
-
-    fn used_bytes(&self) -> u64 {
-        fs::read_dir(self.cache().join("blobs")).unwrap().map(|entry| entry.unwrap().metadata().unwrap().blocks() * 512).sum()
-    }
-
-    fn start(&self, budget_bytes: Option<u64>) -> Daemon<'_> {
-        let blobs = Arc::new(Blobs::new(&self.cache(), 1).unwrap());
-        let no_room = NoRoom::new().unwrap();
-        let settings = space::Settings { cache_dir: self.cache(), limits: CullLimits::default(), budget_bytes };
-        blobs.ring_for_room(no_room.clone());
-        let cache = Arc::clone(&blobs);
-        let steward = Steward::start(settings, move || BlobCache::new(cache), no_room.clone()).unwrap();
-        let settings = Settings { no_room: Some(no_room.clone()), ..common::settings(EngineKind::Uring, 1) };
-        let engine = Engine::start_all(&blobs.fronts(), &self.store, &settings).unwrap();
-        Daemon { host: self, blobs, engine, steward, no_room }
-    }
+/// With so many blobs, and no image.
+fn with_blobs(blobs: usize) -> Option<Host> {
+    Host::new(Fs::Here, |host| {
+        (0..blobs).for_each(|n| fs::write(host.path("store").join(format!("blob{n}")), bytes_of(n)).unwrap());
+        Manifest::default()
+    })
 }
 
-impl Drop for Host {
-    fn drop(&mut self) {
-        if let Some(disk) = &self.disk {
-            let _ = nix::mount::umount2(disk, nix::mount::MntFlags::MNT_DETACH);
-        }
-    }
+/// The files in the cache, maps left out.
+fn files(host: &Host) -> Vec<PathBuf> {
+    let entries = fs::read_dir(host.path("cache/blobs")).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.extension().is_none()).collect()
 }
 
-struct Daemon<'a> {
-    host: &'a Host,
-    blobs: Arc<Blobs>,
-    engine: Engine,
+fn used_bytes(host: &Host) -> u64 {
+    fs::read_dir(host.path("cache/blobs")).unwrap().map(|entry| entry.unwrap().metadata().unwrap().blocks() * 512).sum()
+}
+
+/// Blobs that are served, and who makes room for them.
+struct Tended {
+    served: Served,
     steward: Steward,
     no_room: NoRoom,
 }
 
-impl Daemon<'_> {
+impl Tended {
+    fn start(host: &Host, budget_bytes: Option<u64>) -> Self {
+        let no_room = NoRoom::new().unwrap();
+        let settings = Settings { no_room: Some(no_room.clone()), ..common::settings(EngineKind::Uring, 1) };
+        let served = Served::start(host, host.store(SourceMode::Buffered), &settings);
+        served.blobs.ring_for_room(no_room.clone());
+        let settings = space::Settings { cache_dir: host.path("cache"), limits: CullLimits::default(), budget_bytes };
+        let cache = Arc::clone(&served.blobs);
+        let steward = Steward::start(settings, move || BlobCache::new(cache), no_room.clone()).unwrap();
+        Self { served, steward, no_room }
+    }
+
     /// Makes all of a blob ready, and looks whether it is that.
     fn attach(&self, n: usize) -> Result<Pinned, AttachError> {
-        let key = Key::new(b"dom", format!("blob{n}").as_bytes());
-        let pinned = self.blobs.attach(&self.engine.entry(), &*self.host.store, &key, true, PATIENCE)?;
+        let pinned = self.served.attach(&format!("blob{n}"), true)?;
         expect_bytes(&pinned, n);
         Ok(pinned)
     }
 
     fn release(&self) -> usize {
-        self.blobs.save();
-        self.blobs.release(&self.engine.entry())
+        self.served.release()
     }
 
     /// Has the steward look now, and waits until it has removed what it will.
@@ -155,10 +102,17 @@ impl Daemon<'_> {
 
     fn stop(self) -> (u64, Statistics) {
         let statistics = self.steward.stop();
-        let snapshot = self.engine.stop(PATIENCE, || false).unwrap();
-        assert_eq!(snapshot.unanswered, 0, "{snapshot:?}");
-        (snapshot.needs_failed, statistics)
+        (self.served.stop().needs_failed, statistics)
     }
+}
+
+/// Whether a blob has a file, by attaching nothing.
+fn is_cached(host: &Host, n: usize) -> bool {
+    let first = bytes_of(n)[..4096].to_vec();
+    files(host).iter().any(|path| {
+        let mut bytes = vec![0; 4096];
+        File::open(path).unwrap().read_exact_at(&mut bytes, 0).is_ok() && bytes == first
+    })
 }
 
 /// Through the descriptor that was opened before the file was watched, so nobody is asked.
@@ -175,16 +129,16 @@ fn expect_bytes(pinned: &Pinned, n: usize) {
 fn a_budget_is_held_while_blobs_come_and_go_and_what_is_used_stays() {
     const BLOBS: usize = 12;
     let budget = 5 * TAKES_BYTES;
-    let Some(host) = Host::new(BLOBS) else { return };
-    let daemon = host.start(Some(budget));
+    let Some(host) = with_blobs(BLOBS) else { return };
+    let daemon = Tended::start(&host, Some(budget));
     let used = daemon.attach(0).unwrap();
     for n in 1..BLOBS {
         drop(daemon.attach(n).unwrap());
         assert_eq!(daemon.release(), 1);
     }
-    let kept = daemon.look_until(|statistics| statistics.culled_objects > 0 && host.used_bytes() <= budget);
+    let kept = daemon.look_until(|statistics| statistics.culled_objects > 0 && used_bytes(&host) <= budget);
     // The oldest have gone, no more than was needed, and not the one that is used.
-    let left: Vec<_> = (0..BLOBS).filter(|&n| daemon.is_cached(n)).collect();
+    let left: Vec<_> = (0..BLOBS).filter(|&n| is_cached(&host, n)).collect();
     println!("{left:?}; {kept:?}");
     assert!(matches!(*left, [0, 8, 9, 10, 11] | [0, 9, 10, 11]), "{left:?} {kept:?}");
     assert_eq!((kept.culled_objects + kept.cache_objects, kept.cull_refused), (BLOBS as u64, 0), "{kept:?}");
@@ -195,37 +149,26 @@ fn a_budget_is_held_while_blobs_come_and_go_and_what_is_used_stays() {
         drop(daemon.attach(n).unwrap());
         daemon.release();
     }
-    daemon.look_until(|now| now.culled_objects > kept.culled_objects && host.used_bytes() <= budget);
-    assert!([0, 9, 1, 2].iter().all(|&n| daemon.is_cached(n)) && !daemon.is_cached(10));
+    daemon.look_until(|now| now.culled_objects > kept.culled_objects && used_bytes(&host) <= budget);
+    assert!([0, 9, 1, 2].iter().all(|&n| is_cached(&host, n)) && !is_cached(&host, 10));
     drop(used);
     let (failed, _) = daemon.stop();
     assert_eq!(failed, 0);
 }
 
-impl Daemon<'_> {
-    /// Whether a blob has a file, by attaching nothing.
-    fn is_cached(&self, n: usize) -> bool {
-        let first = bytes_of(n)[..4096].to_vec();
-        self.host.files().iter().any(|path| {
-            let mut bytes = vec![0; 4096];
-            File::open(path).unwrap().read_exact_at(&mut bytes, 0).is_ok() && bytes == first
-        })
-    }
-}
-
 #[test]
 fn a_blob_that_is_attached_while_it_is_removed_keeps_its_file() {
-    let Some(host) = Host::new(1) else { return };
-    let daemon = host.start(None);
+    let Some(host) = with_blobs(1) else { return };
+    let daemon = Tended::start(&host, None);
     drop(daemon.attach(0).unwrap());
     daemon.release();
-    let name = host.files()[0].file_name().unwrap().to_str().unwrap().to_owned();
+    let name = files(&host)[0].file_name().unwrap().to_str().unwrap().to_owned();
     let (removed, busy, ended) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     let mut attached = 0;
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !ended.load(Ordering::Relaxed) {
-                let counter = if BlobFile::remove(&host.cache().join("blobs"), &name).unwrap() { &removed } else { &busy };
+                let counter = if BlobFile::remove(&host.path("cache/blobs"), &name).unwrap() { &removed } else { &busy };
                 counter.fetch_add(1, Ordering::Relaxed);
             }
         });
@@ -248,8 +191,8 @@ fn a_blob_that_is_attached_while_it_is_removed_keeps_its_file() {
 #[test]
 fn fault_full_disk_makes_room_for_a_reader_and_gives_an_error_in_time_when_nothing_can_go() {
     const BLOBS: usize = 40;
-    let Some(host) = Host::new(BLOBS).and_then(|host| host.on_disk(24 << 20)) else { return };
-    let daemon = host.start(None);
+    let Some(host) = with_blobs(BLOBS).and_then(|host| host.with_cache_on_disk(24 << 20)) else { return };
+    let daemon = Tended::start(&host, None);
     let mut used = vec![daemon.attach(0).unwrap()];
     // Twice as many as there is room for, each of which is not used any more when the next one comes.
     for n in 1..BLOBS {
@@ -344,16 +287,16 @@ const DAMAGES: [Damage; 12] = [
 
 #[test]
 fn fault_whatever_becomes_of_the_cache_s_files_no_byte_is_wrong() {
-    let Some(host) = Host::new(2) else { return };
+    let Some(host) = with_blobs(2) else { return };
     for (what, damage) in DAMAGES {
-        let _ = fs::remove_dir_all(host.cache());
-        let daemon = host.start(None);
+        let _ = fs::remove_dir_all(host.path("cache"));
+        let daemon = Tended::start(&host, None);
         let path = |n| daemon.attach(n).unwrap().file().path().to_owned();
         let (a, b) = (path(0), path(1));
         daemon.release();
         daemon.stop();
         damage(&a, &b);
-        let daemon = host.start(None);
+        let daemon = Tended::start(&host, None);
         // Each in turn, so that one of them has what was damaged.
         for n in [0, 1] {
             let pinned = daemon.attach(n).unwrap();
@@ -370,18 +313,18 @@ fn fault_whatever_becomes_of_the_cache_s_files_no_byte_is_wrong() {
 /// the same, and it can go.
 #[test]
 fn what_a_removal_has_left_half_done_is_counted_and_goes() {
-    let Some(host) = Host::new(3) else { return };
-    let daemon = host.start(None);
+    let Some(host) = with_blobs(3) else { return };
+    let daemon = Tended::start(&host, None);
     let paths: Vec<_> = (0..3).map(|n| daemon.attach(n).unwrap().file().path().to_owned()).collect();
     daemon.release();
     daemon.stop();
     fs::remove_file(map_of(&paths[0])).unwrap();
     fs::remove_file(&paths[1]).unwrap();
-    fs::write(host.cache().join("blobs/README"), "an operator's").unwrap();
-    let daemon = host.start(Some(1));
+    fs::write(host.path("cache/blobs/README"), "an operator's").unwrap();
+    let daemon = Tended::start(&host, Some(1));
     let kept = daemon.look_until(|statistics| statistics.culled_objects == 3);
     assert_eq!((kept.cache_bytes, kept.cache_objects), (0, 0), "{kept:?}");
-    let left: Vec<_> = fs::read_dir(host.cache().join("blobs")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> = fs::read_dir(host.path("cache/blobs")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["README"]);
     assert!(kept.last_cull_unix_s.abs_diff(SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs()) < 60);
     daemon.stop();

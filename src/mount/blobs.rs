@@ -32,6 +32,13 @@ const DIR_MODE: u32 = 0o700;
 const GROUPS_PER_SHARD: usize = 8;
 /// Groups of a daemon at most; a user may have fs.fanotify.max_user_groups (128), and others want some too.
 const GROUPS_MAX: usize = 64;
+
+/// How many groups a daemon with so many shards makes: the same number for each of them.
+#[must_use]
+pub fn groups_wanted(shards: usize) -> usize {
+    shards * (GROUPS_MAX / shards.max(1)).clamp(1, GROUPS_PER_SHARD)
+}
+
 /// See the module's description.
 #[derive(Debug)]
 pub struct Blobs {
@@ -95,8 +102,7 @@ impl Blobs {
     /// The kernel gives no groups or watches no files there, or the directory cannot be used.
     pub fn new(dir: &Path, shards: usize) -> Result<Self, BlobsError> {
         let no_group = |errno| if errno == Errno::EPERM { BlobsError::NotPermitted } else { BlobsError::NoGroup { errno } };
-        let count = shards * (GROUPS_MAX / shards.max(1)).clamp(1, GROUPS_PER_SHARD);
-        let groups = (0..count).map(|_| Group::new().map(Arc::new)).collect::<Result<Vec<_>, _>>().map_err(no_group)?;
+        let groups = (0..groups_wanted(shards)).map(|_| Group::new().map(Arc::new)).collect::<Result<Vec<_>, _>>().map_err(no_group)?;
         let dir = dir.join(BLOBS_DIR);
         let unusable = |source| BlobsError::Dir { dir: dir.clone(), source };
         DirBuilder::new().recursive(true).mode(DIR_MODE).create(&dir).map_err(unusable)?;

@@ -32,7 +32,7 @@ mod resume;
 mod service;
 mod space;
 
-pub use self::blobs::{Blobs, Pinned};
+pub use self::blobs::{Blobs, Pinned, groups_wanted};
 pub use self::error::{AttachError, BlobsError};
 pub use self::fsmount::{Detached, FsMountError, Source, make, mount};
 pub use self::mounted::{Mounted, is_of_cache, mounted, mounted_at, mounted_everywhere};

@@ -1,7 +1,7 @@
 //! The window that adapts to how an object is read.
 //!
-//! The kernel asks only for what is missing, so reads that find their data are invisible here: a planner sees
-//! misses. What it can tell from them:
+//! Most kernels ask only for what is missing, so reads that find their data are invisible here: a planner sees
+//! misses. (Where it is told of the others, [`Planner::read_on`] learns from them too.) What it can tell from them:
 //!
 //! * A miss at the end of what was brought before is a **stream** (see [`super::stream`]).
 //! * Any other miss is a **jump**. A fill costs much before its first byte, so it is worth to bring a whole block

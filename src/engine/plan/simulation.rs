@@ -1,12 +1,12 @@
 //! What the planner makes of whole access lists: a model of an object that is filled as it says, read in every
-//! order we could think of, with the hits invisible as they are in life. The bounds are on requests (each costs
-//! a reader a fifth of a millisecond) and on what is brought in vain.
+//! order we could think of, with the hits invisible as cachefiles has them, or told of as fanotify does. The bounds are on
+//! requests (each costs a reader a fifth of a millisecond) and on what is brought in vain.
 //!
 //! The trees are made by chance from seeds; nothing here is taken from the traces that the constants were chosen by.
 
 use proptest::prelude::*;
 
-use super::adaptive::{Known, Planner};
+use super::adaptive::{Known, Planner, ReadOn};
 use crate::engine::presence::PageSet;
 use crate::range::{self, ByteRange, align_down, align_up};
 
@@ -53,15 +53,20 @@ struct Filled {
     present: PageSet,
     asked: PageSet,
     goal: PageSet,
+    /// On its way because of reads of what is there.
+    ahead: Vec<ByteRange>,
     len: u64,
+    /// Requests that had to wait.
     misses: u64,
+    /// Those that had not, where they are told of.
+    hits: u64,
 }
 
 impl Filled {
     fn new(len: u64) -> Self {
         let set = || PageSet::new(len, PAGE);
         let planner = Planner::new(len, BUDGET_PERCENT);
-        Self { planner, present: set(), asked: set(), goal: set(), len, misses: 0 }
+        Self { planner, present: set(), asked: set(), goal: set(), ahead: Vec::new(), len, misses: 0, hits: 0 }
     }
 
     /// Reads files in the order given; the background goes on meanwhile.
@@ -77,20 +82,56 @@ impl Filled {
     /// Reads a range as the kernel does: each hole in it is a miss.
     fn access(&mut self, wanted: &ByteRange) {
         while let Some(absent) = self.present.first_absent(wanted) {
-            let demand = absent.start..absent.end.min(absent.start + REQUEST_BYTES);
             self.misses += 1;
-            let reach = self.planner.reach(&demand);
-            let known = Known { present: &self.present, asked: &self.asked, end_bytes: self.len };
-            let advice = self.planner.advise(&demand, &known);
-            let region = advice.region;
-            assert!(region.start <= demand.start && region.end >= demand.end && region.end <= self.len, "{region:?} for {demand:?}");
-            assert!(region.start.is_multiple_of(PAGE) && region.end.is_multiple_of(PAGE), "{region:?}");
-            assert!(reach.start <= region.start && reach.end >= region.end, "{region:?} outside of {reach:?}");
-            self.asked.insert(&demand);
-            self.present.insert(&region);
-            if let Some(part) = advice.complete {
-                self.goal.insert(&part);
+            self.bring(&(absent.start..absent.end.min(absent.start + REQUEST_BYTES)));
+        }
+    }
+
+    fn bring(&mut self, demand: &ByteRange) {
+        let reach = self.planner.reach(demand);
+        let known = Known { present: &self.present, asked: &self.asked, end_bytes: self.len };
+        let advice = self.planner.advise(demand, &known);
+        let region = advice.region;
+        assert!(region.start <= demand.start && region.end >= demand.end && region.end <= self.len, "{region:?} for {demand:?}");
+        assert!(region.start.is_multiple_of(PAGE) && region.end.is_multiple_of(PAGE), "{region:?}");
+        assert!(reach.start <= region.start && reach.end >= region.end, "{region:?} outside of {reach:?}");
+        self.asked.insert(demand);
+        self.present.insert(&region);
+        if let Some(part) = advice.complete {
+            self.goal.insert(&part);
+        }
+    }
+
+    /// The same where every request is told of, whether it has to wait or not. What is brought because of one that had not is
+    /// there when the next one has been answered: that one waits if it wants it.
+    fn access_told(&mut self, wanted: &ByteRange) {
+        for start in (wanted.start..wanted.end).step_by(REQUEST_BYTES as usize) {
+            let read = start..wanted.end.min(start + REQUEST_BYTES);
+            let ahead = std::mem::take(&mut self.ahead);
+            let waits = !self.present.contains(&read);
+            ahead.iter().for_each(|region| self.present.insert(region));
+            self.misses += u64::from(waits);
+            if let Some(absent) = self.present.first_absent(&read) {
+                // What is there of it already is not the planner's to bring.
+                self.bring(&(absent.start..read.end));
+            } else if !waits {
+                self.read_on(&read);
             }
+            self.asked.insert(&read);
+        }
+    }
+
+    fn read_on(&mut self, read: &ByteRange) {
+        self.hits += 1;
+        self.asked.insert(read);
+        let ReadOn { region, all } = self.planner.read_on(read, &self.asked, self.len);
+        if let Some(region) = region {
+            assert!(region.start < region.end && region.end <= self.len, "{region:?} for {read:?}");
+            assert!(region.start.is_multiple_of(PAGE) && region.end.is_multiple_of(PAGE), "{region:?}");
+            self.ahead.push(region);
+        }
+        if all {
+            self.goal.insert(&(0..self.len));
         }
     }
 
@@ -106,6 +147,7 @@ impl Filled {
 
     /// Share of the object that is there at last, in percent; the background has all the time it wants.
     fn percent(mut self) -> u64 {
+        std::mem::take(&mut self.ahead).iter().for_each(|region| self.present.insert(region));
         let mut at = 0;
         while let Some(part) = self.goal.first_present(&(at..self.len)) {
             self.present.insert(&part);
@@ -284,6 +326,77 @@ proptest! {
         prop_assert!(wanted <= 20 * asked + 2 * MIB, "{wanted} wanted with {asked} asked");
         let most = share + 21 * MIB + around + wanted + asked;
         prop_assert!(object.present.present_bytes() <= most, "{} of {most}", object.present.present_bytes());
+    }
+}
+
+/// Most waits of one reader that goes through an object in order, where what it finds is told of: the first block, and the windows
+/// that are shorter than two of its requests.
+const WAITS_IN_ORDER_MAX: u64 = 6;
+
+#[test]
+fn told_in_order_nobody_waits_once_it_is_a_stream() {
+    for seed in SEEDS {
+        let mut dice = Dice(seed);
+        let len = [24, 57, 200, 400][seed as usize % 4] * MIB;
+        let mut object = Filled::new(len);
+        tree(&mut dice, len).iter().for_each(|file| object.access_told(file));
+        println!("seed {seed}: {} MiB, {} waits of {} requests", len / MIB, object.misses, object.misses + object.hits);
+        assert!(object.misses <= WAITS_IN_ORDER_MAX, "seed {seed}: {} waits", object.misses);
+        assert_eq!(object.percent(), 100, "seed {seed}");
+    }
+}
+
+/// How much more of an object may be brought because hits are told of, in percent, as long as so little was asked for
+/// that nobody seems to want all of it. As elsewhere, [`SMALL_BYTES`] are always allowed.
+const MORE_PERCENT: u64 = 2;
+
+#[test]
+fn told_sparse_readers_bring_hardly_more() {
+    for seed in SEEDS {
+        let mut dice = Dice(seed);
+        let len = [24, 57, 200, 400][seed as usize % 4] * MIB;
+        let files = tree(&mut dice, len);
+        let mut files = shuffled(&mut dice, files);
+        let mut left = len * 8 / 100;
+        files.retain(|file| {
+            let fits = range::len(file) <= left;
+            left -= if fits { range::len(file) } else { 0 };
+            fits
+        });
+        let (mut silent, mut told) = (Filled::new(len), Filled::new(len));
+        for file in &files {
+            silent.access(file);
+            told.access_told(file);
+        }
+        let waits = (silent.misses, told.misses);
+        let (silent, told) = (silent.percent(), told.percent());
+        println!("seed {seed}: {} MiB, {silent} % filled, told {told} %; waits {waits:?}", len / MIB);
+        assert!(told <= silent + MORE_PERCENT || told * len / 100 <= SMALL_BYTES, "seed {seed}: {told} % instead of {silent} %");
+    }
+}
+
+/// Reads of what is there after which it is looked at once at least how much was asked for.
+const COUNTED_AFTER: u64 = 64;
+
+#[test]
+fn told_all_is_brought_when_an_eighth_was_asked_for() {
+    for seed in SEEDS {
+        let mut dice = Dice(seed);
+        let len = [24, 57, 200, 400][seed as usize % 4] * MIB;
+        let files = tree(&mut dice, len);
+        let (mut object, mut wanted_since) = (Filled::new(len), None);
+        for file in shuffled(&mut dice, files) {
+            object.access_told(&file);
+            if object.asked.present_bytes() * 100 >= len * 13 {
+                wanted_since.get_or_insert(object.hits);
+            }
+            if wanted_since.is_some_and(|hits| object.hits >= hits + COUNTED_AFTER) {
+                break;
+            }
+        }
+        let asked = object.asked.present_bytes() * 100 / len;
+        println!("seed {seed}: {} MiB, {asked} % asked for, {} waits", len / MIB, object.misses);
+        assert_eq!(object.percent(), 100, "seed {seed}: with {asked} % asked for");
     }
 }
 

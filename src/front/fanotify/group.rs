@@ -1,6 +1,6 @@
-//! One fanotify group: a source of requests, for one shard and the objects that it owns.
+//! One fanotify group: a source of requests, for one shard and some of the objects that it owns.
 //!
-//! Every reader that waits for an event of a group is woken by every answer to one of them, so there is a group for each
+//! Every reader that waits for an event of a group is woken by every answer to one of them, so there are several for each
 //! shard. The kernel names an event by the number of the descriptor that it brings; that stays open until the answer, so
 //! that no other event gets the same name.
 

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use super::features::{Kernel, Setting};
 use super::{Check, Verdict, read};
 use crate::front::fanotify::Group;
+use crate::mount::groups_wanted;
 use crate::mount::loops::{self, Loop};
 use crate::mount::metadata::{MetadataError, is_asked_for};
 
@@ -103,8 +104,9 @@ fn metadata(asked: Result<bool, MetadataError>) -> Check {
 
 /// Whether there are groups enough.
 fn enough(groups: usize, shards: usize) -> Option<Check> {
-    let found = format!("{shards} event loops want a group each, and a user may have {groups}");
-    (groups < shards).then(|| Check::fail("fanotify-groups", Verdict::Failed, found, format!("raise {MAX_GROUPS}, or lower --shards")))
+    let wanted = groups_wanted(shards);
+    let found = format!("{shards} event loops want {wanted} groups together, and a user may have {groups}");
+    (groups < wanted).then(|| Check::fail("fanotify-groups", Verdict::Failed, found, format!("raise {MAX_GROUPS}, or lower --shards")))
 }
 
 #[cfg(test)]
@@ -133,6 +135,11 @@ mod tests {
         assert_eq!(metadata(Ok(false)).verdict, Verdict::Ready);
         assert_eq!(metadata(Err(MetadataError::TimedOut)).verdict, Verdict::Ready);
         assert_eq!(files(Some(Setting::No)).verdict, Verdict::Unavailable);
-        assert!(enough(2, 2).is_none() && enough(1, 2).is_some_and(|check| check.remedy.contains("--shards")));
+        for shards in [1, 2, 8, 9, 64, 200] {
+            let wanted = groups_wanted(shards);
+            assert!(wanted.is_multiple_of(shards) && (shards..=shards.max(64)).contains(&wanted), "{shards}: {wanted}");
+            assert!(enough(wanted, shards).is_none(), "{shards}");
+            assert!(enough(wanted - 1, shards).is_some_and(|check| check.remedy.contains("--shards")), "{shards}");
+        }
     }
 }
