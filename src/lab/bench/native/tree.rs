@@ -4,11 +4,12 @@
 use memmap2::MmapOptions;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::ground::{Ground, Infill, LoopDisk, Mounted, blob_in, cpu_ns, drop_cached, image_in, image_of, settle, warm};
+use super::ground::{Ground, Infill, LoopDisk, Mounted, blob_in, cpu_ns, image_in, image_of, settle, warm};
 use super::peer::{self, Kind, Served};
 use super::samples::{Figures, Samples};
 use super::{Plan, Section, Subject, failed};
@@ -17,6 +18,7 @@ use crate::lab::disk::CacheFs;
 use crate::lab::progress::Progress;
 use crate::lab::tree::{Content, Manifest, Selection, compare};
 use crate::lab::{Result, Trying};
+use crate::ops::reflink::clone_whole;
 
 /// The image in a store.
 const TREE: &str = "tree";
@@ -48,8 +50,9 @@ enum Cell {
     Naive(usize),
     /// As [`Cell::Present`], on XFS.
     PresentXfs,
-    /// The same, but the blob is not in the page cache: as the blob of a reflink, which is a file of its own, is not either.
-    ColdXfs,
+    /// The same, but the blob is a reflink, made just now by nobody's daemon: a file of its own, of which nothing is in the page
+    /// cache.
+    ReflinkXfs,
     /// infill, with an empty cache on the XFS of its store.
     Reflinked,
 }
@@ -57,7 +60,7 @@ enum Cell {
 impl Cell {
     /// Those that are measured beside each other; the first one of a file system is what the others are compared with.
     const HERE: [Self; 5] = [Self::Present, Self::BesideCopy, Self::Copied, Self::Naive(1), Self::Naive(2)];
-    const ON_XFS: [Self; 3] = [Self::PresentXfs, Self::ColdXfs, Self::Reflinked];
+    const ON_XFS: [Self; 3] = [Self::PresentXfs, Self::ReflinkXfs, Self::Reflinked];
 
     const fn name(self) -> &'static str {
         match self {
@@ -67,7 +70,7 @@ impl Cell {
             Self::Naive(1) => "naive",
             Self::Naive(_) => "naive, 2 threads",
             Self::PresentXfs => "present, XFS",
-            Self::ColdXfs => "present, XFS, cold blob",
+            Self::ReflinkXfs => "present, XFS, a reflink",
             Self::Reflinked => "reflinked",
         }
     }
@@ -81,15 +84,15 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     for round in 0..plan.rounds {
         for readers in READERS {
             for cells in [&Cell::HERE[..], if bench.xfs.is_some() { &Cell::ON_XFS } else { &[] }] {
-                let (mut present_ms, mut cold_ms) = (None, None);
+                let (mut present_ms, mut reflink_ms) = (None, None);
                 for &cell in cells {
                     progress.update(|| format!("round {}: {}, {readers} readers", round + 1, cell.name()));
                     let (wall, mut figures) = bench.run(cell, readers, round == 0)?;
                     let wall_ms = wall.as_secs_f64() * 1e3;
                     let of_ms = *present_ms.get_or_insert(wall_ms);
                     figures.extend([("wall_ms", wall_ms), ("of_present", wall_ms / of_ms)]);
-                    cold_ms = cold_ms.or((cell == Cell::ColdXfs).then_some(wall_ms));
-                    figures.extend(cold_ms.map(|cold_ms| ("of_cold", wall_ms / cold_ms)));
+                    reflink_ms = reflink_ms.or((cell == Cell::ReflinkXfs).then_some(wall_ms));
+                    figures.extend(reflink_ms.map(|reflink_ms| ("of_reflink", wall_ms / reflink_ms)));
                     samples.add(cell.name(), readers, figures);
                 }
             }
@@ -101,7 +104,7 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
         bench.files.len(),
         bench.manifest.len_bytes() as f64 / 1e6
     );
-    Ok(samples.section(Subject::Tree, title, &["wall_ms", "of_present", "of_cold", "daemon_cpu_ms", "events", "filled_mb"]))
+    Ok(samples.section(Subject::Tree, title, &["wall_ms", "of_present", "of_reflink", "daemon_cpu_ms", "events", "filled_mb"]))
 }
 
 /// The tree as an image in stores, and what it must read as.
@@ -203,9 +206,12 @@ impl<'a> Bench<'a> {
         warm(&blob)?;
         Ok(match cell {
             Cell::Present | Cell::BesideCopy | Cell::PresentXfs => Ready { image, blob, server: Server::Nobody },
-            Cell::ColdXfs => {
-                drop_cached(&blob)?;
-                Ready { image, blob, server: Server::Nobody }
+            Cell::ReflinkXfs => {
+                let twin = dir.join("blob");
+                let (from, to) =
+                    (File::open(&blob).trying(|| "cannot open the blob")?, File::create(&twin).trying(|| "cannot make a file")?);
+                clone_whole(to.as_fd(), from.as_fd()).trying(|| format!("cannot share blocks with {}", twin.display()))?;
+                Ready { image, blob: twin, server: Server::Nobody }
             }
             Cell::Copied | Cell::Reflinked => {
                 let mut infill = Infill::start(self.plan, &[&store], dir, &[])?;
