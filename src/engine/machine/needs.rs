@@ -108,20 +108,21 @@ impl<T> Machine<T> {
     pub(super) fn region(&mut self, handle: Handle, range: &ByteRange) -> ByteRange {
         let (page_bytes, window) = (self.limits.page_bytes, self.limits.window);
         let len = self.objects[handle.0].blob.len_bytes();
-        match window {
+        let missing = match window {
             Window::Fixed(bytes) => return plan::window(range, bytes, len, page_bytes),
-            // All of it is there or on its way: it says nothing new of the reader.
-            Window::Adaptive { .. } if !self.misses(handle, range) => return range.clone(),
-            Window::Adaptive { .. } => {}
-        }
+            Window::Adaptive { .. } => self.first_missing(handle, range),
+        };
+        // All of it is there or on its way: it says nothing new of the reader.
+        let Some(start) = missing else { return range.clone() };
         let object = &mut self.objects[handle.0];
         let Some(planner) = &mut object.planner else { return range.clone() };
         let known = Known { present: &object.present, asked: &object.asked, end_bytes: align_up(len, page_bytes) };
-        let Advice { region, complete } = planner.advise(range, &known);
+        // A request that begins in what is there goes on where that ends: so a stream is known as one.
+        let Advice { region, complete } = planner.advise(&(start..range.end), &known);
         if let Some(part) = complete {
             self.complete(handle, &part);
         }
-        region
+        region.start.min(range.start)..region.end
     }
 
     /// Somebody has read what is there, where that is told of: so streams are brought before they are asked for.
@@ -140,16 +141,16 @@ impl<T> Machine<T> {
         }
     }
 
-    /// Whether something of a range is neither there nor on its way.
-    fn misses(&self, handle: Handle, range: &ByteRange) -> bool {
+    /// Where something of a range begins that is neither there nor on its way.
+    fn first_missing(&self, handle: Handle, range: &ByteRange) -> Option<u64> {
         let mut at = range.start;
         while let Some((piece, job)) = self.next_piece(handle, &(at..range.end), self.limits.fill_max_bytes) {
             if job.is_none() {
-                return true;
+                return Some(piece.start);
             }
             at = piece.end;
         }
-        false
+        None
     }
 
     /// Makes fills for the rest of a region, as far as the queue for them allows.
