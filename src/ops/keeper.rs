@@ -42,8 +42,10 @@ const NOTHING: u8 = b'-';
 
 /// The verb that makes a process a keeper.
 const VERB: &str = "keeper";
-/// How long the other side may take to answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a keeper may take to answer. It may have to be started first, on a host with no CPU to spare, and before it says that
+/// it has let go it closes what it held: the kernel then ends all use of the cache, or each group of events after the other.
+/// To give up early costs the mounts that it keeps; to ask both in turn takes less than the 90 s that systemd gives a start.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a keeper waits for its first message before it ends.
 const FIRST_MESSAGE_MS: u16 = 10_000;
 /// Connections at a time: the daemon's, and those of verbs. More wait.
@@ -110,8 +112,14 @@ impl Keeper {
         drop(command);
         let mut keeper = Self::find(socket)?.ok_or_else(|| failed("it has ended")(io::ErrorKind::ConnectionRefused.into()))?;
         keeper.child = Some(child);
-        keeper.keep(device)?;
-        Ok(keeper)
+        match keeper.keep(device) {
+            Ok(()) => Ok(keeper),
+            // Left alone, it might get the device later, and hold it for nobody.
+            Err(error) => {
+                keeper.bury();
+                Err(error)
+            }
+        }
     }
 
     /// Makes it hold `device`, and nothing else.
@@ -148,10 +156,10 @@ impl Keeper {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Takes leave of a keeper that has died.
+    /// Takes leave of a keeper that has died, or is of no use.
     pub fn bury(mut self) {
         if let Some(child) = &mut self.child {
-            // It may only have closed the connection.
+            // It may only have closed the connection, or be late.
             let _ = child.kill();
         }
         self.reap();
