@@ -42,10 +42,13 @@ const NOTHING: u8 = b'-';
 
 /// The verb that makes a process a keeper.
 const VERB: &str = "keeper";
-/// How long a keeper may take to answer. It may have to be started first, on a host with no CPU to spare, and before it says that
-/// it has let go it closes what it held: the kernel then ends all use of the cache, or each group of events after the other.
-/// To give up early costs the mounts that it keeps; to ask both in turn takes less than the 90 s that systemd gives a start.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a keeper may take to answer: so many waits. It may have to be started first, on a host with no CPU to spare, and
+/// before it says that it has let go it closes what it held: the kernel then ends all use of the cache, or each group of events
+/// after the other. To give up early costs the mounts that it keeps; to ask both in turn takes less than the 90 s that systemd
+/// gives a start.
+const WAITS_MAX: u32 = 30;
+/// One of them. A machine that stood still meanwhile, such as a virtual one that was moved, costs one and not all.
+const WAIT: Duration = Duration::from_secs(1);
 /// How long a keeper waits for its first message before it ends.
 const FIRST_MESSAGE_MS: u16 = 10_000;
 /// Connections at a time: the daemon's, and those of verbs. More wait.
@@ -87,7 +90,7 @@ impl Keeper {
             Err(error) => return Err(failed("cannot connect to it", error)),
         };
         for set in [UnixStream::set_read_timeout, UnixStream::set_write_timeout] {
-            set(&connection, Some(PATIENCE)).map_err(|error| failed("cannot limit the wait for it", error))?;
+            set(&connection, Some(WAIT)).map_err(|error| failed("cannot limit the wait for it", error))?;
         }
         Ok(Some(Self { socket: socket.to_owned(), connection, child: None }))
     }
@@ -175,13 +178,23 @@ impl Keeper {
         let failed = |what, errno: Errno| KeeperError { socket: self.socket.clone(), what, source: errno.into() };
         passing::send(self.connection.as_fd(), &[message], fd).map_err(|errno| failed("cannot ask it", errno))?;
         let mut answer = [0];
-        match passing::receive(self.connection.as_fd(), &mut answer) {
+        match self.wait_for(&mut answer) {
             Err(errno) => Err(failed("it does not answer", errno)),
             Ok((0, _)) => Err(failed("it has ended", Errno::EPIPE)),
             Ok((_, fd)) if answer == [DONE] => Ok(fd),
             Ok(_) if message == TAKE => Ok(None),
             Ok(_) => Err(failed("it refuses", Errno::EPROTO)),
         }
+    }
+
+    fn wait_for(&self, answer: &mut [u8]) -> Result<(usize, Option<OwnedFd>), Errno> {
+        for _ in 1..WAITS_MAX {
+            match passing::receive(self.connection.as_fd(), answer) {
+                Err(Errno::EAGAIN) => {}
+                result => return result,
+            }
+        }
+        passing::receive(self.connection.as_fd(), answer)
     }
 }
 
