@@ -55,6 +55,8 @@ pub(super) struct Router {
     events_per_read: u32,
     /// Readers whose questions were read here, and of whom it is not known that they have an answer.
     unanswered: u32,
+    /// Something was read since the front end was last settled.
+    unsettled: bool,
     /// Room for the requests of one read.
     requests: Vec<Request>,
 }
@@ -143,6 +145,7 @@ impl Router {
             batch: Batch::new(),
             events_per_read: caps.events_per_read.max(1),
             unanswered: 0,
+            unsettled: false,
             requests: Vec::new(),
         }
     }
@@ -191,7 +194,7 @@ impl Router {
         if let Some(evictor) = &mut self.evictor {
             evictor.turn(now_ns, |shard, message| self.held.push_back(Held::Message(shard, message)));
         }
-        let has_news = self.batch.more || !self.held.is_empty();
+        let has_news = self.batch.more || self.unsettled || !self.held.is_empty();
         while let Some(held) = self.held.pop_front() {
             if let Err(held) = self.deliver(held) {
                 self.held.push_front(held);
@@ -209,6 +212,7 @@ impl Router {
             (self.starved, self.batch.more) = (true, true);
             return 0;
         }
+        self.unsettled = false;
         // The room once a turn: it looks at memory that every shard writes.
         if !self.batch.more || !self.has_room() {
             return 0;
@@ -264,7 +268,9 @@ impl Router {
         }
         let mut requests = std::mem::take(&mut self.requests);
         let parsed = front.parse(read, &mut requests);
-        self.batch.end(parsed.as_ref().map_or(Found::Part, |found| *found));
+        let found = parsed.as_ref().map_or(Found::Part, |found| *found);
+        self.unsettled |= found != Found::Nothing;
+        self.batch.end(found);
         let count = requests.len();
         self.unanswered = self.unanswered.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
         for request in requests.drain(..) {

@@ -207,6 +207,7 @@ impl Keep {
         let mut failed = None;
         for (keeper, socket) in self.keepers.iter_mut().zip(self.state.keeper_sockets()) {
             if !keeper.as_ref().is_some_and(answers) {
+                keeper.take().into_iter().for_each(Keeper::bury);
                 *keeper = Keeper::start(&socket, device).map_err(|error| failed = Some(error)).ok();
                 self.keepers_since = Instant::now();
             }

@@ -42,8 +42,13 @@ const NOTHING: u8 = b'-';
 
 /// The verb that makes a process a keeper.
 const VERB: &str = "keeper";
-/// How long the other side may take to answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a keeper may take to answer: so many waits. It may have to be started first, on a host with no CPU to spare, and
+/// before it says that it has let go it closes what it held: the kernel then ends all use of the cache, or each group of events
+/// after the other. To give up early costs the mounts that it keeps; to ask both in turn takes less than the 90 s that systemd
+/// gives a start.
+const WAITS_MAX: u32 = 30;
+/// One of them. A machine that stood still meanwhile, such as a virtual one that was moved, costs one and not all.
+const WAIT: Duration = Duration::from_secs(1);
 /// How long a keeper waits for its first message before it ends.
 const FIRST_MESSAGE_MS: u16 = 10_000;
 /// Connections at a time: the daemon's, and those of verbs. More wait.
@@ -85,7 +90,7 @@ impl Keeper {
             Err(error) => return Err(failed("cannot connect to it", error)),
         };
         for set in [UnixStream::set_read_timeout, UnixStream::set_write_timeout] {
-            set(&connection, Some(PATIENCE)).map_err(|error| failed("cannot limit the wait for it", error))?;
+            set(&connection, Some(WAIT)).map_err(|error| failed("cannot limit the wait for it", error))?;
         }
         Ok(Some(Self { socket: socket.to_owned(), connection, child: None }))
     }
@@ -110,8 +115,14 @@ impl Keeper {
         drop(command);
         let mut keeper = Self::find(socket)?.ok_or_else(|| failed("it has ended")(io::ErrorKind::ConnectionRefused.into()))?;
         keeper.child = Some(child);
-        keeper.keep(device)?;
-        Ok(keeper)
+        match keeper.keep(device) {
+            Ok(()) => Ok(keeper),
+            // Left alone, it might get the device later, and hold it for nobody.
+            Err(error) => {
+                keeper.bury();
+                Err(error)
+            }
+        }
     }
 
     /// Makes it hold `device`, and nothing else.
@@ -148,10 +159,10 @@ impl Keeper {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Takes leave of a keeper that has died.
+    /// Takes leave of a keeper that has died, or is of no use.
     pub fn bury(mut self) {
         if let Some(child) = &mut self.child {
-            // It may only have closed the connection.
+            // It may only have closed the connection, or be late.
             let _ = child.kill();
         }
         self.reap();
@@ -167,13 +178,23 @@ impl Keeper {
         let failed = |what, errno: Errno| KeeperError { socket: self.socket.clone(), what, source: errno.into() };
         passing::send(self.connection.as_fd(), &[message], fd).map_err(|errno| failed("cannot ask it", errno))?;
         let mut answer = [0];
-        match passing::receive(self.connection.as_fd(), &mut answer) {
+        match self.wait_for(&mut answer) {
             Err(errno) => Err(failed("it does not answer", errno)),
             Ok((0, _)) => Err(failed("it has ended", Errno::EPIPE)),
             Ok((_, fd)) if answer == [DONE] => Ok(fd),
             Ok(_) if message == TAKE => Ok(None),
             Ok(_) => Err(failed("it refuses", Errno::EPROTO)),
         }
+    }
+
+    fn wait_for(&self, answer: &mut [u8]) -> Result<(usize, Option<OwnedFd>), Errno> {
+        for _ in 1..WAITS_MAX {
+            match passing::receive(self.connection.as_fd(), answer) {
+                Err(Errno::EAGAIN) => {}
+                result => return result,
+            }
+        }
+        passing::receive(self.connection.as_fd(), answer)
     }
 }
 

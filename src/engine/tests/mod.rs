@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Condvar, Mutex};
 use std::time::Instant;
 
@@ -29,6 +30,8 @@ enum Step {
     Ask(Request),
     /// Nothing, before this request has its answer.
     Await(u64),
+    /// Give a message that leads to no request, and want to be settled.
+    Lose,
     /// Break.
     Break,
 }
@@ -64,6 +67,8 @@ struct Kernel {
     steps: Mutex<VecDeque<Step>>,
     readable: EventFd,
     answers: Arc<Answers>,
+    /// How often it will say that it is not settled.
+    unsettled: AtomicU32,
 }
 
 impl FrontEnd for Kernel {
@@ -77,6 +82,10 @@ impl FrontEnd for Kernel {
 
     fn requests(&self) -> BorrowedFd<'_> {
         self.readable.as_fd()
+    }
+
+    fn settle(&self) -> bool {
+        self.unsettled.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |times| times.checked_sub(1)).is_err()
     }
 
     fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError> {
@@ -93,6 +102,10 @@ impl FrontEnd for Kernel {
                     return Ok(Found::Part);
                 }
                 Some(Step::Await(token)) => drop(self.answers.of(token)),
+                Some(Step::Lose) => {
+                    self.unsettled.store(3, Ordering::Relaxed);
+                    return Ok(Found::Part);
+                }
                 Some(Step::Break) => return Err(FrontError::Broken(std::io::ErrorKind::BrokenPipe.into())),
                 None => panic!("nothing was counted that is not there"),
             }
@@ -103,7 +116,7 @@ impl FrontEnd for Kernel {
 impl Kernel {
     fn new() -> Arc<Self> {
         let readable = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE).unwrap();
-        Arc::new(Self { steps: Mutex::default(), readable, answers: Arc::default() })
+        Arc::new(Self { steps: Mutex::default(), readable, answers: Arc::default(), unsettled: AtomicU32::new(0) })
     }
 
     fn then(&self, steps: impl IntoIterator<Item = Step>) {
@@ -267,6 +280,22 @@ fn an_idle_engine_sleeps() {
         let stopping = Instant::now();
         engine.stop(PATIENCE, || false).unwrap();
         assert!(stopping.elapsed() < PATIENCE / 2, "{:?}", stopping.elapsed());
+    });
+}
+
+/// With cachefiles, that is a reader who waits.
+#[test]
+fn a_front_end_is_settled_soon_also_where_nothing_comes_behind_what_was_lost() {
+    with_each_engine(1, |engine, kernel, _| {
+        let (_, fd) = sink();
+        // Behind a full batch a larger one is read, whose end is that there is nothing more.
+        kernel.then([kernel.open(1, 8, &fd), Step::Lose]);
+        wait_until(|| kernel.unsettled.load(Ordering::Relaxed) > 0);
+        let lost = Instant::now();
+        wait_until(|| kernel.unsettled.load(Ordering::Relaxed) == 0);
+        // An idle shard would look a second later.
+        assert!(lost.elapsed() < Duration::from_millis(800), "{:?}", lost.elapsed());
+        engine.stop(PATIENCE, || false).unwrap();
     });
 }
 

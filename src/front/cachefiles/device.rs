@@ -219,15 +219,15 @@ impl FrontEnd for Device {
     }
 
     fn parse(&self, read: Result<&[u8], Errno>, requests: &mut Vec<Request>) -> Result<Found, FrontError> {
-        let found = match read {
+        let (found, request) = match read {
             // Not the end of anything: it also follows a wake-up for an object that must be opened again first.
-            Ok([]) => None,
-            Ok(bytes) => self.understand(bytes)?,
-            Err(errno) => self.unread(errno)?,
+            Ok([]) => (Found::Nothing, None),
+            // There may be more behind it, also where it is a READ that nobody can answer; and that one is to be settled soon.
+            Ok(bytes) => (Found::Part, self.understand(bytes)?),
+            Err(errno) => (Found::Nothing, self.unread(errno)?),
         };
-        let any = if found.is_some() { Found::Part } else { Found::Nothing };
-        requests.extend(found);
-        Ok(any)
+        requests.extend(request);
+        Ok(found)
     }
 
     fn settle(&self) -> bool {
@@ -401,8 +401,10 @@ pub(super) mod tests {
         ticket.answer(Outcome::Opened { len_bytes: 1 }).unwrap();
         assert_eq!(kernel.command(), "copen 1,1");
         drop(sink);
-        kernel.message(2, 5, Body::Read(0..4096));
-        assert!(device.next().unwrap().is_none());
+        let read = wire::encode(&Message { msg_id: 2, object_id: 5, body: Body::Read(0..4096) });
+        let mut requests = Vec::new();
+        assert_eq!(device.parse(Ok(&read), &mut requests).unwrap(), Found::Part, "whoever sees the end does not settle");
+        assert!(requests.is_empty());
         // Delivered behind it in the same batch.
         kernel.open(3, 6);
         let open = next_open(&device);
