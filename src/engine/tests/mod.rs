@@ -69,6 +69,8 @@ struct Kernel {
     answers: Arc<Answers>,
     /// How often it will say that it is not settled.
     unsettled: AtomicU32,
+    /// [`Step::Lose`] was done.
+    lost: AtomicBool,
 }
 
 impl FrontEnd for Kernel {
@@ -104,6 +106,7 @@ impl FrontEnd for Kernel {
                 Some(Step::Await(token)) => drop(self.answers.of(token)),
                 Some(Step::Lose) => {
                     self.unsettled.store(3, Ordering::Relaxed);
+                    self.lost.store(true, Ordering::Release);
                     return Ok(Found::Part);
                 }
                 Some(Step::Break) => return Err(FrontError::Broken(std::io::ErrorKind::BrokenPipe.into())),
@@ -116,7 +119,13 @@ impl FrontEnd for Kernel {
 impl Kernel {
     fn new() -> Arc<Self> {
         let readable = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE).unwrap();
-        Arc::new(Self { steps: Mutex::default(), readable, answers: Arc::default(), unsettled: AtomicU32::new(0) })
+        Arc::new(Self {
+            steps: Mutex::default(),
+            readable,
+            answers: Arc::default(),
+            unsettled: AtomicU32::new(0),
+            lost: AtomicBool::new(false),
+        })
     }
 
     fn then(&self, steps: impl IntoIterator<Item = Step>) {
@@ -290,7 +299,7 @@ fn a_front_end_is_settled_soon_also_where_nothing_comes_behind_what_was_lost() {
         let (_, fd) = sink();
         // Behind a full batch a larger one is read, whose end is that there is nothing more.
         kernel.then([kernel.open(1, 8, &fd), Step::Lose]);
-        wait_until(|| kernel.unsettled.load(Ordering::Relaxed) > 0);
+        wait_until(|| kernel.lost.load(Ordering::Acquire));
         let lost = Instant::now();
         wait_until(|| kernel.unsettled.load(Ordering::Relaxed) == 0);
         // An idle shard would look a second later.
