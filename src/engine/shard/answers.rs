@@ -111,10 +111,15 @@ impl<I: Io> Shard<I> {
             let now_ns = self.clock.now_ns();
             for (answered, result) in answers.drain(..replies.len()).zip(results.drain(..)) {
                 let Answered { ticket, outcome, object, range, since_ns } = answered;
-                let Replied { delivered, close } = ticket.replied(usize::try_from(result).map_err(|_| Errno::from_raw(-result)));
-                if let Some(fd) = close {
-                    self.io.close(fd);
-                }
+                let delivered = match usize::try_from(result).map_err(|_| Errno::from_raw(-result)) {
+                    // Not given, or nobody knows: once more by itself. Until then its name is nobody else's.
+                    Err(errno) if errno != Errno::ENOENT => ticket.answer(outcome),
+                    written => {
+                        let Replied { delivered, close } = ticket.replied(written);
+                        close.into_iter().for_each(|fd| self.io.close(fd));
+                        delivered
+                    }
+                };
                 self.account(delivered, (object, range, outcome), now_ns.saturating_sub(since_ns));
             }
             if self.caps.readers_preempt {
