@@ -11,6 +11,7 @@ mod error;
 mod options;
 mod text;
 
+use std::net::SocketAddr;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -34,6 +35,9 @@ pub use self::text::{Bytes, FrontEndKind, LogFormat, LogLevel, ReadAhead, Window
 pub const DEFAULT_CACHE_DIR: &str = "/var/cache/infill";
 /// The kernel's name for the cache.
 const DEFAULT_TAG: &str = "infill";
+/// Names of the sockets in the state directory.
+const CONTROL_SOCKET: &str = "control.sock";
+const METRICS_SOCKET: &str = "metrics.sock";
 /// Event loops at most; more do not help on any machine we know.
 const SHARDS_MAX: usize = 1024;
 /// Share of a blob, in percent, that may be brought on bets that nothing has confirmed (at least 4 MiB).
@@ -124,6 +128,14 @@ pub struct Config {
     pub keep: KeepMode,
     /// Where the lock and the keepers' sockets are.
     pub state_dir: PathBuf,
+    /// Where verbs talk to the daemon.
+    pub control_socket: PathBuf,
+    /// Whose members may do so as root may.
+    pub control_group: Option<String>,
+    /// Where metrics are scraped.
+    pub metrics_socket: PathBuf,
+    /// And where else.
+    pub metrics_listen: Option<SocketAddr>,
     /// User to become.
     pub user: Option<Account>,
     /// What is given up after the start.
@@ -148,6 +160,7 @@ impl Options {
         let seed = self.seed.iter().map(|blob| blob.parse().map_err(|error| value("seed", blob, &error)));
         let user = self.user.map(|text| text.parse().map_err(|problem: String| value("user", text, &problem))).transpose()?;
         let shards = self.shards.map_or_else(|| usable_cpus().len().max(1), NonZeroUsize::get);
+        let state_dir = self.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into());
         let config = Config {
             front_end: self.front_end.unwrap_or_default(),
             cache_dir: self.cache_dir.unwrap_or_else(|| DEFAULT_CACHE_DIR.into()),
@@ -185,7 +198,11 @@ impl Options {
             request_timeout: Duration::from_millis(self.request_timeout_ms.unwrap_or(DEFAULT_REQUEST_TIMEOUT_MS)),
             drain_timeout: Duration::from_millis(self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)),
             keep: self.keep.unwrap_or_default(),
-            state_dir: self.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+            control_socket: self.control_socket.unwrap_or_else(|| state_dir.join(CONTROL_SOCKET)),
+            control_group: self.control_group,
+            metrics_socket: self.metrics_socket.unwrap_or_else(|| state_dir.join(METRICS_SOCKET)),
+            metrics_listen: self.metrics_listen,
+            state_dir,
             user,
             confine: self.confine.unwrap_or_default(),
             log_level: self.log_level.unwrap_or_default(),

@@ -1,5 +1,6 @@
 //! Settings as they are written, and the order in which they win.
 
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -122,6 +123,18 @@ pub struct Options {
     /// Directory for what must outlive the daemon: its lock and the keepers' sockets [default: /run/infill]
     #[arg(long, value_name = "DIR", env = "INFILL_STATE_DIR")]
     pub(super) state_dir: Option<PathBuf>,
+    /// Socket on which verbs talk to the daemon: HTTP and JSON [default: control.sock in the state directory]
+    #[arg(long, value_name = "PATH", env = "INFILL_CONTROL_SOCKET")]
+    pub(super) control_socket: Option<PathBuf>,
+    /// Group whose members may use the control socket as the daemon's own user and root may [default: none]
+    #[arg(long, value_name = "NAME|GID", env = "INFILL_CONTROL_GROUP")]
+    pub(super) control_group: Option<String>,
+    /// Socket on which metrics are scraped [default: metrics.sock in the state directory]
+    #[arg(long, value_name = "PATH", env = "INFILL_METRICS_SOCKET")]
+    pub(super) metrics_socket: Option<PathBuf>,
+    /// Address and port on which metrics are scraped as well; whoever reaches it may read them [default: none]
+    #[arg(long, value_name = "ADDRESS:PORT", env = "INFILL_METRICS_LISTEN")]
+    pub(super) metrics_listen: Option<SocketAddr>,
     /// User to become once the device is bound: NAME or UID, perhaps with :GID; other groups are left [default: stay]
     #[arg(long, value_name = "NAME|UID[:GID]", env = "INFILL_USER")]
     pub(super) user: Option<String>,
@@ -227,6 +240,10 @@ impl Options {
             drain_timeout_ms,
             keep,
             state_dir,
+            control_socket,
+            control_group,
+            metrics_socket,
+            metrics_listen,
             user,
             confine,
             log_level,

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -11,6 +12,12 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxAttributes, StatxFlags, statx};
 use super::processes::{self, Process};
 use super::{erofs, exit};
 use crate::key::Key;
+
+/// How long a mount may be busy although /proc shows nobody who uses it: a process between fork and exec has what its parent
+/// had open, and a file that was closed is let go of a little later.
+const BUSY_MAX: Duration = Duration::from_secs(2);
+/// Pause between two tries.
+const BUSY_POLL: Duration = Duration::from_millis(10);
 
 /// What is mounted.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -194,12 +201,23 @@ pub fn unmount(dir: &Path) -> Result<(), MountError> {
         Ok(_) => return Err(MountError::NotMounted(shown)),
         Err(errno) => return Err(MountError::BadDir { dir: shown, source: errno.into() }),
     }
-    umount2(dir, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| match errno {
-        Errno::EBUSY => MountError::Busy { dir: shown, users: processes::file_system(dir).map(processes::find_users).unwrap_or_default() },
-        // A directory inside of an image.
-        Errno::EINVAL => MountError::NotMounted(shown),
-        errno => MountError::NotUnmounted { dir: shown, errno },
-    })
+    let since = Instant::now();
+    loop {
+        return match umount2(dir, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => Ok(()),
+            Err(Errno::EBUSY) => {
+                let users = processes::file_system(dir).map(processes::find_users).unwrap_or_default();
+                if users.is_empty() && since.elapsed() < BUSY_MAX {
+                    std::thread::sleep(BUSY_POLL);
+                    continue;
+                }
+                Err(MountError::Busy { dir: shown, users })
+            }
+            // A directory inside of an image.
+            Err(Errno::EINVAL) => Err(MountError::NotMounted(shown)),
+            Err(errno) => Err(MountError::NotUnmounted { dir: shown, errno }),
+        };
+    }
 }
 
 #[cfg(test)]
