@@ -8,6 +8,7 @@ use nix::sys::stat::fstat;
 use super::fds::Charge;
 use super::io::{FileRef, Io};
 use super::mailbox::Adopted;
+use super::stats::ObjectStats;
 use crate::front::Sink;
 use crate::key::Key;
 use crate::store::{Blob, SourceFile};
@@ -20,6 +21,7 @@ pub(super) struct Attached {
     sink: SinkState,
     sink_file: FileRef,
     pub(super) source_files: Vec<FileRef>,
+    pub(super) stats: Arc<ObjectStats>,
     /// Dropped last.
     _charge: Charge,
 }
@@ -44,12 +46,12 @@ pub(super) enum Target {
 impl Attached {
     /// An object that was just opened, whose sources `io` will read.
     pub(super) fn new(adopted: Adopted, io: &mut impl Io) -> Self {
-        let Adopted { key, blob, sink, charge, .. } = adopted;
+        let Adopted { key, blob, sink, stats, charge, .. } = adopted;
         // Not in the ring's table: a place there may keep a descriptor open long after it was cleared (up to a
         // second in Linux 6.1, and behind any operation that hangs), and an object whose sink is open is not gone.
         let sink_file = FileRef::plain(sink.as_fd());
         let source_files = blob.files().iter().map(|file| io.add_file(file.fd.as_fd())).collect();
-        Self { key, blob, sink: SinkState::Held(sink), sink_file, source_files, _charge: charge }
+        Self { key, blob, sink: SinkState::Held(sink), sink_file, source_files, stats, _charge: charge }
     }
 
     /// The sink, unless it was offered.

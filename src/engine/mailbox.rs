@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_cha
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::fds::Charge;
+use super::stats::ObjectStats;
 use crate::front::{NeedRequest, ObjectId, Sink};
 use crate::key::Key;
 use crate::range::ByteRange;
@@ -43,6 +44,7 @@ pub(super) struct Adopted {
     /// The part of the blob that is metadata, as far as known.
     pub(super) metadata: Option<ByteRange>,
     pub(super) sink: Arc<dyn Sink>,
+    pub(super) stats: Arc<ObjectStats>,
     pub(super) charge: Charge,
 }
 

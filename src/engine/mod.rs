@@ -56,13 +56,13 @@ use serde::{Deserialize, Serialize};
 use self::clock::Clock;
 use self::fds::Budget;
 use self::mailbox::Bell;
-use self::stats::{ShardStats, Snapshot};
+use self::stats::{Objects, ShardStats, Snapshot};
 use crate::front::{FrontError, left_tickets, unanswered_tickets};
 use crate::store::remembered::Remembered;
 
 pub use self::entry::Entry;
 pub use self::opens::OPENERS_MAX;
-pub use self::start::{Engine, Started};
+pub use self::start::{Engine, Observer, Started};
 
 /// How reads and writes are done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize, Serialize)]
@@ -157,6 +157,8 @@ struct Shared {
     opens_failed: AtomicU64,
     closes: AtomicU64,
     evictions: AtomicU64,
+    reopens: AtomicU64,
+    objects: Objects,
     malformed: AtomicU64,
     /// Descriptors of objects.
     budget: Arc<Budget>,
@@ -180,6 +182,8 @@ impl Shared {
             opens_failed: AtomicU64::new(0),
             closes: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
+            reopens: AtomicU64::new(0),
+            objects: Objects::default(),
             budget,
             malformed: AtomicU64::new(0),
             clock,
@@ -224,6 +228,7 @@ impl Shared {
         snapshot.opens_failed = self.opens_failed.load(Ordering::Relaxed);
         snapshot.closes = self.closes.load(Ordering::Relaxed);
         snapshot.evictions = self.evictions.load(Ordering::Relaxed);
+        snapshot.reopens = self.reopens.load(Ordering::Relaxed);
         snapshot.fds = self.budget.used();
         snapshot.fds_peak = self.budget.peak();
         snapshot.fds_budget = self.budget.limit();

@@ -164,7 +164,11 @@ impl Opener {
         // closed fails the open.
         let _open = Arc::clone(&sink);
         // The shard must know the object before the kernel hears that it is open: its requests follow at once.
-        let adopted = Adopted { object, key: Arc::new(key), blob, metadata, sink, charge };
+        let (stats, again) = self.shared.objects.open(&key, len_bytes, blob.device());
+        if again {
+            Shared::count(&self.shared.reopens);
+        }
+        let adopted = Adopted { object, key: Arc::new(key), blob, metadata, sink, stats, charge };
         if let Err(message) = shard.send(Message::Adopt(adopted)) {
             self.refuse(ticket, Errno::ECANCELED);
             return drop(message);

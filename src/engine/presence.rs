@@ -98,6 +98,22 @@ impl PageSet {
         count << self.page_shift
     }
 
+    /// How many bytes of the pages that `range` touches are in the set and not in `other`, one of the same object.
+    #[must_use]
+    pub fn count_bytes_without(&self, range: &ByteRange, other: &Self) -> u64 {
+        let limit = self.page_after(range.end).min(self.pages);
+        let mut page = range.start >> self.page_shift;
+        let mut count = 0;
+        while page < limit {
+            let (leaf, word, bit) = split(page);
+            let n = (64 - bit).min(limit - page);
+            let bits = |set: &Self| set.leaves[leaf].as_ref().map_or(0, |words| words[word]);
+            count += u64::from((bits(self) & !bits(other) & mask(bit, n)).count_ones());
+            page += n;
+        }
+        count << self.page_shift
+    }
+
     /// Whether every page that `range` touches is in the set.
     #[must_use]
     pub fn contains(&self, range: &ByteRange) -> bool {

@@ -22,7 +22,7 @@ use super::placement::{self, Seat};
 use super::ring::{self, Ring};
 use super::router::{BATCH_MAX, Router};
 use super::shard::{Intake, Parts, Shard};
-use super::stats::Snapshot;
+use super::stats::{ObjectReport, ShardReport, Snapshot};
 use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
 use crate::front::{Caps, FrontEnd};
 use crate::store::Store;
@@ -43,6 +43,31 @@ pub struct Engine {
     shards: Vec<ShardThread>,
     entry: Entry,
     started: Started,
+}
+
+/// Sees what an engine does. Cheap to clone; looking takes nothing from the shards.
+#[derive(Clone, Debug)]
+pub struct Observer(Arc<Shared>);
+
+impl Observer {
+    /// What it has done.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        self.0.snapshot()
+    }
+
+    /// How things stand in each shard.
+    #[must_use]
+    pub fn shards(&self) -> Vec<ShardReport> {
+        let now_ns = self.0.clock.now_ns();
+        self.0.shards.iter().enumerate().map(|(index, shard)| shard.report(index, now_ns)).collect()
+    }
+
+    /// What is known of each blob that is open or was, in the order of their names.
+    #[must_use]
+    pub fn objects(&self) -> Vec<ObjectReport> {
+        self.0.objects.report(self.0.clock.now_ns())
+    }
 }
 
 /// What a started engine is.
@@ -153,6 +178,12 @@ impl Engine {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         self.shared.snapshot()
+    }
+
+    /// Who can look at it from other threads, also when it has ended.
+    #[must_use]
+    pub fn observer(&self) -> Observer {
+        Observer(Arc::clone(&self.shared))
     }
 
     /// Whether a shard has ended although nobody asked for it.
@@ -347,7 +378,7 @@ impl Plan {
             fills_per_need: FILLS_PER_NEED,
             timeout_ns: u64::try_from(self.settings.request_timeout.as_nanos()).unwrap_or(u64::MAX),
             probe: caps.holes_are_absent,
-            tell: caps.sinks_know,
+            sees_reads: caps.sinks_know,
         };
         // Whoever started us may have given up already; the flags then end this shard.
         let _ = report.send(Ok(Started { kind, detail, shards: 1, pages: buffers.pages() }));

@@ -58,8 +58,8 @@ pub enum Action<T> {
         /// Where.
         range: ByteRange,
     },
-    /// Tell the object's sink that it holds these whole pages now: only if they want to know
-    /// ([`super::Limits::tell`]), and before the answers of those who waited for them.
+    /// The object's sink holds these whole pages now: sinks that want to know are told before those who waited for them have
+    /// their answers.
     Filled {
         /// Whose sink.
         object: Handle,
@@ -90,6 +90,9 @@ pub struct Answered<T> {
     pub range: ByteRange,
     /// When the request came, on the machine's clock.
     pub since_ns: u64,
+    /// When the first fill that it waited for got its slot, or when it came if that was later. `None`: it waited for none,
+    /// or for none that ended.
+    pub begun_ns: Option<u64>,
 }
 
 /// What a machine has done; each only grows.
@@ -117,9 +120,13 @@ pub struct Counters {
     pub bytes_asked: u64,
     /// Bytes put into sinks.
     pub bytes_filled: u64,
-    /// Of them, those that no request had asked for by the time they were there. Whether they are read later is
-    /// not known, because the kernel asks only for what is missing: it is the most that may have been in vain.
+    /// Of them, those that no request had asked for by the time they were there.
     pub bytes_unasked: u64,
+    /// Of those, what was read later. Where the kernel asks only for what is missing, that is known only of streams: a reader
+    /// that goes on where one ended has read it.
+    pub bytes_ahead_used: u64,
+    /// Of those, what nobody is known to have read when the object was closed.
+    pub bytes_ahead_wasted: u64,
     /// Fills begun in the background.
     pub background: u64,
     /// Of the fills, written from mapped pages of a source.
@@ -142,6 +149,13 @@ pub struct Counters {
     pub operations: u64,
     /// Completions of operations that were not in flight.
     pub stale: u64,
+}
+
+impl<T> Answered<T> {
+    /// A request that came at `now_ns` and waited for nothing.
+    pub const fn at_once(ticket: T, outcome: Outcome, object: Option<Handle>, range: ByteRange, now_ns: u64) -> Self {
+        Self { ticket, outcome, object, range, since_ns: now_ns, begun_ns: None }
+    }
 }
 
 impl OpKey {

@@ -27,6 +27,43 @@ fn the_rest_is_brought_in_order_few_pieces_at_a_time() {
     assert_eq!(driver.machine.next_deadline(), None);
 }
 
+/// What comes ahead of its readers is in the end either used or wasted; where only misses are seen, a reader that goes on behind
+/// what was brought has used it.
+#[test]
+fn what_is_brought_ahead_is_used_or_wasted() {
+    let ahead = |sees_reads| {
+        let window = Window::Adaptive { budget_percent: 100 };
+        let mut driver = Driver::new(Limits { window, sees_reads, fill_max_bytes: MIB, ..LIMITS });
+        let object = driver.open(1, 4096);
+        driver.need(1, 0..PAGE, 1);
+        driver.end_all(&(0..0));
+        (driver, object)
+    };
+    let told = |driver: &Driver| {
+        let counters = driver.machine.counters();
+        (counters.bytes_unasked, counters.bytes_ahead_used, counters.bytes_ahead_wasted)
+    };
+    let (mut driver, object) = ahead(true);
+    let unasked = told(&driver).0;
+    assert!(unasked > 4 * PAGE, "{:?}", told(&driver));
+    for _ in 0..2 {
+        // Who reads the same again uses nothing more, and who reads what was asked for nothing at all.
+        driver.machine.has_read(object, &(0..3 * PAGE));
+        assert_eq!(told(&driver), (unasked, 2 * PAGE, 0));
+    }
+    driver.close(1);
+    assert_eq!(told(&driver), (unasked, 2 * PAGE, unasked - 2 * PAGE));
+
+    let (mut driver, _) = ahead(false);
+    let unasked = told(&driver).0;
+    driver.need(1, unasked + PAGE..unasked + 2 * PAGE, 2);
+    assert_eq!(told(&driver).1, unasked);
+    driver.end_all(&(0..0));
+    let (brought, used, _) = told(&driver);
+    driver.close(1);
+    assert_eq!(told(&driver), (brought, used, brought - used));
+}
+
 #[test]
 fn what_is_asked_overtakes_and_what_is_on_its_way_is_joined() {
     let mut driver = Driver::new(Limits { slots: 3, ..always(0) });

@@ -137,9 +137,9 @@ impl<T> Machine<T> {
         {
             let need = &mut self.needs[key];
             if let Some(ticket) = need.ticket.take() {
-                let (object, range) = (Some(need.object), need.asked.clone());
+                let (object, range, begun_ns) = (Some(need.object), need.asked.clone(), need.begun_ns);
                 self.counters.needs_timed_out += 1;
-                self.answer(Answered { ticket, outcome: Outcome::Failed(Errno::ETIMEDOUT), object, range, since_ns });
+                self.answer(Answered { ticket, outcome: Outcome::Failed(Errno::ETIMEDOUT), object, range, since_ns, begun_ns });
             }
             expired.push(key);
             self.forget_answered();

@@ -96,10 +96,8 @@ impl<T> Machine<T> {
         object.running -= 1;
         if result.is_ok() {
             object.present.insert(&range);
-            if self.limits.tell {
-                let complete = object.present.is_full();
-                self.actions.push_back(Action::Filled { object: handle, range: range.clone(), complete });
-            }
+            let complete = object.present.is_full();
+            self.actions.push_back(Action::Filled { object: handle, range: range.clone(), complete });
         }
         if let Ok(at) = object.jobs.binary_search_by_key(&range.start, |&(start, _)| start) {
             object.jobs.remove(at);
@@ -121,7 +119,7 @@ impl<T> Machine<T> {
             return;
         }
         let Job { object, fill, .. } = &self.jobs[key];
-        let Object { blob, asked, .. } = &self.objects[object.0];
+        let Object { blob, asked, ahead_bytes, .. } = &mut self.objects[object.0];
         let is_direct = |file: usize| blob.files().get(file).is_some_and(|file| file.mode == SourceMode::Direct);
         let counters = &mut self.counters;
         let (fills, bytes) = match fill.data() {
@@ -135,7 +133,9 @@ impl<T> Machine<T> {
         *bytes += len;
         counters.fills += 1;
         counters.bytes_filled += len;
-        counters.bytes_unasked += len - asked.count_bytes(fill.range());
+        let unasked = len - asked.count_bytes(fill.range());
+        counters.bytes_unasked += unasked;
+        *ahead_bytes += unasked;
     }
 
     /// Forgets a job and frees its slot. Its operation, if it had one, has ended.

@@ -71,8 +71,8 @@ pub struct Limits {
     pub timeout_ns: u64,
     /// A hole in a sink means "not there": the driver must look for what is there before filling.
     pub probe: bool,
-    /// Sinks are told what they hold ([`Action::Filled`]).
-    pub tell: bool,
+    /// The driver tells of reads that found their bytes ([`Machine::has_read`]).
+    pub sees_reads: bool,
 }
 
 #[derive(Debug)]
@@ -99,6 +99,8 @@ struct Object {
     planner: Option<Planner>,
     /// What is to be completed.
     goal: Goal,
+    /// What was brought before it was asked for, and not used since.
+    ahead_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -114,6 +116,8 @@ struct Need<T> {
     /// No other one has the same.
     serial: u64,
     since_ns: u64,
+    /// When the first job that it waited for got its slot, once one has ended.
+    begun_ns: Option<u64>,
     /// Links to jobs.
     outstanding: u32,
     failed: Option<Errno>,
@@ -250,6 +254,7 @@ impl<T> Machine<T> {
             id,
             planner,
             goal,
+            ahead_bytes: 0,
         };
         let handle = Handle(self.objects.insert(object));
         self.handles.insert(id, handle);
@@ -335,20 +340,22 @@ impl<T> Machine<T> {
         let object = self.handle(id);
         let Some(handle) = object else {
             self.counters.unknown_object += 1;
-            return self.answer(Answered { ticket, outcome: Outcome::Failed(Errno::ENOENT), object, range: asked, since_ns: now_ns });
+            return self.answer(Answered::at_once(ticket, Outcome::Failed(Errno::ENOENT), object, asked, now_ns));
         };
         if asked.is_empty() {
-            return self.answer(Answered { ticket, outcome: Outcome::Done, object, range: asked, since_ns: now_ns });
+            return self.answer(Answered::at_once(ticket, Outcome::Done, object, asked, now_ns));
         }
         self.objects[handle.0].last_need = self.counters.needs;
         let len = self.objects[handle.0].blob.len_bytes();
         let Some(range) = plan::clamp(&asked, len, self.limits.page_bytes) else {
             self.counters.beyond_end += 1;
-            return self.answer(Answered { ticket, outcome: Outcome::Failed(Errno::ENXIO), object, range: asked, since_ns: now_ns });
+            return self.answer(Answered::at_once(ticket, Outcome::Failed(Errno::ENXIO), object, asked, now_ns));
         };
         self.counters.bytes_asked += range::len(&range);
         let region = self.region(handle, &range);
-        self.objects[handle.0].asked.insert(&range);
+        let object = &mut self.objects[handle.0];
+        self.counters.bytes_ahead_used += object.use_ahead(&range);
+        object.asked.insert(&range);
         let need = Need {
             object: handle,
             asked,
@@ -357,6 +364,7 @@ impl<T> Machine<T> {
             ticket: Some(ticket),
             serial: self.counters.needs,
             since_ns: now_ns,
+            begun_ns: None,
             outstanding: 0,
             failed: None,
             failures: 0,
@@ -377,6 +385,7 @@ impl<T> Machine<T> {
         let Some(handle) = self.handles.remove(&id) else { return };
         let object = &mut self.objects[handle.0];
         object.closed = true;
+        self.counters.bytes_ahead_wasted += std::mem::take(&mut object.ahead_bytes);
         let jobs = std::mem::take(&mut object.jobs);
         self.drop_background(handle);
         self.drop_turns(handle, Class::Demand);
@@ -484,6 +493,12 @@ impl<T> Machine<T> {
     #[must_use]
     pub const fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// How much of an object is known to be there, in bytes of whole pages.
+    #[must_use]
+    pub fn present_bytes(&self, object: Handle) -> u64 {
+        self.objects.get(object.0).map_or(0, |object| object.present.present_bytes())
     }
 
     /// The id under which the kernel knows an object.

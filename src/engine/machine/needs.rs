@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 
 use super::groups::Class;
-use super::{Action, Answered, FAILURES_MAX, Handle, Limits, Link, Machine, NONE, Need, Object, State};
+use super::{Action, Answered, FAILURES_MAX, Handle, Job, Limits, Link, Machine, NONE, Need, Object, State};
 use crate::engine::plan::adaptive::{Advice, Known, ReadOn};
 use crate::engine::plan::{self, Window};
 use crate::front::Outcome;
@@ -18,6 +18,15 @@ const GAP_MAX_BYTES: u64 = 64 << 10;
 /// What is asked is filled alone, before the rest of its region, if the rest is at least this much: less is
 /// cheaper to bring in one write than to write twice.
 const AHEAD_MIN_BYTES: u64 = 256 << 10;
+
+impl Object {
+    /// Somebody reads a range that was not asked for before: how much of it had been brought ahead.
+    pub(super) fn use_ahead(&mut self, read: &ByteRange) -> u64 {
+        let used = self.present.count_bytes_without(read, &self.asked).min(self.ahead_bytes);
+        self.ahead_bytes -= used;
+        used
+    }
+}
 
 impl<T> Machine<T> {
     pub(super) fn answer(&mut self, answered: Answered<T>) {
@@ -40,9 +49,9 @@ impl<T> Machine<T> {
     pub(super) fn conclude(&mut self, key: usize, outcome: Outcome) {
         let need = self.needs.remove(key);
         self.forget_answered();
-        let Need { ticket, object, asked: range, since_ns, .. } = need;
+        let Need { ticket, object, asked: range, since_ns, begun_ns, .. } = need;
         if let Some(ticket) = ticket {
-            self.answer(Answered { ticket, outcome, object: Some(object), range, since_ns });
+            self.answer(Answered { ticket, outcome, object: Some(object), range, since_ns, begun_ns });
         }
     }
 
@@ -118,7 +127,11 @@ impl<T> Machine<T> {
         let Some(planner) = &mut object.planner else { return range.clone() };
         let known = Known { present: &object.present, asked: &object.asked, end_bytes: align_up(len, page_bytes) };
         // A request that begins in what is there goes on where that ends: so a stream is known as one.
-        let Advice { region, complete } = planner.advise(&(start..range.end), &known);
+        let Advice { region, complete, passed } = planner.advise(&(start..range.end), &known);
+        // Else it is told of each read.
+        if let Some(passed) = passed.filter(|_| !self.limits.sees_reads) {
+            self.counters.bytes_ahead_used += object.use_ahead(&passed);
+        }
         if let Some(part) = complete {
             self.complete(handle, &part);
         }
@@ -128,8 +141,9 @@ impl<T> Machine<T> {
     /// Somebody has read what is there, where that is told of: so streams are brought before they are asked for.
     pub fn has_read(&mut self, handle: Handle, read: &ByteRange) {
         let Some(object) = self.objects.get_mut(handle.0).filter(|object| !object.closed) else { return };
-        object.asked.insert(read);
         let end_bytes = align_up(object.blob.len_bytes(), self.limits.page_bytes);
+        self.counters.bytes_ahead_used += object.use_ahead(read);
+        object.asked.insert(read);
         let Some(ReadOn { region, all }) = object.planner.as_mut().map(|planner| planner.read_on(read, &object.asked, end_bytes)) else {
             return;
         };
@@ -211,11 +225,16 @@ impl<T> Machine<T> {
     /// Tells every need that waits for a job how it ended.
     pub(super) fn unlink(&mut self, job: usize, result: Result<(), Errno>) {
         let mut link = std::mem::replace(&mut self.jobs[job].links, NONE);
+        let Job { state, started_ns, .. } = self.jobs[job];
+        let started = state != State::Queued;
         while link != NONE {
             let Link { need: key, next } = self.links.remove(link);
             link = next;
             let need = &mut self.needs[key];
             need.outstanding -= 1;
+            if started {
+                need.begun_ns.get_or_insert(started_ns.max(need.since_ns));
+            }
             if let Err(errno) = result {
                 need.failed = Some(errno);
                 // A fill that brought more than was asked may have failed where nobody asked: no verdict on this need.

@@ -16,7 +16,7 @@
 //! The superblock of an image tells where its metadata is: that is brought whole at the first miss in it.
 
 use super::super::presence::PageSet;
-use super::stream::{self, Streams};
+use super::stream::{self, Step, Streams};
 use crate::range::{self, ByteRange, align_down, align_up, intersect};
 
 /// What a jump brings if readers are likely to return, and as a bet.
@@ -73,6 +73,8 @@ pub struct Advice {
     pub region: ByteRange,
     /// To be brought when there is nothing better to do: readers seem to want all of it.
     pub complete: Option<ByteRange>,
+    /// What was brought before for a stream and was read by now, because its reader goes on behind it.
+    pub passed: Option<ByteRange>,
 }
 
 /// What to do because of a read that found its bytes.
@@ -136,10 +138,10 @@ impl Planner {
     /// What to do for a demand (whole pages) that misses.
     pub fn advise(&mut self, demand: &ByteRange, known: &Known<'_>) -> Advice {
         let mut advice = if intersect(demand, &self.whole).is_some() {
-            Advice { region: self.whole.clone(), complete: None }
-        } else if let Some((region, won_bytes)) = self.streams.go_on(demand) {
+            Advice { region: self.whole.clone(), complete: None, passed: None }
+        } else if let Some(Step { region, won_bytes, passed }) = self.streams.go_on(demand) {
             self.budget_bytes += won_bytes;
-            Advice { region, complete: None }
+            Advice { region, complete: None, passed: Some(passed) }
         } else {
             self.jump(demand, known)
         };
@@ -164,7 +166,7 @@ impl Planner {
             cluster(demand)
         };
         self.streams.begin(&region, bet_bytes);
-        Advice { region, complete: wanted }
+        Advice { region, complete: wanted, passed: None }
     }
 
     /// The neighbourhood of a demand, if its readers seem to want all of it.

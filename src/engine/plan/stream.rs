@@ -38,12 +38,26 @@ pub(super) struct Streams {
     misses: u64,
 }
 
+/// How a stretch grows.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Step {
+    /// The next window.
+    pub(super) region: ByteRange,
+    /// The bet that is won by it.
+    pub(super) won_bytes: u64,
+    /// The window before: somebody has gone through it.
+    pub(super) passed: ByteRange,
+}
+
 impl Streams {
-    /// The next window for a demand at the end of a stretch, and the bet that is won by that.
-    pub(super) fn go_on(&mut self, demand: &ByteRange) -> Option<(ByteRange, u64)> {
+    /// The next window for a demand at the end of a stretch.
+    pub(super) fn go_on(&mut self, demand: &ByteRange) -> Option<Step> {
         self.misses += 1;
         let continued = self.stretches.iter_mut().find_map(|stretch| stretch.leads_to(demand).map(|forward| (stretch, forward)));
         let (stretch, forward) = continued?;
+        let ByteRange { start, end } = stretch.brought;
+        let last_bytes = stretch.last_bytes;
+        let passed = if forward { end.saturating_sub(last_bytes)..end } else { start..start.saturating_add(last_bytes) };
         stretch.window_bytes = (stretch.window_bytes * 2).min(WINDOW_MAX_BYTES);
         let region = if forward {
             stretch.brought.end..demand.end.max(demand.start.saturating_add(stretch.window_bytes))
@@ -53,7 +67,7 @@ impl Streams {
         stretch.brought = stretch.brought.start.min(region.start)..stretch.brought.end.max(region.end);
         stretch.last_bytes = range::len(&region);
         stretch.moved = self.misses;
-        Some((region, std::mem::take(&mut stretch.bet_bytes)))
+        Some(Step { region, won_bytes: std::mem::take(&mut stretch.bet_bytes), passed })
     }
 
     /// The next window where somebody reads the last half of what came last, before it ends: so that nobody waits for it.
@@ -63,7 +77,7 @@ impl Streams {
             stretch.window_bytes > WINDOW_MIN_BYTES && last_half.contains(&read.start)
         };
         let end = self.stretches.iter_mut().find(nearly_through)?.brought.end;
-        self.go_on(&(end..end)).map(|(region, _)| region)
+        self.go_on(&(end..end)).map(|step| step.region)
     }
 
     /// Remembers what was brought for a demand that is not at the end of any stretch.

@@ -34,6 +34,14 @@ pub(super) struct Batch {
     since_ns: u64,
 }
 
+/// When an answered request came, was begun, and was answered.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    since_ns: u64,
+    begun_ns: Option<u64>,
+    now_ns: u64,
+}
+
 impl Default for Batch {
     fn default() -> Self {
         Self {
@@ -89,10 +97,10 @@ impl<I: Io> Shard<I> {
         let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
         self.reply(&mut answers);
         for answered in answers.drain(..) {
-            let Answered { ticket, outcome, object, range, since_ns } = answered;
+            let Answered { ticket, outcome, object, range, since_ns, begun_ns } = answered;
             let delivered = ticket.answer(outcome);
-            let latency_ns = self.clock.now_ns().saturating_sub(since_ns);
-            self.account(delivered, (object, range, outcome), latency_ns);
+            let times = Times { since_ns, begun_ns, now_ns: self.clock.now_ns() };
+            self.account(delivered, (object, range, outcome), times);
         }
         self.answers.reuse(answers);
         self.answers.begin(self.clock.now_ns());
@@ -110,7 +118,7 @@ impl<I: Io> Shard<I> {
         if self.io.reply(&replies, &mut results) {
             let now_ns = self.clock.now_ns();
             for (answered, result) in answers.drain(..replies.len()).zip(results.drain(..)) {
-                let Answered { ticket, outcome, object, range, since_ns } = answered;
+                let Answered { ticket, outcome, object, range, since_ns, begun_ns } = answered;
                 let delivered = match usize::try_from(result).map_err(|_| Errno::from_raw(-result)) {
                     // Not given, or nobody knows: once more by itself. Until then its name is nobody else's.
                     Err(errno) if errno != Errno::ENOENT => ticket.answer(outcome),
@@ -120,7 +128,7 @@ impl<I: Io> Shard<I> {
                         delivered
                     }
                 };
-                self.account(delivered, (object, range, outcome), now_ns.saturating_sub(since_ns));
+                self.account(delivered, (object, range, outcome), Times { since_ns, begun_ns, now_ns });
             }
             if self.caps.readers_preempt {
                 self.spin.answered(replies.len(), now_ns);
@@ -135,8 +143,12 @@ impl<I: Io> Shard<I> {
     }
 
     /// Counts and reports an answer that was given.
-    fn account(&mut self, delivered: io::Result<bool>, (object, range, outcome): (Option<Handle>, ByteRange, Outcome), latency_ns: u64) {
-        self.stats().answered(latency_ns);
+    fn account(&mut self, delivered: io::Result<bool>, (object, range, outcome): (Option<Handle>, ByteRange, Outcome), times: Times) {
+        let latency_ns = times.now_ns.saturating_sub(times.since_ns);
+        self.stats().answered(latency_ns, times.begun_ns.map(|begun_ns| begun_ns.saturating_sub(times.since_ns)));
+        if let Some(stats) = object.and_then(|object| self.attached(object)).map(|attached| &attached.stats) {
+            stats.answered(times.begun_ns.map(|_| latency_ns), outcome != Outcome::Done, times.now_ns);
+        }
         match delivered {
             Ok(true) => {}
             Ok(false) => self.stats().late(),

@@ -110,6 +110,6 @@ impl<I: Io> Shard<I> {
         if self.answers.is_full() {
             self.answer();
         }
-        self.answers.push(Answered { ticket, outcome: Outcome::Done, object, range, since_ns });
+        self.answers.push(Answered::at_once(ticket, Outcome::Done, object, range, since_ns));
     }
 }

@@ -127,6 +127,7 @@ impl<I: Io> Shard<I> {
     }
 
     fn serve(&mut self) -> Result<(), EngineError> {
+        self.stats().is_here();
         while !self.has_ended() {
             self.take_messages();
             self.machine.tick(self.clock.now_ns());
@@ -176,6 +177,7 @@ impl<I: Io> Shard<I> {
         }
         if self.caps.sinks_know {
             self.machine.learn_of(handle, &(0..0), adopted.sink.present());
+            adopted.stats.holds(self.machine.present_bytes(handle));
         }
         self.attached[handle.0] = Some(Attached::new(adopted, &mut self.io));
     }
@@ -266,9 +268,13 @@ impl<I: Io> Shard<I> {
         }
     }
 
-    /// Tells a sink what it holds now.
+    /// Tells of what a sink holds now: operators, and the sink if it wants to know.
     fn tell_of(&self, object: Handle, filled: &ByteRange, complete: bool) {
-        if let Some(sink) = self.attached(object).and_then(Attached::sink) {
+        let Some(attached) = self.attached(object) else { return };
+        attached.stats.holds(self.machine.present_bytes(object));
+        if self.caps.sinks_know
+            && let Some(sink) = attached.sink()
+        {
             sink.filled(filled);
             if complete {
                 sink.completed();

@@ -1,93 +1,32 @@
 //! What shards count. A shard owns its counters and is their only writer; others read them at any time.
+//!
+//! | file | its subject |
+//! |---|---|
+//! | `mod` | a shard's counters, and their sum |
+//! | `histogram` | durations |
+//! | `objects` | counters of each blob |
 
-use std::sync::atomic::{AtomicU64, Ordering};
+mod histogram;
+mod objects;
 
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::machine::Counters;
 
-/// Sub-divisions of each power of two in a [`Histogram`]: values are known to an eighth.
-const SUB_BUCKETS: u64 = 8;
-const BUCKETS: usize = 62 * SUB_BUCKETS as usize;
+pub use self::histogram::{Durations, Histogram};
+pub use self::objects::ObjectReport;
+pub(super) use self::objects::{ObjectStats, Objects};
+
 /// Classes of how many answers go out together: 1, 2, up to 4, 8, 16, 32, 64.
 const BATCH_CLASSES: usize = 7;
-
-/// A log-linear histogram of durations in nanoseconds.
-#[derive(Debug)]
-pub struct Histogram {
-    buckets: Box<[AtomicU64; BUCKETS]>,
-}
-
-impl Default for Histogram {
-    fn default() -> Self {
-        Self { buckets: Box::new([const { AtomicU64::new(0) }; BUCKETS]) }
-    }
-}
-
-impl Histogram {
-    /// Counts one duration.
-    pub fn record(&self, value_ns: u64) {
-        bump(&self.buckets[bucket(value_ns)], 1);
-    }
-
-    /// Value below which a share of the durations lies, known to an eighth.
-    #[must_use]
-    pub fn percentile_ns(&self, share: f64) -> u64 {
-        let mut buckets = [0; BUCKETS];
-        self.add_to(&mut buckets);
-        percentile(&buckets, share)
-    }
-
-    fn add_to(&self, sums: &mut [u64]) {
-        for (sum, bucket) in sums.iter_mut().zip(self.buckets.iter()) {
-            *sum += bucket.load(Ordering::Relaxed);
-        }
-    }
-}
 
 /// Adds to a counter that only the caller writes.
 fn bump(counter: &AtomicU64, by: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
-}
-
-#[allow(clippy::cast_possible_truncation, reason = "below BUCKETS for every u64")]
-const fn bucket(value: u64) -> usize {
-    if value < SUB_BUCKETS {
-        return value as usize;
-    }
-    let exponent = (63 - value.leading_zeros()) as u64;
-    ((exponent - 2) * SUB_BUCKETS + (value >> (exponent - 3)) % SUB_BUCKETS) as usize
-}
-
-/// Upper end of a bucket.
-const fn bucket_limit(index: usize) -> u64 {
-    let index = index as u64;
-    if index < SUB_BUCKETS {
-        return index;
-    }
-    let (exponent, sub) = (index / SUB_BUCKETS + 2, index % SUB_BUCKETS);
-    let limit = ((SUB_BUCKETS + sub + 1) as u128) << (exponent - 3);
-    if limit > u64::MAX as u128 { u64::MAX } else { limit as u64 - 1 }
-}
-
-/// Value below which a share of the recorded ones lies.
-fn percentile(buckets: &[u64], share: f64) -> u64 {
-    let total: u64 = buckets.iter().sum();
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        clippy::cast_precision_loss,
-        reason = "a rank; an error of one is fine"
-    )]
-    let rank = ((total as f64 * share).ceil() as u64).max(1);
-    let mut seen = 0;
-    for (index, count) in buckets.iter().enumerate() {
-        seen += count;
-        if seen >= rank {
-            return bucket_limit(index);
-        }
-    }
-    0
 }
 
 /// How things stand in a shard.
@@ -122,6 +61,10 @@ macro_rules! published {
             answers_refused: AtomicU64,
             turns: AtomicU64,
             latency: Histogram,
+            queued: Histogram,
+            served: Histogram,
+            /// The thread's id; 0: not known yet.
+            thread: AtomicI32,
             batches: [AtomicU64; BATCH_CLASSES],
         }
 
@@ -180,19 +123,29 @@ macro_rules! published {
             pub left: u64,
             /// How often answers went out together: 1, 2, up to 4, 8, 16, 32, 64 of them.
             pub answer_batches: [u64; BATCH_CLASSES],
+            /// Opens of blobs that had been open before: their descriptors had been given up, or their image was mounted again.
+            pub reopens: u64,
             /// Half of the answers took at most this long, in microseconds.
             pub p50_us: u64,
             /// 99 of 100 answers took at most this long, in microseconds.
             pub p99_us: u64,
             /// 999 of 1000 answers took at most this long, in microseconds.
             pub p999_us: u64,
+            /// How long answers took, from the request on.
+            #[serde(skip)]
+            pub latency: Durations,
+            /// Of that, for those that waited for bytes to be brought: until the first of them was being brought.
+            #[serde(skip)]
+            pub queued: Durations,
+            /// And from then on.
+            #[serde(skip)]
+            pub served: Durations,
         }
 
         impl Snapshot {
             /// Adds up shards, at some time.
             pub(super) fn sum<'a>(shards: impl Iterator<Item = &'a ShardStats>, now_ns: u64) -> Self {
                 let mut sum = Self::default();
-                let mut latency = [0; BUCKETS];
                 for shard in shards {
                     $(sum.$name += shard.$name.load(Ordering::Relaxed);)+
                     sum.pending += shard.pending();
@@ -203,14 +156,16 @@ macro_rules! published {
                     sum.answers_late += shard.answers_late.load(Ordering::Relaxed);
                     sum.answers_refused += shard.answers_refused.load(Ordering::Relaxed);
                     sum.turns += shard.turns.load(Ordering::Relaxed);
-                    shard.latency.add_to(&mut latency);
+                    sum.latency.add(&shard.latency);
+                    sum.queued.add(&shard.queued);
+                    sum.served.add(&shard.served);
                     for (sum, class) in sum.answer_batches.iter_mut().zip(&shard.batches) {
                         *sum += class.load(Ordering::Relaxed);
                     }
                 }
-                sum.p50_us = percentile(&latency, 0.5) / 1000;
-                sum.p99_us = percentile(&latency, 0.99) / 1000;
-                sum.p999_us = percentile(&latency, 0.999) / 1000;
+                sum.p50_us = sum.latency.percentile_ns(0.5) / 1000;
+                sum.p99_us = sum.latency.percentile_ns(0.99) / 1000;
+                sum.p999_us = sum.latency.percentile_ns(0.999) / 1000;
                 sum
             }
         }
@@ -233,6 +188,8 @@ published!(
     bytes_asked,
     bytes_filled,
     bytes_unasked,
+    bytes_ahead_used,
+    bytes_ahead_wasted,
     background,
     fills_mapped,
     bytes_mapped,
@@ -265,9 +222,33 @@ impl ShardStats {
         self.pending.load(Ordering::Relaxed)
     }
 
-    /// An answer was given, so long after the request was read.
-    pub(super) fn answered(&self, latency_ns: u64) {
+    /// An answer was given, so long after the request was read; for one that waited for bytes, also how long after that the first
+    /// of them was being brought.
+    pub(super) fn answered(&self, latency_ns: u64, queued_ns: Option<u64>) {
         self.latency.record(latency_ns);
+        if let Some(queued_ns) = queued_ns {
+            self.queued.record(queued_ns);
+            self.served.record(latency_ns.saturating_sub(queued_ns));
+        }
+    }
+
+    /// The calling thread is the shard's.
+    pub(super) fn is_here(&self) {
+        self.thread.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
+    }
+
+    /// How things stand in shard `index`.
+    pub(super) fn report(&self, index: usize, now_ns: u64) -> ShardReport {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        ShardReport {
+            index,
+            requests: of(&self.needs) + of(&self.present),
+            pending: self.pending(),
+            oldest_ms: self.oldest_ms(now_ns),
+            objects: self.objects(),
+            turns: of(&self.turns),
+            cpu_us: cpu_time(self.thread.load(Ordering::Relaxed)).as_micros().try_into().unwrap_or(u64::MAX),
+        }
     }
 
     /// So many answers went out together.
@@ -294,30 +275,57 @@ impl ShardStats {
     }
 }
 
+/// How things stand in a shard, for operators.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct ShardReport {
+    /// Which.
+    pub index: usize,
+    /// Requests for data that it got.
+    pub requests: u64,
+    /// Of them, those that wait for their answer.
+    pub pending: u64,
+    /// How long the oldest of those has waited.
+    pub oldest_ms: u64,
+    /// Objects that it has open.
+    pub objects: u64,
+    /// Turns of its event loop.
+    pub turns: u64,
+    /// CPU time of its thread, without that of the kernel's workers for it.
+    pub cpu_us: u64,
+}
+
+/// CPU time of a thread of this process, which costs the thread nothing; zero if there is none.
+fn cpu_time(thread: i32) -> Duration {
+    /// A thread's clock, its time on a CPU (`CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED`, kernel/time/posix-cpu-timers.c).
+    const THREAD_CLOCK: i32 = 4 | 2;
+    if thread == 0 {
+        return Duration::ZERO;
+    }
+    clock_gettime(ClockId::from_raw(!thread << 3 | THREAD_CLOCK)).map_or(Duration::ZERO, Duration::from)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn every_value_lies_below_the_limit_of_its_bucket_and_close_to_it() {
-        for shift in 0..64 {
-            for value in [1u64 << shift, (1u64 << shift) | ((1u64 << shift) / 3), u64::MAX >> shift] {
-                let limit = bucket_limit(bucket(value));
-                assert!(value <= limit && limit - value <= value / 7 + 1, "{value} {limit}");
-            }
-        }
-        assert!(bucket(u64::MAX) < BUCKETS);
-    }
-
-    #[test]
-    fn percentiles_of_a_known_set() {
-        let histogram = Histogram::default();
-        (1..=1000).for_each(|value| histogram.record(value * 1000));
-        let mut buckets = [0; BUCKETS];
-        histogram.add_to(&mut buckets);
-        let p50 = percentile(&buckets, 0.5);
-        assert!((500_000..570_000).contains(&p50), "{p50}");
-        assert!((990_000..1_130_000).contains(&percentile(&buckets, 0.99)));
-        assert_eq!(percentile(&[0; BUCKETS], 0.5), 0);
+    fn the_cpu_time_of_a_shard_is_that_of_its_thread() {
+        let stats = ShardStats::default();
+        assert_eq!(stats.report(0, 0).cpu_us, 0);
+        std::thread::scope(|scope| {
+            let (burnt, wait) = std::sync::mpsc::channel();
+            let (looked, end) = std::sync::mpsc::channel::<()>();
+            let stats = &stats;
+            scope.spawn(move || {
+                stats.is_here();
+                while stats.report(0, 0).cpu_us < 20_000 {}
+                burnt.send(()).unwrap();
+                let _ = end.recv();
+            });
+            wait.recv().unwrap();
+            assert!(stats.report(0, 0).cpu_us >= 20_000);
+            drop(looked);
+        });
+        assert_eq!(stats.report(0, 0).cpu_us, 0, "its thread has ended");
     }
 }
