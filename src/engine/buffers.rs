@@ -29,7 +29,7 @@ const WORD_BYTES: usize = size_of::<u64>();
 
 /// What a region lies in. Huge pages spare the processor look-ups of addresses, and the kernel
 /// pages to count in each operation; small ones work as well.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Pages {
     /// Huge pages that the operator has reserved (`vm.nr_hugepages`).
@@ -37,6 +37,7 @@ pub enum Pages {
     /// Transparent huge pages.
     TransparentHuge,
     /// Pages of the usual size, or nobody can tell (before Linux 6.1).
+    #[default]
     Small,
 }
 

@@ -154,6 +154,7 @@ struct Shared {
     /// The front end may have something although it woke nobody.
     look_again: AtomicBool,
     opens: AtomicU64,
+    opens_ok: AtomicU64,
     opens_failed: AtomicU64,
     closes: AtomicU64,
     evictions: AtomicU64,
@@ -179,6 +180,7 @@ impl Shared {
             leaves_rest: AtomicBool::new(false),
             look_again: AtomicBool::new(false),
             opens: AtomicU64::new(0),
+            opens_ok: AtomicU64::new(0),
             opens_failed: AtomicU64::new(0),
             closes: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
@@ -225,6 +227,7 @@ impl Shared {
     fn snapshot(&self) -> Snapshot {
         let mut snapshot = Snapshot::sum(self.shards.iter(), self.clock.now_ns());
         snapshot.opens = self.opens.load(Ordering::Relaxed);
+        snapshot.opens_ok = self.opens_ok.load(Ordering::Relaxed);
         snapshot.opens_failed = self.opens_failed.load(Ordering::Relaxed);
         snapshot.closes = self.closes.load(Ordering::Relaxed);
         snapshot.evictions = self.evictions.load(Ordering::Relaxed);

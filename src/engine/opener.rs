@@ -27,6 +27,8 @@ use crate::store::{Blob, LostBlob, Store};
 const BLOB_BYTES_MAX: u64 = 1 << 44;
 /// Unit in which the kernel makes cache files: `CACHEFILES_DIO_BLOCK_SIZE`.
 const SINK_BLOCK_BYTES: u64 = 4096;
+/// Pieces of a sink that are looked at when it is opened; one that lies in more of them is known in part.
+const EXTENTS_MAX: usize = 1024;
 /// How long what was noted of blobs may be lost by a loss of power, while opens come without end; else it lasts when the
 /// threads that looked them up have nothing left to do. No mount waits for the disk because of it.
 const SYNC_PAUSE: Duration = Duration::from_secs(1);
@@ -168,6 +170,8 @@ impl Opener {
         if again {
             Shared::count(&self.shared.reopens);
         }
+        // The shard is told by sinks that know.
+        stats.holds(data_bytes(sink.as_fd()));
         let adopted = Adopted { object, key: Arc::new(key), blob, metadata, sink, stats, charge };
         if let Err(message) = shard.send(Message::Adopt(adopted)) {
             self.refuse(ticket, Errno::ECANCELED);
@@ -176,6 +180,7 @@ impl Opener {
         match ticket.answer(Outcome::Opened { len_bytes }) {
             Ok(true) => {
                 tracing::debug!(%object, len_bytes, "opened");
+                Shared::count(&self.shared.opens_ok);
                 drop(shard.send(Message::Opened(object)));
             }
             Ok(false) => drop(shard.send(Message::Close(object))),
@@ -250,6 +255,17 @@ impl Opener {
 fn known_len(sink: BorrowedFd<'_>) -> Option<u64> {
     let len_bytes = lseek(sink, 0, Whence::SeekEnd).ok()?;
     u64::try_from(len_bytes).ok().filter(|len_bytes| *len_bytes > 0)
+}
+
+/// How much of a sink is data, for operators: as far as a limited number of looks tells.
+fn data_bytes(sink: BorrowedFd<'_>) -> u64 {
+    let (mut at, mut data) = (0, 0);
+    for _ in 0..EXTENTS_MAX {
+        let Ok(start) = lseek(sink, at, Whence::SeekData) else { break };
+        let Ok(end) = lseek(sink, start, Whence::SeekHole) else { break };
+        (at, data) = (end, data + u64::try_from(end - start).unwrap_or(0));
+    }
+    data
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use super::error::{AttachError, BlobsError};
 use super::opening::{Opening, bring};
 use crate::engine::Entry;
 use crate::engine::room::NoRoom;
+use crate::engine::stats::ObjectReport;
 use crate::front::fanotify::{BlobFile, Group, map};
 use crate::front::{FrontEnd, ObjectId};
 use crate::key::Key;
@@ -53,6 +54,8 @@ pub struct Blobs {
     pub(super) bag: Mutex<Bag>,
     /// How many were served and are not any more.
     pub(super) released: AtomicU64,
+    /// Bytes that came by sharing blocks with a store.
+    shared_bytes: AtomicU64,
     /// To be told of files that found no room.
     pub(super) no_room: OnceLock<NoRoom>,
 }
@@ -120,7 +123,18 @@ impl Blobs {
     /// Nothing is served yet.
     pub(super) fn with(dir: PathBuf, boot_id: String, groups: Vec<Arc<Group>>, bag: Bag) -> Self {
         let (next, served, claims, bag) = (AtomicU32::new(0), Mutex::default(), Claims::default(), Mutex::new(bag));
-        Self { dir, boot_id, groups, next, served, claims, bag, released: AtomicU64::new(0), no_room: OnceLock::new() }
+        Self {
+            dir,
+            boot_id,
+            groups,
+            next,
+            served,
+            claims,
+            bag,
+            released: AtomicU64::new(0),
+            shared_bytes: AtomicU64::new(0),
+            no_room: OnceLock::new(),
+        }
     }
 
     /// The sources of requests, some for each shard.
@@ -176,7 +190,12 @@ impl Blobs {
         let file = Arc::new(self.with_room(open).map_err(failed)?);
         let served = Served { file, key: key.clone(), place, opened: true, pins: 0 };
         let file = &served.file;
-        if file.map().is_full() || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed)? {
+        let share = || blob.whole_file().map_or(Ok(false), |source| file.share(source.fd.as_fd())).map_err(failed);
+        let is_there = file.map().is_full();
+        if is_there || share()? {
+            if !is_there {
+                self.shared_bytes.fetch_add(file.len_bytes(), Ordering::Relaxed);
+            }
             self.served().insert(name.to_owned(), served);
             return Ok(());
         }
@@ -235,6 +254,30 @@ impl Blobs {
             self.released.fetch_add(released as u64, Ordering::Relaxed);
         }
         released
+    }
+
+    /// How many bytes came into the cache by sharing blocks with a store.
+    #[must_use]
+    pub fn shared_bytes(&self) -> u64 {
+        self.shared_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Adds what the files tell to what the engine knows of their blobs: also of those that it need not know, because they are
+    /// complete.
+    pub fn report(&self, known: &mut Vec<ObjectReport>) {
+        for Served { file, key, .. } in self.served().values() {
+            let blob = key.to_string();
+            let present_bytes = file.map().present_bytes().min(file.len_bytes());
+            match known.binary_search_by(|known| known.blob.cmp(&blob)) {
+                Ok(at) => (known[at].present_bytes, known[at].open) = (present_bytes, true),
+                Err(at) => {
+                    known.insert(
+                        at,
+                        ObjectReport { blob, len_bytes: file.len_bytes(), present_bytes, open: true, ..ObjectReport::default() },
+                    );
+                }
+            }
+        }
     }
 
     /// Whether the blob in the file of this name is served.

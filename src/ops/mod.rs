@@ -9,6 +9,7 @@
 //! | `keep`, `keeper`, `passing`, `notify`, `state` | the device over a restart: systemd or a process keeps it |
 //! | `mounting`, `seeding` | images that are mounted, and blobs that are in the cache beforehand |
 //! | `processes`, `signals`, `log`, `exit` | the host's processes, and what passes between it and this one |
+//! | `status`, `metrics` | what a daemon is and does, for people and for Prometheus |
 //! | `erofs`, `extsize`, `inode`, `reflink`, `xattr` | what file systems are asked beside reading and writing |
 
 pub mod bag;
@@ -22,6 +23,7 @@ pub mod keep;
 pub mod keeper;
 pub mod limits;
 pub mod log;
+pub mod metrics;
 pub mod mounting;
 pub mod notify;
 pub mod passing;
@@ -31,4 +33,5 @@ pub mod seeding;
 pub mod signals;
 pub mod space;
 pub mod state;
+pub mod status;
 pub mod xattr;

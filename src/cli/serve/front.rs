@@ -33,6 +33,8 @@ pub(super) struct Opened {
     pub(super) blobs: Option<Arc<Blobs>>,
     /// And their mounts.
     pub(super) mounts: Mounts,
+    /// It goes on where an earlier daemon had ended.
+    pub(super) restored: bool,
     /// The culling limits that the device is bound with.
     pub(super) limits: CullLimits,
     /// The hold on it that outlives this process.
@@ -73,7 +75,7 @@ impl Opened {
                 let front = SocketFront::from_stdin(&config.cache_dir)
                     .map_err(|error| Failure::new(exit::FAILED, format!("no socket on standard input: {error}")))?;
                 let fronts: Vec<Arc<dyn FrontEnd>> = vec![Arc::new(front)];
-                Ok(Self { fronts, device: None, blobs: None, mounts: Mounts::default(), limits: config.cull, keep: None })
+                Ok(Self { fronts, device: None, blobs: None, mounts: Mounts::default(), restored: false, limits: config.cull, keep: None })
             }
             (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
             (Some(keep), _) => Self::of_kernel(config, keep),
@@ -83,7 +85,8 @@ impl Opened {
     /// What an earlier daemon had, or what this kernel has and the settings allow.
     fn of_kernel(config: &Config, mut keep: Keep) -> Result<Self, Failure> {
         let kept = keep.find().map_err(failed)?;
-        match (config.front_end, kept) {
+        let restored = kept.is_some();
+        let opened = match (config.front_end, kept) {
             (FrontEndKind::Auto | FrontEndKind::Fanotify, Some(bag)) if is_bag(&bag) => Self::go_on(config, keep, bag),
             (FrontEndKind::Fanotify, Some(_)) => {
                 let why = "what was kept over the restart is no bag of the fanotify front end: use --front-end auto, or unmount the images and give it up with `infill release`";
@@ -95,7 +98,8 @@ impl Opened {
                 let (device, limits) = open_device(config, &mut keep, kept)?.map_err(|error| Failure::new(error.exit_code(), error))?;
                 Ok(Self::cachefiles(device, limits, keep))
             }
-        }
+        };
+        opened.map(|opened| Self { restored, ..opened })
     }
 
     /// Cachefiles where the kernel has its on-demand mode, else fanotify.
@@ -113,7 +117,7 @@ impl Opened {
 
     fn cachefiles(device: Arc<Device>, limits: CullLimits, keep: Keep) -> Self {
         let fronts = vec![Arc::clone(&device) as Arc<dyn FrontEnd>];
-        Self { fronts, device: Some(device), blobs: None, mounts: Mounts::default(), limits, keep: Some(keep) }
+        Self { fronts, device: Some(device), blobs: None, mounts: Mounts::default(), restored: false, limits, keep: Some(keep) }
     }
 
     fn fanotify(config: &Config, keep: Keep) -> Result<Self, Failure> {
@@ -148,7 +152,15 @@ impl Opened {
         let asked_for_metadata = metadata::is_asked_for(&config.cache_dir).inspect_err(unknown).unwrap_or(false);
         let mounted = mounted_everywhere(&config.cache_dir).unwrap_or_default();
         let mounts = Mounts { mounted, poisoned: false, asked_for_metadata };
-        Ok(Self { fronts: blobs.fronts(), device: None, blobs: Some(Arc::new(blobs)), mounts, limits: config.cull, keep: Some(keep) })
+        Ok(Self {
+            fronts: blobs.fronts(),
+            device: None,
+            blobs: Some(Arc::new(blobs)),
+            mounts,
+            restored: false,
+            limits: config.cull,
+            keep: Some(keep),
+        })
     }
 
     /// The cache, if there is one on a disk. To be asked for once, before the process is confined.

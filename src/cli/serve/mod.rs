@@ -10,19 +10,14 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use clap::Args;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use serde::Serialize;
-
 use self::front::{CacheOf, Opened};
 use super::Failure;
 use crate::config::{Config, Options};
-use crate::engine::buffers::Pages;
 use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
-use crate::engine::{Engine, EngineError, Settings, Started};
+use crate::engine::{Engine, EngineError, Settings};
 use crate::front::FrontEnd;
 use crate::mount::control::{self, Listener};
 use crate::mount::{BlobCache, Service, ServiceSettings};
@@ -32,9 +27,12 @@ use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::space::{self, Steward, Volumes};
+use crate::ops::status::{Look, Statistics};
 use crate::ops::{erofs, exit, limits, log};
 use crate::store::remembered::Remembered;
 use crate::store::{Store, StoreSpec, Stores};
+use clap::Args;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long the printing of traced requests may take after the engine has stopped.
 const PRINT_MAX: Duration = Duration::from_secs(2);
@@ -92,9 +90,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let mut opened = Opened::new(&config, claimed, sim_socket)?;
     let remembered = Arc::new(Remembered::open(&config.cache_dir));
     remembered.tidy();
-    if opened.device.is_some() {
-        seed(&config, &*store, &remembered);
-    }
+    let seeded_bytes = if opened.device.is_some() { seed(&config, &*store, &remembered) } else { 0 };
     // What it looks up on this host cannot be read later.
     let cache = opened.cache(&config);
     let seats = placement::seats();
@@ -115,10 +111,13 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let mounts = start_mounts(&config, &opened, &engine, store, listener)?;
     repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
     announce(&config, &opened, &engine);
-    let started = engine.started().clone();
-    let result = serve(&config, engine, steward.as_ref(), &signals, &mut opened);
+    let look = Look::new(opened.front().name(), engine.started(), engine.observer())
+        .with_space(steward.as_ref().map(Steward::watch))
+        .with_blobs(opened.blobs.clone())
+        .after(opened.restored, seeded_bytes);
+    let result = serve(&config, engine, &look, &signals, &mut opened);
     // While it looks at a file, that is not idle.
-    let space = steward.map(Steward::stop);
+    steward.into_iter().for_each(Steward::stop);
     if let Some(mounts) = mounts {
         mounts.save();
         opened.give_up_if_idle();
@@ -126,7 +125,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     finish(printer);
     // If nobody else keeps the device, the kernel now fails what still waits, and unbinds.
     drop(opened);
-    report(&started, result, space, json)
+    report(&look, result, json)
 }
 
 fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
@@ -135,16 +134,22 @@ fn open_stores(config: &Config) -> Result<Arc<dyn Store>, Failure> {
 }
 
 /// Shares the blobs that are configured with the cache: after binding, when the cache is checked and ours, and before
-/// requests are answered. Whatever cannot be shared is read on demand, so nothing here keeps it from serving.
-fn seed(config: &Config, store: &dyn Store, remembered: &Remembered) {
+/// requests are answered. Whatever cannot be shared is read on demand, so nothing here keeps it from serving. Gives how many
+/// bytes came by it.
+fn seed(config: &Config, store: &dyn Store, remembered: &Remembered) -> u64 {
+    let mut seeded_bytes = 0;
     for key in &config.seed {
         let Seeding { fate, len_bytes, .. } = seed_key(store, &config.cache_dir, remembered, key);
         match fate {
-            Fate::Seeded => tracing::info!(blob = %key, bytes = len_bytes, "seeded: shared with the cache"),
+            Fate::Seeded => {
+                seeded_bytes += len_bytes;
+                tracing::info!(blob = %key, bytes = len_bytes, "seeded: shared with the cache");
+            }
             Fate::AlreadyThere => tracing::debug!(blob = %key, "not seeded: it is in the cache already"),
             Fate::Refused(why) | Fate::Failed(why) => tracing::warn!(blob = %key, "not seeded, it is read on demand: {why}"),
         }
     }
+    seeded_bytes
 }
 
 /// The capabilities stay until the device is bound.
@@ -296,13 +301,7 @@ fn announce(config: &Config, opened: &Opened, engine: &Engine) {
 }
 
 /// Waits for signals, for the engine or a keeper to die.
-fn serve(
-    config: &Config,
-    engine: Engine,
-    steward: Option<&Steward>,
-    signals: &Signals,
-    opened: &mut Opened,
-) -> Result<Snapshot, EngineError> {
+fn serve(config: &Config, engine: Engine, look: &Look, signals: &Signals, opened: &mut Opened) -> Result<Snapshot, EngineError> {
     while !engine.has_failed() {
         if wait_for(signals, &engine, opened.keep.as_ref()) {
             opened.renew();
@@ -313,7 +312,7 @@ fn serve(
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
                 break;
             }
-            Some(Event::Report) => tracing::info!("{}", json_text(engine.started(), &engine.snapshot(), steward.map(Steward::statistics))),
+            Some(Event::Report) => tracing::info!("{}", json_text(&look.statistics())),
             Some(Event::Reload) => tracing::warn!("settings are read at start only; restart infill to change them"),
             None => {}
         }
@@ -358,30 +357,18 @@ fn finish(printer: Option<JoinHandle<()>>) {
     }
 }
 
-fn report(started: &Started, result: Result<Snapshot, EngineError>, space: Option<space::Statistics>, json: bool) -> Result<(), Failure> {
+fn report(look: &Look, result: Result<Snapshot, EngineError>, json: bool) -> Result<(), Failure> {
     let snapshot = result.map_err(|error| Failure::new(exit::FAILED, error))?;
     let Snapshot { bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, .. } = snapshot;
     tracing::info!(bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, "where the cache's bytes came from");
     tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
     if json {
-        let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot, space));
+        let _ = writeln!(std::io::stdout(), "{}", json_text(&look.with_counts(snapshot)));
     }
     Ok(())
 }
 
 /// What `--json` and `SIGUSR1` show.
-#[derive(Serialize)]
-struct Statistics<'a> {
-    engine: &'a str,
-    shards: usize,
-    buffers: Pages,
-    #[serde(flatten)]
-    counts: &'a Snapshot,
-    #[serde(flatten)]
-    space: Option<space::Statistics>,
-}
-
-fn json_text(started: &Started, counts: &Snapshot, space: Option<space::Statistics>) -> String {
-    let statistics = Statistics { engine: started.kind, shards: started.shards, buffers: started.pages, counts, space };
-    serde_json::to_string(&statistics).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+fn json_text(statistics: &Statistics) -> String {
+    serde_json::to_string(statistics).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
 }

@@ -145,7 +145,7 @@ impl<I: Io> Shard<I> {
     /// Counts and reports an answer that was given.
     fn account(&mut self, delivered: io::Result<bool>, (object, range, outcome): (Option<Handle>, ByteRange, Outcome), times: Times) {
         let latency_ns = times.now_ns.saturating_sub(times.since_ns);
-        self.stats().answered(latency_ns, times.begun_ns.map(|begun_ns| begun_ns.saturating_sub(times.since_ns)));
+        self.stats().answered(outcome, latency_ns, times.begun_ns.map(|begun_ns| begun_ns.saturating_sub(times.since_ns)));
         if let Some(stats) = object.and_then(|object| self.attached(object)).map(|attached| &attached.stats) {
             stats.answered(times.begun_ns.map(|_| latency_ns), outcome != Outcome::Done, times.now_ns);
         }

@@ -29,7 +29,7 @@ use super::stats::{Gauges, ShardStats};
 use super::trace::Tracer;
 use super::{EngineError, Shared, probe};
 use crate::front::{Caps, NeedRequest, ObjectId, Sink, Ticket};
-use crate::range::ByteRange;
+use crate::range::{self, ByteRange};
 
 #[cfg(test)]
 pub(super) use self::answers::ANSWER_WAIT_MAX_US;
@@ -271,10 +271,11 @@ impl<I: Io> Shard<I> {
     /// Tells of what a sink holds now: operators, and the sink if it wants to know.
     fn tell_of(&self, object: Handle, filled: &ByteRange, complete: bool) {
         let Some(attached) = self.attached(object) else { return };
+        if !self.caps.sinks_know {
+            return attached.stats.grows(range::len(filled));
+        }
         attached.stats.holds(self.machine.present_bytes(object));
-        if self.caps.sinks_know
-            && let Some(sink) = attached.sink()
-        {
+        if let Some(sink) = attached.sink() {
             sink.filled(filled);
             if complete {
                 sink.completed();

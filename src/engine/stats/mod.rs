@@ -12,10 +12,12 @@ mod objects;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::machine::Counters;
+use crate::front::Outcome;
 
 pub use self::histogram::{Durations, Histogram};
 pub use self::objects::ObjectReport;
@@ -57,6 +59,9 @@ macro_rules! published {
             objects: AtomicU64,
             /// Requests that the front end knew the bytes of to be there.
             present: AtomicU64,
+            answers_ok: AtomicU64,
+            answers_failed: AtomicU64,
+            answers_timed_out: AtomicU64,
             answers_late: AtomicU64,
             answers_refused: AtomicU64,
             turns: AtomicU64,
@@ -95,7 +100,13 @@ macro_rules! published {
             pub objects: u64,
             /// Requests whose bytes were there before they came, as their front end knew; they are none of `needs`.
             pub present: u64,
-            /// Answers that nobody waited for any more.
+            /// Answers given: the bytes are there.
+            pub answers_ok: u64,
+            /// Answers given: an error, but not because time was over.
+            pub answers_failed: u64,
+            /// Answers given: time was over.
+            pub answers_timed_out: u64,
+            /// Of all of them, those that nobody waited for any more.
             pub answers_late: u64,
             /// Answers that the kernel refused.
             pub answers_refused: u64,
@@ -103,6 +114,8 @@ macro_rules! published {
             pub turns: u64,
             /// Requests to open an object.
             pub opens: u64,
+            /// Of them, answered well.
+            pub opens_ok: u64,
             /// Of them, refused.
             pub opens_failed: u64,
             /// Objects that the kernel closed.
@@ -153,6 +166,9 @@ macro_rules! published {
                     sum.stuck += shard.stuck.load(Ordering::Relaxed);
                     sum.objects += shard.objects.load(Ordering::Relaxed);
                     sum.present += shard.present.load(Ordering::Relaxed);
+                    sum.answers_ok += shard.answers_ok.load(Ordering::Relaxed);
+                    sum.answers_failed += shard.answers_failed.load(Ordering::Relaxed);
+                    sum.answers_timed_out += shard.answers_timed_out.load(Ordering::Relaxed);
                     sum.answers_late += shard.answers_late.load(Ordering::Relaxed);
                     sum.answers_refused += shard.answers_refused.load(Ordering::Relaxed);
                     sum.turns += shard.turns.load(Ordering::Relaxed);
@@ -224,7 +240,13 @@ impl ShardStats {
 
     /// An answer was given, so long after the request was read; for one that waited for bytes, also how long after that the first
     /// of them was being brought.
-    pub(super) fn answered(&self, latency_ns: u64, queued_ns: Option<u64>) {
+    pub(super) fn answered(&self, outcome: Outcome, latency_ns: u64, queued_ns: Option<u64>) {
+        let answers = match outcome {
+            Outcome::Failed(Errno::ETIMEDOUT) => &self.answers_timed_out,
+            Outcome::Failed(_) => &self.answers_failed,
+            Outcome::Done | Outcome::Opened { .. } => &self.answers_ok,
+        };
+        bump(answers, 1);
         self.latency.record(latency_ns);
         if let Some(queued_ns) = queued_ns {
             self.queued.record(queued_ns);

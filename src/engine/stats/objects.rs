@@ -44,6 +44,11 @@ impl ObjectStats {
     pub(in crate::engine) fn holds(&self, present_bytes: u64) {
         self.present_bytes.store(present_bytes, Ordering::Relaxed);
     }
+
+    /// So much more of it is there.
+    pub(in crate::engine) fn grows(&self, bytes: u64) {
+        bump(&self.present_bytes, bytes);
+    }
 }
 
 /// What is known of one blob at some time.
@@ -53,8 +58,8 @@ pub struct ObjectReport {
     pub blob: String,
     /// Its length.
     pub len_bytes: u64,
-    /// How much of it is known to be in the cache: what was brought, and what was looked for and found. A kernel that asks only for
-    /// what is missing leaves the rest unknown.
+    /// How much of it is in the cache: exactly where the front end's sinks know, else what was there when it was opened and what was
+    /// brought since, which may count a page twice.
     pub present_bytes: u64,
     /// Whether it is open now.
     pub open: bool,

@@ -24,7 +24,7 @@ use nix::errno::Errno;
 use nix::sys::statvfs::fstatvfs;
 
 use self::policy::{Limits, Marks, Resource, Room};
-pub use self::steward::{Settings, Statistics, Steward};
+pub use self::steward::{Settings, Statistics, Steward, Watch};
 pub use self::volumes::Volumes;
 use crate::front::cachefiles::{CullLimits, Percents};
 

@@ -130,14 +130,14 @@ impl Steward {
         Ok(Self { thread, stop, statistics })
     }
 
-    /// What it knows and has done.
+    /// For those who want to know what it knows, also when it has ended.
     #[must_use]
-    pub fn statistics(&self) -> Statistics {
-        *lock(&self.statistics)
+    pub fn watch(&self) -> Watch {
+        Watch(Arc::clone(&self.statistics))
     }
 
-    /// Ends the thread, which lets go of the device; gives what it knew at the end.
-    pub fn stop(self) -> Statistics {
+    /// Ends the thread, which lets go of the device.
+    pub fn stop(self) {
         // It is read once, so this cannot overflow.
         let _ = self.stop.write(1);
         let began = Instant::now();
@@ -148,7 +148,18 @@ impl Steward {
             }
             std::thread::sleep(STOP_POLL);
         }
-        self.statistics()
+    }
+}
+
+/// What a steward knows, for others.
+#[derive(Clone, Debug)]
+pub struct Watch(Arc<Mutex<Statistics>>);
+
+impl Watch {
+    /// What it knows and has done.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        *lock(&self.0)
     }
 }
 
