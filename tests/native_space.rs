@@ -92,7 +92,7 @@ impl Tended {
             // More often would mean that the file system takes no data.
             std::thread::sleep(Duration::from_millis(1100));
             let _ = self.no_room.ring();
-            let statistics = self.steward.statistics();
+            let statistics = self.steward.watch().statistics();
             if done(statistics) {
                 return statistics;
             }
@@ -101,8 +101,9 @@ impl Tended {
     }
 
     fn stop(self) -> (u64, Statistics) {
-        let statistics = self.steward.stop();
-        (self.served.stop().needs_failed, statistics)
+        let watch = self.steward.watch();
+        self.steward.stop();
+        (self.served.stop().needs_failed, watch.statistics())
     }
 }
 
@@ -199,7 +200,7 @@ fn fault_full_disk_makes_room_for_a_reader_and_gives_an_error_in_time_when_nothi
         drop(daemon.attach(n).unwrap());
         daemon.release();
     }
-    assert!(daemon.steward.statistics().culled_objects > 10, "{:?}", daemon.steward.statistics());
+    assert!(daemon.steward.watch().statistics().culled_objects > 10, "{:?}", daemon.steward.watch().statistics());
     // All of them are used: at some point nothing can go.
     let error = loop {
         let began = Instant::now();

@@ -241,7 +241,7 @@ impl Families<'_, '_> {
     }
 
     fn durations(&mut self, name: &str, help: &str, durations: &Durations) -> fmt::Result {
-        self.family(name, help, MetricType::Histogram, [(Labels::new(), durations)], |metric, durations| classes(metric, durations))
+        self.family(name, help, MetricType::Histogram, [(Labels::new(), durations)], classes)
     }
 
     fn family<T>(
@@ -296,7 +296,7 @@ mod tests {
 
     fn some() -> Status {
         let histogram = Histogram::default();
-        [3_000, 40_000, 40_000, 2_000_000_000, 40_000_000_000].map(|ns| histogram.record(ns));
+        [3_000, 40_000, 40_000, 2_000_000_000, 40_000_000_000].into_iter().for_each(|ns| histogram.record(ns));
         let mut latency = Durations::default();
         latency.add(&histogram);
         let counts = Snapshot { answers_ok: 5, pending: 2, oldest_ms: 1500, latency, ..Snapshot::default() };
