@@ -8,9 +8,6 @@ use infill::ops::metrics::{names, render};
 use infill::ops::space;
 use infill::ops::status::{Statistics, Status};
 
-/// What a scrape of Prometheus adds by itself.
-const OF_PROMETHEUS: [&str; 2] = ["up", "instance"];
-
 fn docs() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
 }
@@ -28,7 +25,7 @@ fn exported() -> String {
 /// The words of a text that are names of metrics.
 fn spoken_of(text: &str) -> impl Iterator<Item = &str> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-    words.filter(|word| word.starts_with("infill_") && !OF_PROMETHEUS.contains(word))
+    words.filter(|word| word.starts_with("infill_"))
 }
 
 fn expect_known(of: &str, text: &str, known: &BTreeMap<String, String>) {

@@ -12,36 +12,13 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::status::{Facts, Statistics, Status};
+use super::status::{CLASSES_NS, Facts, Statistics, Status};
 use crate::engine::stats::{Durations, ObjectReport};
 
 /// What the text is, for HTTP.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Blobs with metrics of their own; of more, those with the most misses.
 pub const BLOBS_MAX: usize = 2000;
-/// Limits of the classes of durations, in nanoseconds.
-const CLASSES_NS: [u64; 20] = [
-    10_000,
-    25_000,
-    50_000,
-    100_000,
-    250_000,
-    500_000,
-    1_000_000,
-    2_500_000,
-    5_000_000,
-    10_000_000,
-    25_000_000,
-    50_000_000,
-    100_000_000,
-    250_000_000,
-    500_000_000,
-    1_000_000_000,
-    2_500_000_000,
-    5_000_000_000,
-    10_000_000_000,
-    30_000_000_000,
-];
 const NS_PER_S: f64 = 1e9;
 
 /// The text that is scraped.

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::space;
 use crate::engine::buffers::Pages;
-use crate::engine::stats::{ObjectReport, ShardReport, Snapshot};
+use crate::engine::stats::{Durations, ObjectReport, ShardReport, Snapshot};
 use crate::engine::{Observer, Started};
 use crate::mount::Blobs;
 
@@ -52,12 +52,50 @@ pub struct Statistics {
     pub space: Option<space::Statistics>,
 }
 
+/// Limits of the classes of durations that are shown, in nanoseconds.
+pub const CLASSES_NS: [u64; 20] = [
+    10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000, 25_000_000, 50_000_000, 100_000_000,
+    250_000_000, 500_000_000, 1_000_000_000, 2_500_000_000, 5_000_000_000, 10_000_000_000, 30_000_000_000,
+];
+
+/// Durations by classes: what a client needs to tell those of the last second from all others.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct ByClass {
+    /// How many.
+    pub count: u64,
+    /// All of them together, in microseconds.
+    pub sum_us: u64,
+    /// How many are at most as long as each of `classes_us`.
+    pub up_to: Vec<u64>,
+}
+
+impl From<&Durations> for ByClass {
+    fn from(durations: &Durations) -> Self {
+        Self { count: durations.count(), sum_us: durations.sum_ns() / 1000, up_to: durations.up_to(&CLASSES_NS) }
+    }
+}
+
+/// How long requests took.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Times {
+    /// Limits of classes, in microseconds.
+    pub classes_us: Vec<u64>,
+    /// From a read's arrival to its answer.
+    pub request: ByClass,
+    /// Of reads that waited for a fill: until it began.
+    pub queued: ByClass,
+    /// Of those: from then on.
+    pub served: ByClass,
+}
+
 /// All that is known.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Status {
     /// In numbers.
     #[serde(flatten)]
     pub statistics: Statistics,
+    /// How long requests took.
+    pub times: Times,
     /// Each event loop.
     pub per_shard: Vec<ShardReport>,
     /// Each blob that is open or was.
@@ -138,6 +176,10 @@ impl Look {
         if let Some(served) = &self.blobs {
             served.report(&mut blobs);
         }
-        Status { statistics: self.statistics(), per_shard: self.engine.shards(), blobs }
+        let statistics = self.statistics();
+        let Snapshot { latency, queued, served, .. } = &statistics.counts;
+        let classes_us = CLASSES_NS.map(|limit_ns| limit_ns / 1000).to_vec();
+        let times = Times { classes_us, request: latency.into(), queued: queued.into(), served: served.into() };
+        Status { statistics, times, per_shard: self.engine.shards(), blobs }
     }
 }
