@@ -1,7 +1,9 @@
 //! `infill serve`: the daemon.
 
+mod control;
 mod front;
 mod repair;
+mod statistics;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -12,19 +14,17 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use serde::Serialize;
-
+use self::control::Sockets;
 use self::front::{CacheOf, Opened};
 use super::Failure;
 use crate::config::{Config, Options};
-use crate::engine::buffers::Pages;
 use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
-use crate::mount::control::{self, Listener};
+use crate::control::Images;
 use crate::mount::{BlobCache, Service, ServiceSettings};
 use crate::ops::confine::{self, Kept, Mode, User};
 use crate::ops::keep::Keep;
@@ -32,7 +32,7 @@ use crate::ops::limits::Raised;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::space::{self, Steward, Volumes};
-use crate::ops::{erofs, exit, limits, log};
+use crate::ops::{erofs, exit, limits, log, notify};
 use crate::store::remembered::Remembered;
 use crate::store::{Store, StoreSpec, Stores};
 
@@ -86,10 +86,13 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
+    let mut passed = notify::passed();
     let claimed = front::claim(&config)?;
+    // With the rights of whoever starts it, and before anything is taken from the kernel.
+    let sockets = Sockets::open(&config, &mut passed)?;
     let user = become_user(&config)?;
     let store = open_stores(&config)?;
-    let mut opened = Opened::new(&config, claimed, sim_socket)?;
+    let mut opened = Opened::new(&config, claimed, passed, sim_socket)?;
     let remembered = Arc::new(Remembered::open(&config.cache_dir));
     remembered.tidy();
     if opened.device.is_some() {
@@ -98,7 +101,6 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     // What it looks up on this host cannot be read later.
     let cache = opened.cache(&config);
     let seats = placement::seats();
-    let listener = opened.blobs.as_ref().map(|_| control::listen(&config.state_dir)).transpose().map_err(no_control)?;
     // It does what this process will not be permitted, and waits for it.
     let repairing = if repair { repair::start(&config, file.as_deref(), &opened)? } else { None };
     let store = confine_to(&config, user.as_ref(), store)?;
@@ -112,7 +114,10 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
     let engine = start_engine(&opened.fronts, &store, &settings)?;
     seal(&config);
-    let mounts = start_mounts(&config, &opened, &engine, store, listener)?;
+    let mounts = start_mounts(&config, &opened, &engine, store)?;
+    let shown = statistics::shown(engine.started().clone(), engine.entry(), steward.as_ref().map(Steward::watcher));
+    let images = mounts.clone().map(|mounts| mounts as Arc<dyn Images>);
+    sockets.serve(control::daemon(opened.front().name(), Box::new(shown), images))?;
     repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
     announce(&config, &opened, &engine);
     let started = engine.started().clone();
@@ -120,7 +125,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     // While it looks at a file, that is not idle.
     let space = steward.map(Steward::stop);
     if let Some(mounts) = mounts {
-        mounts.save();
+        mounts.end();
         opened.give_up_if_idle();
     }
     finish(printer);
@@ -234,19 +239,9 @@ fn start_engine(fronts: &[Arc<dyn FrontEnd>], store: &Arc<dyn Store>, settings: 
     })
 }
 
-fn no_control(error: std::io::Error) -> Failure {
-    Failure::new(exit::FAILED, format!("no verb can talk to the daemon: {error}; see the state directory"))
-}
-
-/// Starts to do what verbs ask for, where images are mounted from files.
-fn start_mounts(
-    config: &Config,
-    opened: &Opened,
-    engine: &Engine,
-    store: Arc<dyn Store>,
-    listener: Option<Listener>,
-) -> Result<Option<Arc<Service>>, Failure> {
-    let Some((blobs, listener)) = opened.blobs.as_ref().zip(listener) else { return Ok(None) };
+/// Looks after images that are mounted from files.
+fn start_mounts(config: &Config, opened: &Opened, engine: &Engine, store: Arc<dyn Store>) -> Result<Option<Arc<Service>>, Failure> {
+    let Some(blobs) = &opened.blobs else { return Ok(None) };
     let patience = config.open_timeout + config.request_timeout;
     let asked_for_metadata = opened.mounts.asked_for_metadata;
     let settings = ServiceSettings { patience, read_ahead_bytes: config.read_ahead.bytes(), asked_for_metadata };
@@ -254,7 +249,7 @@ fn start_mounts(
     for error in blobs.resume(&engine.entry(), service.store(), patience) {
         tracing::error!("its readers get I/O errors: {error}");
     }
-    service.watch().and_then(|()| listener.serve(Arc::clone(&service))).map_err(no_control)?;
+    service.watch().map_err(|error| Failure::new(exit::FAILED, format!("cannot look after mounted images: {error}")))?;
     Ok(Some(service))
 }
 
@@ -313,7 +308,7 @@ fn serve(
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
                 break;
             }
-            Some(Event::Report) => tracing::info!("{}", json_text(engine.started(), &engine.snapshot(), steward.map(Steward::statistics))),
+            Some(Event::Report) => tracing::info!("{}", statistics::json(engine.started(), &engine.snapshot(), steward.map(Steward::statistics))),
             Some(Event::Reload) => tracing::warn!("settings are read at start only; restart infill to change them"),
             None => {}
         }
@@ -364,24 +359,7 @@ fn report(started: &Started, result: Result<Snapshot, EngineError>, space: Optio
     tracing::info!(bytes_mapped, bytes_direct, bytes_buffered, bytes_zero, "where the cache's bytes came from");
     tracing::info!(reads = snapshot.needs, failed = snapshot.needs_failed, bytes = snapshot.bytes_filled, "stopped");
     if json {
-        let _ = writeln!(std::io::stdout(), "{}", json_text(started, &snapshot, space));
+        let _ = writeln!(std::io::stdout(), "{}", statistics::json(started, &snapshot, space));
     }
     Ok(())
-}
-
-/// What `--json` and `SIGUSR1` show.
-#[derive(Serialize)]
-struct Statistics<'a> {
-    engine: &'a str,
-    shards: usize,
-    buffers: Pages,
-    #[serde(flatten)]
-    counts: &'a Snapshot,
-    #[serde(flatten)]
-    space: Option<space::Statistics>,
-}
-
-fn json_text(started: &Started, counts: &Snapshot, space: Option<space::Statistics>) -> String {
-    let statistics = Statistics { engine: started.kind, shards: started.shards, buffers: started.pages, counts, space };
-    serde_json::to_string(&statistics).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
 }

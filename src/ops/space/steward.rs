@@ -136,6 +136,13 @@ impl Steward {
         *lock(&self.statistics)
     }
 
+    /// The same, for whoever asks now and then.
+    #[must_use]
+    pub fn watcher(&self) -> impl Fn() -> Statistics + Send + Sync + use<> {
+        let statistics = Arc::clone(&self.statistics);
+        move || *lock(&statistics)
+    }
+
     /// Ends the thread, which lets go of the device; gives what it knew at the end.
     pub fn stop(self) -> Statistics {
         // It is read once, so this cannot overflow.
