@@ -5,14 +5,14 @@ pub mod demo;
 pub mod doctor;
 mod foreground;
 mod leased;
-mod log_level;
+pub mod log_level;
 pub mod mount;
 pub mod place;
 pub mod prefetch;
 pub mod release;
 pub mod repair;
 pub mod serve;
-mod stat;
+pub mod stat;
 
 use std::process::ExitCode;
 

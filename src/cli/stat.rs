@@ -125,10 +125,11 @@ mod tests {
     #[test]
     fn the_table_fits_a_terminal_whatever_is_in_it() {
         let most = |name: &str| (name.to_owned(), Value::from(999_999_999_u64));
-        let stat: serde_json::Map<_, _> = ["requests", "failed", "timed_out", "pending", "oldest_ms", "stuck", "fds", "fds_budget", "p999_us"]
-            .map(most)
-            .into_iter()
-            .collect();
+        let stat: serde_json::Map<_, _> =
+            ["requests", "failed", "timed_out", "pending", "oldest_ms", "stuck", "fds", "fds_budget", "p999_us"]
+                .map(most)
+                .into_iter()
+                .collect();
         let health = Health { status: "ok".into(), front_end: "fanotify".into(), version: "10.10.10".into(), pid: 4_194_304 };
         let blob = BlobState { blob: "x".repeat(300), file: "/x".into(), len_bytes: u64::MAX, present_bytes: u64::MAX };
         let wanted = Wanted { image: "y".repeat(100), domain: None, devices: Vec::new() };

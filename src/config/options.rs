@@ -178,12 +178,7 @@ fn first_list(first: Vec<String>, second: Vec<String>) -> Vec<String> {
 impl Options {
     /// The settings that say where the cache and the daemon are and where blobs come from, and nothing else.
     #[must_use]
-    pub fn of_place(
-        cache_dir: Option<PathBuf>,
-        state_dir: Option<PathBuf>,
-        control_socket: Option<PathBuf>,
-        store: Vec<String>,
-    ) -> Self {
+    pub fn of_place(cache_dir: Option<PathBuf>, state_dir: Option<PathBuf>, control_socket: Option<PathBuf>, store: Vec<String>) -> Self {
         Self { cache_dir, state_dir, control_socket, store, ..Self::default() }
     }
 

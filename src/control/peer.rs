@@ -49,7 +49,8 @@ fn more_groups(socket: &impl AsRawFd) -> io::Result<Vec<u32>> {
     let mut len = u32::try_from(size_of_val(&groups[..])).unwrap_or(u32::MAX);
     // SAFETY: the descriptor is open while borrowed; the kernel writes at most `len` bytes, which the vector has, and any bytes
     // are numbers.
-    let result = unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &raw mut len) };
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &raw mut len) };
     Errno::result(result)?;
     groups.truncate(usize::try_from(len).unwrap_or(0) / size_of::<u32>());
     Ok(groups)

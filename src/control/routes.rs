@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use hyper::body::Bytes;
 use hyper::{Method, StatusCode};
-use serde::de::DeserializeOwned;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::wire::{Health, ImageList, Level, Outlived, Prefetch, Ready, Released, Trouble, Wanted};
@@ -290,8 +290,9 @@ fn matches<'a>(route: &str, path: &'a str) -> Option<&'a str> {
 
 /// What the body of a request says.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Told> {
-    serde_json::from_slice(body)
-        .map_err(|error| Told::trouble(StatusCode::BAD_REQUEST, format!("the body is not what is expected here: {error}; see GET /v1/openapi.json")))
+    serde_json::from_slice(body).map_err(|error| {
+        Told::trouble(StatusCode::BAD_REQUEST, format!("the body is not what is expected here: {error}; see GET /v1/openapi.json"))
+    })
 }
 
 const fn now(told: Told) -> Result<Step, Told> {
@@ -409,7 +410,8 @@ mod tests {
         assert_eq!(matches("/v1/leases/{id}", "/v1/leases/"), None);
         assert_eq!(matches("/v1/leases/{id}", "/v1/leases/a/b"), None);
         let asked = |method, path: &str, may_change| Asked { method, path: path.into(), body: Bytes::new(), may_change };
-        let status = |site, asked: Asked| find(site, &asked).map(|(route, _)| route.path).map_err(|told| (told.status.as_u16(), told.allow));
+        let status =
+            |site, asked: Asked| find(site, &asked).map(|(route, _)| route.path).map_err(|told| (told.status.as_u16(), told.allow));
         assert_eq!(status(Site::Control, asked(Method::GET, "/v1/log-level?x=1", false)), Ok("/v1/log-level"));
         assert_eq!(status(Site::Control, asked(Method::PUT, "/v1/log-level", false)), Err((403, None)));
         assert_eq!(status(Site::Control, asked(Method::POST, "/v1/log-level", true)), Err((405, Some("GET, PUT".to_owned()))));

@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::sockopt::AcceptConn;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind as bind_to, connect, getsockname, getsockopt, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind as bind_to, connect, getsockname, getsockopt,
+    listen, socket,
+};
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::Group;
 
@@ -91,7 +94,9 @@ pub enum SocketError {
     #[error("control_group = {0}: there is no such group; make it (groupadd --system {0}) or give the number of one")]
     NoGroup(String),
     /// What was passed is something else.
-    #[error("the descriptor {name} that systemd passed is no listening {wanted} socket; see FileDescriptorName= and ListenStream= in the socket unit")]
+    #[error(
+        "the descriptor {name} that systemd passed is no listening {wanted} socket; see FileDescriptorName= and ListenStream= in the socket unit"
+    )]
     Passed {
         /// Its name.
         name: &'static str,

@@ -24,7 +24,7 @@ use super::blobs::Pinned;
 use crate::hex::hex;
 
 /// How long a lease is good for: a mount is made in milliseconds.
-pub const LEASE_MAX: Duration = Duration::from_secs(60);
+pub(super) const LEASE_MAX: Duration = Duration::from_secs(60);
 /// Leases at a time.
 const LEASES_MAX: usize = 1024;
 /// Random bytes in the name of one.

@@ -36,14 +36,20 @@ impl Sockets {
         let mut listening = Vec::new();
         let mut add = |site, listener: Option<Listener>| listening.extend(listener.map(|listener| Listening { listener, site }));
         let socket = |setting, path: &Path, users| is_wanted(config, path).then(|| control::bind(setting, path, users)).transpose();
-        add(Site::Control, match control::take_passed(passed, CONTROL, false)? {
-            None => socket("control_socket", &config.control_socket, users)?,
-            found => found,
-        });
-        add(Site::Metrics, match control::take_passed(passed, METRICS, true)? {
-            None => socket("metrics_socket", &config.metrics_socket, Users::All)?,
-            found => found,
-        });
+        add(
+            Site::Control,
+            match control::take_passed(passed, CONTROL, false)? {
+                None => socket("control_socket", &config.control_socket, users)?,
+                found => found,
+            },
+        );
+        add(
+            Site::Metrics,
+            match control::take_passed(passed, METRICS, true)? {
+                None => socket("metrics_socket", &config.metrics_socket, Users::All)?,
+                found => found,
+            },
+        );
         add(Site::Metrics, config.metrics_listen.map(|address| control::listen_tcp("metrics_listen", address)).transpose()?);
         Ok(Self { listening, access: Access::new(group.map(|(_, gid)| gid)) })
     }
@@ -68,8 +74,7 @@ pub(super) fn daemon(front_end: &'static str, statistics: Shown<serde_json::Valu
 /// What is scraped.
 fn metrics() -> Metrics {
     let version = env!("CARGO_PKG_VERSION");
-    let body = format!(
-        "# HELP infill_build_info What this is.\n# TYPE infill_build_info gauge\ninfill_build_info{{version=\"{version}\"}} 1\n"
-    );
+    let body =
+        format!("# HELP infill_build_info What this is.\n# TYPE infill_build_info gauge\ninfill_build_info{{version=\"{version}\"}} 1\n");
     Metrics { content_type: METRICS_TYPE, body }
 }

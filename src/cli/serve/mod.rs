@@ -12,19 +12,17 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use clap::Args;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use self::control::Sockets;
 use self::front::{CacheOf, Opened};
 use super::Failure;
 use crate::config::{Config, Options};
+use crate::control::Images;
 use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings, Started};
 use crate::front::FrontEnd;
-use crate::control::Images;
 use crate::mount::{BlobCache, Service, ServiceSettings};
 use crate::ops::confine::{self, Kept, Mode, User};
 use crate::ops::keep::Keep;
@@ -35,6 +33,8 @@ use crate::ops::space::{self, Steward, Volumes};
 use crate::ops::{erofs, exit, limits, log, notify};
 use crate::store::remembered::Remembered;
 use crate::store::{Store, StoreSpec, Stores};
+use clap::Args;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long the printing of traced requests may take after the engine has stopped.
 const PRINT_MAX: Duration = Duration::from_secs(2);
@@ -308,7 +308,9 @@ fn serve(
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
                 break;
             }
-            Some(Event::Report) => tracing::info!("{}", statistics::json(engine.started(), &engine.snapshot(), steward.map(Steward::statistics))),
+            Some(Event::Report) => {
+                tracing::info!("{}", statistics::json(engine.started(), &engine.snapshot(), steward.map(Steward::statistics)))
+            }
             Some(Event::Reload) => tracing::warn!("settings are read at start only; restart infill to change them"),
             None => {}
         }

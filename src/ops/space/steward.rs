@@ -137,7 +137,6 @@ impl Steward {
     }
 
     /// The same, for whoever asks now and then.
-    #[must_use]
     pub fn watcher(&self) -> impl Fn() -> Statistics + Send + Sync + use<> {
         let statistics = Arc::clone(&self.statistics);
         move || *lock(&statistics)
