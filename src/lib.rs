@@ -9,6 +9,7 @@
 //! | `store` | where the bytes of blobs are |
 //! | `image` | EROFS images as they lie on disk |
 //! | `mount` | images that infill mounts itself, from files |
+//! | `control` | how a daemon is asked and told: HTTP on a unix socket |
 //! | `ops`, `config`, `cli` | the host, the settings, the verbs |
 //! | `lab` | real kernels in virtual machines, for the demo, the tests and the benchmarks |
 //! | `key`, `range`, `hex` | words that all of them use |
@@ -17,6 +18,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod engine;
 pub mod front;
 pub mod hex;

@@ -75,12 +75,21 @@ fn a_settings_file_is_checked_before_anything_is_started() {
 #[test]
 fn prefetch_says_what_it_can_do_and_what_it_could_not() {
     let args = ["prefetch", "--cache-dir", "/no/such/cache", "--store", "dir:/no/such/place", "a.img"];
-    refused(&args, 2, &["--seed", "not supported in this version"]);
+    let no_daemon = ["--control-socket", "/no/such/socket"];
+    refused(&[&args[..], &no_daemon].concat(), 69, &["no daemon listens on /no/such/socket", "infill serve"]);
     refused(&[&args[..], &["--seed"]].concat(), 78, &["dir:/no/such/place", "does not exist"]);
     let args = ["prefetch", "--seed", "--cache-dir", "/proc/cache", "--store", "dir:/", "a.img"];
     let output = infill(&args);
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(78) && text.contains("/proc/cache"), "{output:?}");
+}
+
+#[test]
+fn verbs_that_ask_a_daemon_say_which_one_is_not_there() {
+    for verb in ["stat", "log-level"] {
+        refused(&[verb, "--control-socket", "/no/such/socket"], 69, &["/no/such/socket", "--control-socket"]);
+        refused(&[verb, "--state-dir", "/no/such/dir"], 69, &["/no/such/dir/control.sock", "infill serve"]);
+    }
 }
 
 #[test]

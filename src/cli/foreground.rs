@@ -12,10 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::Failure;
-use super::mount::no_answer;
 use super::place::Place;
 use crate::config::Config;
-use crate::mount::control::{Client, Question};
+use crate::control::Client;
 use crate::ops::exit;
 use crate::ops::mounting::{MountError, unmount};
 use crate::ops::signals::{Event, Signals};
@@ -32,8 +31,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 pub(super) fn run(place: &Place, config: &Config, dir: &Path, mount: impl FnOnce(Client) -> Result<(), Failure>) -> Result<(), Failure> {
     let failed = |what: &str, error: std::io::Error| Failure::new(exit::FAILED, format!("{what}: {error}"));
     let signals = Signals::block().map_err(|error| failed("cannot receive signals", error.into()))?;
-    if Client::find(&config.state_dir).is_ok_and(|client| client.is_some()) {
-        let message = format!("a daemon serves already (its state is in {}): mount without --foreground", config.state_dir.display());
+    if Client::find(&config.control_socket).is_ok_and(|client| client.is_some()) {
+        let message = format!("a daemon serves already (it listens on {}): mount without --foreground", config.control_socket.display());
         return Err(Failure::new(exit::UNAVAILABLE, message));
     }
     let mut command = Command::new("/proc/self/exe");
@@ -42,7 +41,7 @@ pub(super) fn run(place: &Place, config: &Config, dir: &Path, mount: impl FnOnce
     command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut daemon = command.spawn().map_err(|error| failed("cannot start infill serve", error))?;
     let ready = daemon.stdout.take().is_some_and(|out| BufReader::new(out).read_line(&mut String::new()).is_ok_and(|len| len > 0));
-    let client = if ready { Client::find(&config.state_dir).map_err(|error| no_answer(config, &error))? } else { None };
+    let client = if ready { Client::find(&config.control_socket)? } else { None };
     let Some(client) = client else {
         return Err(end(daemon).err().unwrap_or_else(|| Failure::new(exit::FAILED, "infill serve has ended; see above")));
     };
@@ -53,9 +52,9 @@ pub(super) fn run(place: &Place, config: &Config, dir: &Path, mount: impl FnOnce
     wait(&signals, &mut daemon)?;
     unmount_when_free(dir, &signals)
         .map_err(|error| Failure::new(error.exit_code(), format!("{error}; it stays mounted, and infill serve goes on")))?;
-    if let Ok(Some(mut client)) = Client::find(&config.state_dir) {
+    if let Ok(Some(client)) = Client::find(&config.control_socket) {
         // Else it finds out when it ends.
-        let _ = client.ask(&Question::Release);
+        let _ = client.release();
     }
     end(daemon)
 }

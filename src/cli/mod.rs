@@ -4,18 +4,24 @@ pub mod bench;
 pub mod demo;
 pub mod doctor;
 mod foreground;
+mod human;
+mod leased;
+pub mod log_level;
 pub mod mount;
 pub mod place;
 pub mod prefetch;
 pub mod release;
 pub mod repair;
 pub mod serve;
+pub mod stat;
+pub mod top;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+use crate::control::ClientError;
 use crate::ops::exit;
 
 /// Serves EROFS container images on demand, from local blobs.
@@ -34,6 +40,9 @@ enum Verb {
     Umount(mount::UmountArgs),
     Repair(repair::RepairArgs),
     Prefetch(prefetch::PrefetchArgs),
+    Stat(stat::StatArgs),
+    Top(top::TopArgs),
+    LogLevel(log_level::LogLevelArgs),
     Release(release::ReleaseArgs),
     /// Find out whether this host can serve images, and what to do if not
     Doctor(Box<doctor::DoctorArgs>),
@@ -66,6 +75,12 @@ impl Failure {
     }
 }
 
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        Self::new(error.exit_code(), error)
+    }
+}
+
 /// Prints for a machine: one JSON object as one line.
 fn print_json(what: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string(what).map_err(|error| Failure::new(exit::FAILED, error))?;
@@ -82,6 +97,9 @@ pub fn main() -> ExitCode {
         Verb::Umount(args) => mount::run_umount(&args),
         Verb::Repair(args) => repair::run(&args),
         Verb::Prefetch(args) => prefetch::run(&args),
+        Verb::Stat(args) => stat::run(&args),
+        Verb::Top(args) => top::run(&args),
+        Verb::LogLevel(args) => log_level::run(&args),
         Verb::Release(args) => release::run(&args),
         Verb::Keeper => crate::ops::keeper::main()
             .map_err(|e| Failure::new(exit::FAILED, format!("the keeper is started by infill serve; there is no other use for it: {e}"))),

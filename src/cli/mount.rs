@@ -1,6 +1,6 @@
 //! `infill mount` and `infill umount`: what mount(8) does, with a look at what can be had for nothing.
 
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -9,12 +9,14 @@ use serde::Serialize;
 
 use super::Failure;
 use super::foreground;
+use super::leased::{self, Made};
 use super::place::Place;
 use crate::config::{Config, ReadAhead};
+use crate::control::Client;
+use crate::control::wire::Prepared;
 use crate::front::cachefiles::{DEFAULT_DEVNODE, cache_dir};
 use crate::image::devices;
-use crate::mount::control::{Client, Question, Reply};
-use crate::mount::{self, FsMountError, Mounted, Prepared, ReadAheadError, Source};
+use crate::mount::{self, Mounted, ReadAheadError};
 use crate::ops::exit;
 use crate::ops::mounting::{Image, MountError, check_dir, unmount};
 use crate::ops::processes::{Process, find_holders};
@@ -109,10 +111,13 @@ pub fn run(args: &MountArgs) -> Result<(), Failure> {
     let config = args.place.find()?;
     check_dir(&args.dir).map_err(failed)?;
     if args.foreground {
-        return foreground::run(&args.place, &config, &args.dir, |daemon| mount_files(args, &config, daemon));
+        return foreground::run(&args.place, &config, &args.dir, |daemon| mount_files(args, &daemon));
     }
-    if let Some(daemon) = Client::find(&config.state_dir).map_err(|error| no_answer(&config, &error))? {
-        return mount_files(args, &config, daemon);
+    // One that serves through cachefiles has the kernel ask it, whoever mounts: nobody else need be able to reach it.
+    if let Some(daemon) = Client::find(&config.control_socket)?
+        && daemon.mounts_from_files()
+    {
+        return mount_files(args, &daemon);
     }
     // Others cannot see who holds it, and may not mount either, as the kernel will say.
     if geteuid().is_root() && find_holders(DEFAULT_DEVNODE.as_ref()).iter().all(Process::only_keeps) {
@@ -135,25 +140,15 @@ pub fn run(args: &MountArgs) -> Result<(), Failure> {
 }
 
 /// Mounts an image from files that the daemon makes ready.
-fn mount_files(args: &MountArgs, config: &Config, mut daemon: Client) -> Result<(), Failure> {
-    let MountArgs { image, domain, devices, .. } = args;
-    let question = Question::Attach { image: image.clone(), domain: domain.clone(), devices: devices.clone() };
-    let prepared = match daemon.ask(&question).map_err(|error| no_answer(config, &error))? {
-        Reply::Attached(prepared) => prepared,
-        Reply::Error(why) => return Err(Failure::new(exit::FAILED, format!("cannot mount {image} on {}: {why}", args.dir.display()))),
-        Reply::Released(_) => return Err(no_answer(config, &ErrorKind::InvalidData.into())),
-    };
-    let Prepared { image: file, devices, len_bytes, present_bytes, read_ahead_bytes } = prepared;
-    let read_ahead_bytes = args.read_ahead.map_or(read_ahead_bytes, ReadAhead::bytes);
-    mount::make(&Source { image: file, devices, direct: false }, read_ahead_bytes)
-        .and_then(|(made, read_ahead)| {
-            warn(&args.dir, read_ahead);
-            made.put(&args.dir)
-        })
-        .map_err(|error| Failure::new(no_mount(&error), format!("cannot mount {image} on {}: {error}", args.dir.display())))?;
-    // The daemon keeps everything ready until then.
-    drop(daemon);
-    let report = FromFiles { image: image.clone(), dir: args.dir.clone(), len_bytes, present_bytes };
+fn mount_files(args: &MountArgs, daemon: &Client) -> Result<(), Failure> {
+    let wanted = Image { name: args.image.clone(), domain: args.domain.clone(), devices: args.devices.clone() };
+    let cannot = format!("cannot mount {} on {}", args.image, args.dir.display());
+    let read_ahead = |asked| args.read_ahead.map_or(asked, ReadAhead::bytes);
+    let made = leased::make(daemon, |daemon| daemon.attach(&wanted), read_ahead).map_err(|error| error.failure(&cannot))?;
+    let Made { prepared: Prepared { len_bytes, present_bytes, .. }, mount, read_ahead } = made;
+    warn(&args.dir, read_ahead);
+    mount.put(&args.dir).map_err(|error| leased::NotMade::from(error).failure(&cannot))?;
+    let report = FromFiles { image: args.image.clone(), dir: args.dir.clone(), len_bytes, present_bytes };
     let line = if args.json { serde_json::to_string(&report).unwrap_or_default() } else { report.line() };
     let _ = writeln!(std::io::stdout(), "{line}");
     Ok(())
@@ -166,19 +161,6 @@ pub(super) fn warn(dir: &Path, read_ahead: Result<(), ReadAheadError>) {
     }
 }
 
-fn no_mount(error: &FsMountError) -> u8 {
-    if error.source.kind() == ErrorKind::PermissionDenied { exit::NO_PERMISSION } else { exit::FAILED }
-}
-
-pub(super) fn no_answer(config: &Config, error: &std::io::Error) -> Failure {
-    let dir = config.state_dir.display();
-    if error.kind() == ErrorKind::PermissionDenied {
-        let message = format!("the daemon that has its state in {dir} serves its own user and root alone: {error}; run it as root");
-        return Failure::new(exit::NO_PERMISSION, message);
-    }
-    Failure::new(exit::UNAVAILABLE, format!("the daemon that has its state in {dir} does not answer: {error}; see its log"))
-}
-
 /// Unmounts an image.
 ///
 /// # Errors
@@ -188,8 +170,10 @@ pub fn run_umount(args: &UmountArgs) -> Result<(), Failure> {
     check_ours(&config, &args.dir)?;
     unmount(&args.dir).map_err(failed)?;
     // It would find out by itself, some seconds later.
-    if let Ok(Some(mut daemon)) = Client::find(&config.state_dir) {
-        let _ = daemon.ask(&Question::Release);
+    if let Ok(Some(daemon)) = Client::find(&config.control_socket)
+        && daemon.mounts_from_files()
+    {
+        let _ = daemon.release();
     }
     Ok(())
 }

@@ -6,23 +6,28 @@ use std::io::Write;
 use clap::Args;
 use serde::Serialize;
 
-use super::Failure;
 use super::place::Place;
+use super::{Failure, print_json};
+use crate::control::{Client, ClientError};
 use crate::front::cachefiles::cache_dir;
 use crate::key::Key;
 use crate::ops::exit;
+use crate::ops::mounting::Image;
 use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::store::remembered::Remembered;
 use crate::store::{SourceMode, Stores};
 
 /// Put blobs into the cache before anybody reads them
 ///
-/// With --seed, which is all that this version can do, the cache shares the blocks of the blobs: nothing is copied,
-/// no space is used, and images made of these blobs are read without asking infill. That needs stores and cache on
-/// one file system that can share blocks (XFS, btrfs). It works whether the daemon runs or not.
+/// Has the daemon bring images whole in the background, all of their blobs, while readers come first; infill stat shows how
+/// far that is. For images that are mounted from files.
 ///
-/// Exit code: 0 if all blobs are in the cache now, 1 if some are not (they are read on demand), 77 if this user is not
-/// permitted, 78 for a bad store or cache directory.
+/// With --seed the cache shares the blocks of the blobs that are named: nothing is copied, no space is used, and images made
+/// of these blobs are read without asking infill. That needs stores and cache on one file system that can share blocks (XFS,
+/// btrfs). It works whether the daemon runs or not.
+///
+/// Exit code: 0 if all images are on their way, with --seed if all blobs are in the cache now; 1 if some are not (they are
+/// read on demand), 69 if no daemon serves or it cannot, 77 if this user is not permitted, 78 for a bad store or cache directory.
 #[derive(Debug, Args)]
 pub struct PrefetchArgs {
     /// Share the blocks of the blobs instead of copying them
@@ -33,22 +38,40 @@ pub struct PrefetchArgs {
     /// The domain_id with which the images are mounted; without it each blob is an image of its own
     #[arg(long)]
     domain: Option<String>,
+    /// Names of the blobs with the data of the image, in order [default: those that it has]
+    #[arg(long = "device", value_name = "BLOB", conflicts_with = "seed")]
+    devices: Vec<String>,
     /// Print one JSON object instead of lines
     #[arg(long)]
     json: bool,
-    /// Names of blobs: fsid and device names, as they are given to mount(8)
+    /// Names of images; with --seed, of blobs: fsid and device names, as they are given to mount(8)
     #[arg(value_name = "NAME", required = true)]
     names: Vec<String>,
 }
 
-/// Seeds the blobs that are named.
+/// Has the images brought, or seeds the blobs that are named.
 ///
 /// # Errors
 /// Whatever kept some or all of them out of the cache, with the exit code that says what kind it is.
 pub fn run(args: &PrefetchArgs) -> Result<(), Failure> {
-    if !args.seed {
-        return Err(Failure::new(exit::USAGE, "prefetch needs --seed: filling the cache by copying is not supported in this version"));
+    if args.seed { seed(args) } else { bring(args) }
+}
+
+fn bring(args: &PrefetchArgs) -> Result<(), Failure> {
+    let daemon = Client::connect(&args.place.find()?.control_socket)?;
+    let mut begun = Vec::new();
+    for name in &args.names {
+        let image = Image { name: name.clone(), domain: args.domain.clone(), devices: args.devices.clone() };
+        let cannot = |error: ClientError| Failure::new(error.exit_code(), format!("{name} is not brought: {error}"));
+        begun.push(daemon.prefetch(&image).map_err(cannot)?);
+        if !args.json {
+            print(&format!("{name} is brought in the background; infill stat shows how far it is"));
+        }
     }
+    if args.json { print_json(&serde_json::json!({ "prefetches": begun })) } else { Ok(()) }
+}
+
+fn seed(args: &PrefetchArgs) -> Result<(), Failure> {
     let config = args.place.with_stores()?;
     let stores = Stores::from_specs(&config.stores, SourceMode::Buffered).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let cache_dir =

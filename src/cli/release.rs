@@ -6,6 +6,7 @@ use super::Failure;
 use crate::mount::{is_bag, mounted_everywhere};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError};
+use crate::ops::notify::passed;
 use crate::ops::state::DEFAULT_STATE_DIR;
 
 /// Where the kernel lists caches: name, and how many volumes and objects are in use (fs/netfs/fscache_cache.c, before
@@ -37,7 +38,7 @@ pub struct ReleaseArgs {
 pub fn run(args: &ReleaseArgs) -> Result<(), Failure> {
     let failed = |error: KeepError| Failure::new(error.exit_code(), error);
     let mut keep = Keep::claim(&args.state_dir).map_err(failed)?;
-    let Some(device) = keep.find().map_err(failed)? else {
+    let Some(device) = keep.find(passed()).map_err(failed)? else {
         let message = format!("no keeper of {} holds a device: nothing to release", args.state_dir.display());
         return Err(Failure::new(exit::FAILED, message));
     };

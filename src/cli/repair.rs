@@ -6,11 +6,12 @@ use clap::Args;
 use nix::sys::signal::SigSet;
 
 use super::Failure;
-use super::mount::{is_of_cache, no_answer, warn};
+use super::leased;
+use super::mount::{is_of_cache, warn};
 use super::place::Place;
 use crate::config::Config;
-use crate::mount::control::{Client, Question, Reply};
-use crate::mount::{self, Mounted, Prepared, Source};
+use crate::control::{Client, ClientError};
+use crate::mount::{self, Mounted};
 use crate::ops::exit;
 use crate::ops::processes::{describe, find_users};
 
@@ -35,12 +36,6 @@ pub struct RepairArgs {
     dirs: Vec<PathBuf>,
 }
 
-/// A mount that can be replaced.
-struct Ready {
-    old: Mounted,
-    new: Prepared,
-}
-
 /// Replaces mounts.
 ///
 /// # Errors
@@ -49,10 +44,14 @@ pub fn run(args: &RepairArgs) -> Result<(), Failure> {
     // A daemon that starts this takes its signals elsewhere, and a program that is started inherits that.
     let _ = SigSet::empty().thread_set_mask();
     let config = args.place.find()?;
-    let found = Client::find(&config.state_dir).map_err(|error| no_answer(&config, &error))?;
-    let mut daemon = found.ok_or_else(|| {
-        let dir = config.state_dir.display();
-        Failure::new(exit::UNAVAILABLE, format!("no daemon has its state in {dir}; start infill serve --repair, or name its --state-dir"))
+    let daemon = Client::connect(&config.control_socket).map_err(|error| match error {
+        ClientError::NoDaemon(socket) => {
+            let socket = socket.display();
+            let message =
+                format!("no daemon listens on {socket}; start infill serve --repair, or name the daemon's --control-socket or --state-dir");
+            Failure::new(exit::UNAVAILABLE, message)
+        }
+        error => error.into(),
     })?;
     let mut failed = 0;
     let mut or_say = |dir: &Path, why: String| {
@@ -62,18 +61,18 @@ pub fn run(args: &RepairArgs) -> Result<(), Failure> {
     // All of them first: from then on whoever reads is served, through the old mounts too.
     let mut ready = Vec::new();
     for dir in &args.dirs {
-        match prepare(&config, &mut daemon, dir) {
-            Ok(mount) => ready.push(mount),
+        match prepare(&config, &daemon, dir) {
+            Ok(old) => ready.push(old),
             Err(why) => or_say(dir, why),
         }
     }
     if !ready.is_empty() {
         forget_cached();
     }
-    for mount in &ready {
-        match replace(mount) {
-            Ok(()) => report(&mount.old),
-            Err(why) => or_say(&mount.old.at, why),
+    for old in &ready {
+        match replace(&daemon, old) {
+            Ok(()) => report(old),
+            Err(why) => or_say(&old.at, why),
         }
     }
     let (all, dir) = (args.dirs.len(), args.dirs[0].display());
@@ -83,8 +82,8 @@ pub fn run(args: &RepairArgs) -> Result<(), Failure> {
     }
 }
 
-/// Has the daemon serve a mount's image again.
-fn prepare(config: &Config, daemon: &mut Client, dir: &Path) -> Result<Ready, String> {
+/// Has the daemon serve a mount's image again. It goes on with that, for the mount has its files open.
+fn prepare(config: &Config, daemon: &Client, dir: &Path) -> Result<Mounted, String> {
     let at = std::fs::canonicalize(dir).map_err(|error| error.to_string())?;
     let old = mount::mounted_at(&at).map_err(|error| error.to_string())?;
     let old = old.filter(|old| is_of_cache(config, old));
@@ -93,11 +92,10 @@ fn prepare(config: &Config, daemon: &mut Client, dir: &Path) -> Result<Ready, St
     if !old.is_plain {
         return Err("it shows a part of an image, or something is mounted on it; unmount it, and mount the image anew".to_owned());
     }
-    match daemon.ask(&Question::Repair { file: old.image.clone() }).map_err(|error| no_answer(config, &error).message)? {
-        Reply::Attached(new) => Ok(Ready { old, new }),
-        Reply::Error(why) => Err(why),
-        Reply::Released(_) => Err("the daemon does not understand; is it of another version?".to_owned()),
-    }
+    let ready = daemon.repair(&old.image).map_err(|error| error.to_string())?;
+    // Else it runs out.
+    let _ = daemon.end_lease(&ready.lease);
+    Ok(old)
 }
 
 /// What was read as zeros is in memory, of every mount of the image, in whatever namespace. The kernel keeps what programs
@@ -108,11 +106,10 @@ fn forget_cached() {
     }
 }
 
-fn replace(Ready { old, new }: &Ready) -> Result<(), String> {
-    let Prepared { image, devices, read_ahead_bytes, .. } = new.clone();
-    let (made, read_ahead) = mount::make(&Source { image, devices, direct: false }, read_ahead_bytes).map_err(|error| error.to_string())?;
-    warn(&old.at, read_ahead);
-    made.replace(&old.at).map_err(|error| error.to_string())
+fn replace(daemon: &Client, old: &Mounted) -> Result<(), String> {
+    let made = leased::make(daemon, |daemon| daemon.repair(&old.image), |asked| asked).map_err(|error| error.to_string())?;
+    warn(&old.at, made.read_ahead);
+    made.mount.replace(&old.at).map_err(|error| error.to_string())
 }
 
 /// Says what is left of the old mount.

@@ -126,7 +126,8 @@ pub struct Options {
     /// Socket on which verbs talk to the daemon: HTTP and JSON [default: control.sock in the state directory]
     #[arg(long, value_name = "PATH", env = "INFILL_CONTROL_SOCKET")]
     pub(super) control_socket: Option<PathBuf>,
-    /// Group whose members may use the control socket as the daemon's own user and root may [default: none]
+    /// Group whose members may use the control socket as the daemon's own user and root may: they must be able to reach it, so
+    /// it needs a --control-socket outside of the state directory [default: none]
     #[arg(long, value_name = "NAME|GID", env = "INFILL_CONTROL_GROUP")]
     pub(super) control_group: Option<String>,
     /// Socket on which metrics are scraped [default: metrics.sock in the state directory]
@@ -175,10 +176,10 @@ fn first_list(first: Vec<String>, second: Vec<String>) -> Vec<String> {
 }
 
 impl Options {
-    /// The settings that say where the cache is and where blobs come from, and nothing else.
+    /// The settings that say where the cache and the daemon are and where blobs come from, and nothing else.
     #[must_use]
-    pub fn of_place(cache_dir: Option<PathBuf>, state_dir: Option<PathBuf>, store: Vec<String>) -> Self {
-        Self { cache_dir, state_dir, store, ..Self::default() }
+    pub fn of_place(cache_dir: Option<PathBuf>, state_dir: Option<PathBuf>, control_socket: Option<PathBuf>, store: Vec<String>) -> Self {
+        Self { cache_dir, state_dir, control_socket, store, ..Self::default() }
     }
 
     /// Adds what a settings file says and checks the result. Without `file` the default one is read, if it exists.

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// How much the kernel reads ahead in a mount from files, if nobody says something else (docs/performance.md).
 const AUTO_READ_AHEAD_BYTES: u64 = 1 << 20;
@@ -154,7 +154,7 @@ pub enum LogFormat {
 }
 
 /// Least important messages that are logged.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// Something failed that an operator must know of.

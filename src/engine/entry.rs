@@ -9,6 +9,7 @@ use super::Shared;
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
 use super::router::owner;
+use super::stats::Snapshot;
 use crate::front::{NeedRequest, ObjectId, OpenRequest, Outcome};
 
 /// See the module's description. Cheap to clone; it may outlive the engine, which then refuses everything.
@@ -64,6 +65,12 @@ impl Entry {
     #[must_use]
     pub const fn shards(&self) -> usize {
         self.shards.len()
+    }
+
+    /// What the engine has done; of one that has ended, what it did.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        self.shared.snapshot()
     }
 
     fn shard(&self, object: ObjectId) -> &Mailbox {

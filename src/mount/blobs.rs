@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use super::claims::{Claim, Claims, Place};
 use super::error::{AttachError, BlobsError};
 use super::opening::{Opening, bring};
+use crate::control::wire::BlobState;
 use crate::engine::Entry;
 use crate::engine::room::NoRoom;
 use crate::engine::stats::ObjectReport;
@@ -22,6 +23,7 @@ use crate::front::fanotify::{BlobFile, Group, map};
 use crate::front::{FrontEnd, ObjectId};
 use crate::key::Key;
 use crate::ops::bag::Bag;
+use crate::range::ByteRange;
 use crate::store::{Blob, Store};
 
 /// Blobs' files in the cache directory.
@@ -80,6 +82,7 @@ pub(super) struct Served {
 pub struct Pinned {
     blobs: Arc<Blobs>,
     file: Arc<BlobFile>,
+    key: Key,
 }
 
 impl Pinned {
@@ -87,6 +90,12 @@ impl Pinned {
     #[must_use]
     pub fn file(&self) -> &BlobFile {
         &self.file
+    }
+
+    /// Brings what is missing of a range.
+    pub(super) fn bring(&self, engine: &Entry, range: ByteRange, patience: Duration) -> Result<(), AttachError> {
+        // A blob that is complete need not be open.
+        if self.file.map().contains(&range) { Ok(()) } else { bring(engine, &self.file, &self.key, range, patience) }
     }
 }
 
@@ -174,9 +183,9 @@ impl Blobs {
             Arc::clone(&served.file)
         };
         drop(claim);
-        let pinned = Pinned { blobs: Arc::clone(self), file };
-        if whole && !pinned.file.map().is_full() {
-            bring(engine, &pinned.file, key, patience)?;
+        let pinned = Pinned { blobs: Arc::clone(self), file, key: key.clone() };
+        if whole {
+            pinned.bring(engine, 0..pinned.file.len_bytes(), patience)?;
         }
         Ok(pinned)
     }
@@ -284,6 +293,21 @@ impl Blobs {
     #[must_use]
     pub fn serves(&self, name: &str) -> bool {
         self.served().contains_key(name)
+    }
+
+    /// Each blob that is served, by its name.
+    #[must_use]
+    pub fn list(&self) -> Vec<BlobState> {
+        let state = |Served { file, key, .. }: &Served| BlobState {
+            blob: key.to_string(),
+            file: file.path().to_owned(),
+            len_bytes: file.len_bytes(),
+            // The last page is counted as a whole one.
+            present_bytes: file.map().present_bytes().min(file.len_bytes()),
+        };
+        let mut all: Vec<_> = self.served().values().map(state).collect();
+        all.sort_unstable_by(|a, b| (&a.blob, &a.file).cmp(&(&b.blob, &b.file)));
+        all
     }
 
     /// Where the files are kept, and what is noted of them.

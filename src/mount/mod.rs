@@ -11,21 +11,25 @@
 //! | `notes` | what they were mounted of |
 //! | `loops` | loop devices over the cache's files, which bypass us |
 //! | `service` | what a daemon does for images |
-//! | `control` | how a verb asks a daemon |
+//! | `images` | what clients may ask of it |
+//! | `leases` | what is ready stays so until it is mounted |
+//! | `prefetch` | bringing images whole |
 //! | `fsmount` | mounting EROFS from files |
 //! | `metadata` | whether the kernel asks for metadata |
 //! | `read_ahead` | how much the kernel asks for at a time |
 
 mod blobs;
 mod claims;
-pub mod control;
 mod error;
 mod fsmount;
+mod images;
+mod leases;
 pub mod loops;
 pub mod metadata;
 mod mounted;
 mod notes;
 mod opening;
+mod prefetch;
 mod read_ahead;
 mod restore;
 mod resume;
@@ -38,5 +42,5 @@ pub use self::fsmount::{Detached, FsMountError, Source, make, mount};
 pub use self::mounted::{Mounted, is_of_cache, mounted, mounted_at, mounted_everywhere};
 pub use self::read_ahead::ReadAheadError;
 pub use self::restore::{Restored, contents, is_bag};
-pub use self::service::{Prepared, Service, ServiceSettings};
+pub use self::service::{Service, ServiceSettings};
 pub use self::space::BlobCache;

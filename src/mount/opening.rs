@@ -13,6 +13,7 @@ use crate::engine::Entry;
 use crate::front::fanotify::BlobFile;
 use crate::front::{Answer, NeedRequest, OpenRequest, Outcome, Sink, Ticket};
 use crate::key::Key;
+use crate::range::ByteRange;
 
 /// Name of the two answers that a blob waits for.
 const TOKEN: u64 = 0;
@@ -70,11 +71,11 @@ fn wait(answer: &Receiver<Outcome>, key: &Key, patience: Duration) -> Result<Out
     })
 }
 
-/// Brings all of a blob.
-pub(super) fn bring(engine: &Entry, file: &Arc<BlobFile>, key: &Key, patience: Duration) -> Result<(), AttachError> {
+/// Brings a range of a blob.
+pub(super) fn bring(engine: &Entry, file: &Arc<BlobFile>, key: &Key, range: ByteRange, patience: Duration) -> Result<(), AttachError> {
     let (answers, answer) = sync_channel(1);
     let ticket = Ticket::new(Arc::new(Waiter { answers, file: Arc::clone(file) }) as Arc<dyn Answer>, TOKEN);
-    engine.need(NeedRequest { object: file.object(), range: 0..file.len_bytes(), ticket });
+    engine.need(NeedRequest { object: file.object(), range, ticket });
     match wait(&answer, key, patience)? {
         Outcome::Done => Ok(()),
         Outcome::Failed(errno) => Err(AttachError::Refused { key: key.clone(), errno }),

@@ -2,22 +2,22 @@
 //! mounted any more.
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::blobs::{Blobs, Pinned};
-use super::control::{Question, Reply};
 use super::error::AttachError;
+use super::leases::Leases;
 use super::mounted::Mounted;
 use super::notes::Notes;
+use super::prefetch::{self, Prefetches};
+use crate::control::wire::Prepared;
 use crate::engine::Entry;
 use crate::image::devices;
 use crate::key::Key;
 use crate::ops::mounting::Image;
+use crate::range::ByteRange;
 use crate::store::Store;
 
 /// How often what is in the cache is made durable, and so how much of it a loss of power may cost.
@@ -25,32 +25,20 @@ const SAVE_EVERY: Duration = Duration::from_secs(2);
 /// How often blobs that are not mounted any more are looked for.
 const RELEASE_EVERY: Duration = Duration::from_secs(10);
 
-/// An image that is ready: what is to be mounted.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct Prepared {
-    /// The image's file.
-    pub image: PathBuf,
-    /// Those of its devices, in order.
-    pub devices: Vec<PathBuf>,
-    /// Bytes of all of them, and how many of those are there.
-    pub len_bytes: u64,
-    /// See `len_bytes`.
-    pub present_bytes: u64,
-    /// How much the kernel shall read ahead in the mount; `None`: as it likes.
-    #[serde(default)]
-    pub read_ahead_bytes: Option<u64>,
-}
-
 /// See the module's description.
 #[derive(Debug)]
 pub struct Service {
-    blobs: Arc<Blobs>,
+    pub(super) blobs: Arc<Blobs>,
     entry: Entry,
     store: Arc<dyn Store>,
     settings: ServiceSettings,
     notes: Mutex<Notes>,
     /// Images that are mounted, and not asked for: they outlived all that an earlier daemon has left.
     owed: Mutex<Vec<Image>>,
+    /// Images that are ready, and not mounted yet.
+    pub(super) leases: Leases,
+    /// Images that are brought whole.
+    pub(super) prefetches: Prefetches,
 }
 
 /// How a [`Service`] does it.
@@ -73,7 +61,8 @@ impl Service {
         files.sort_unstable();
         files.dedup();
         let owed = files.iter().filter(|file| !blobs.serves(file)).flat_map(|file| notes.find(file)).collect();
-        Self { blobs, entry, store, settings, notes: Mutex::new(notes), owed: Mutex::new(owed) }
+        let (notes, owed) = (Mutex::new(notes), Mutex::new(owed));
+        Self { blobs, entry, store, settings, notes, owed, leases: Leases::default(), prefetches: Prefetches::default() }
     }
 
     /// Where the bytes come from.
@@ -82,7 +71,7 @@ impl Service {
         &self.store
     }
 
-    /// Does what has to be done from time to time, until the process ends.
+    /// Does what has to be done from time to time, and brings what is to be brought, until the process ends.
     ///
     /// # Errors
     /// No thread.
@@ -94,59 +83,29 @@ impl Service {
             loop {
                 std::thread::sleep(SAVE_EVERY);
                 service.blobs.save();
+                service.leases.expire(Instant::now());
                 if released.elapsed() >= RELEASE_EVERY {
-                    service.release();
+                    service.let_go();
                     service.ask_again();
                     released = Instant::now();
                 }
             }
         };
-        Builder::new().name("infill-mounts".into()).spawn(run).map(drop)
+        Builder::new().name("infill-mounts".into()).spawn(run)?;
+        let service = Arc::clone(self);
+        Builder::new().name("infill-prefetch".into()).spawn(move || prefetch::work(&service)).map(drop)
     }
 
-    /// Makes durable what the cache holds.
-    pub fn save(&self) {
+    /// Makes durable what the cache holds, and keeps nothing ready any more for who has not mounted it yet: this daemon ends,
+    /// and ends no lease as a valid one from now on.
+    pub fn end(&self) {
         self.blobs.save();
+        self.leases.end_all();
     }
 
-    /// Answers a question; what it makes ready goes to `pins`, and stays so as long as they.
-    pub(super) fn answer(&self, question: &Question, pins: &mut Vec<Pinned>) -> Reply {
-        match question {
-            Question::Release => Reply::Released(self.release()),
-            Question::Attach { image, domain, devices } => {
-                self.make_ready(&Image { name: image.clone(), domain: domain.clone(), devices: devices.clone() }, pins)
-            }
-            Question::Repair { file } => self.repair(file, pins),
-        }
-    }
-
-    fn make_ready(&self, image: &Image, pins: &mut Vec<Pinned>) -> Reply {
-        self.attach(image).map_or_else(
-            |error| {
-                tracing::warn!(image = image.name, "not made ready: {error}");
-                Reply::Error(error.to_string())
-            },
-            |(prepared, pinned)| {
-                pins.extend(pinned);
-                Reply::Attached(prepared)
-            },
-        )
-    }
-
-    /// Makes an image ready of which a mount is known, and no more.
-    fn repair(&self, file: &Path, pins: &mut Vec<Pinned>) -> Reply {
-        let images = file.file_name().and_then(|name| name.to_str()).map(|name| self.notes().find(name)).unwrap_or_default();
-        let anew = "unmount it, and mount the image anew with infill mount";
-        match &images[..] {
-            [] => Reply::Error(format!("the cache does not say what it was mounted of; {anew}")),
-            [image] => match self.make_ready(image, pins) {
-                Reply::Attached(prepared) if prepared.image.file_name() != file.file_name() => {
-                    Reply::Error(format!("the store has another image {} now; {anew}", image.name))
-                }
-                reply => reply,
-            },
-            [image, ..] => Reply::Error(format!("the image {} was mounted with other devices too; {anew}", image.name)),
-        }
+    /// What the image in a file was mounted as.
+    pub(super) fn noted(&self, file: &str) -> Vec<Image> {
+        self.notes().find(file)
     }
 
     /// Has the kernel ask again for images that are mounted and that nobody serves. What was read of them meanwhile stays
@@ -199,7 +158,13 @@ impl Service {
         Ok((prepared, pins))
     }
 
-    fn release(&self) -> usize {
+    /// Brings a range of a blob.
+    pub(super) fn bring(&self, pin: &Pinned, range: ByteRange) -> Result<(), AttachError> {
+        pin.bring(&self.entry, range, self.settings.patience)
+    }
+
+    /// Lets go of what nobody has mounted any more. Gives the number of blobs.
+    pub(super) fn let_go(&self) -> usize {
         let released = self.blobs.release(&self.entry);
         if released > 0 {
             tracing::info!(blobs = released, "not mounted any more");

@@ -105,12 +105,12 @@ impl Keep {
         Ok(Self { state, notify: Notify::from_env(), stored: Stored::No, keepers, keepers_since: Instant::now() })
     }
 
-    /// The device that was kept, if one was.
+    /// The device that was kept, if one was: among what systemd `passed` ([`notify::passed`]), or by a keeper.
     ///
     /// # Errors
     /// There are only keepers that do not answer.
-    pub fn find(&mut self) -> Result<Option<OwnedFd>, KeepError> {
-        let stored = notify::passed().into_iter().find(|(name, _)| name == FD_NAME);
+    pub fn find(&mut self, passed: Vec<(String, OwnedFd)>) -> Result<Option<OwnedFd>, KeepError> {
+        let stored = passed.into_iter().find(|(name, _)| name == FD_NAME);
         if let Some((_, device)) = stored {
             self.stored = Stored::Surely;
             return Ok(Some(device));

@@ -37,7 +37,7 @@ struct Exposition(Status);
 
 impl Collector for Exposition {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let Status { statistics, per_shard, blobs } = &self.0;
+        let Status { statistics, per_shard, blobs, .. } = &self.0;
         let mut out = Families(&mut encoder);
         daemon(&mut out, &statistics.facts)?;
         requests(&mut out, statistics)?;

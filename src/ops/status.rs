@@ -7,7 +7,8 @@ use std::time::{Instant, SystemTime};
 
 use serde::Serialize;
 
-use super::space;
+use super::{log, space};
+use crate::config::LogLevel;
 use crate::engine::buffers::Pages;
 use crate::engine::stats::{Durations, ObjectReport, ShardReport, Snapshot};
 use crate::engine::{Observer, Started};
@@ -40,7 +41,9 @@ pub struct Statistics {
     /// What the daemon is.
     #[serde(flatten)]
     pub facts: Facts,
-    /// For how long, in seconds.
+    /// Least important messages that it logs.
+    pub log_level: LogLevel,
+    /// For how long it runs, in seconds.
     pub uptime_s: u64,
     /// What its engine did.
     #[serde(flatten)]
@@ -54,8 +57,26 @@ pub struct Statistics {
 
 /// Limits of the classes of durations that are shown, in nanoseconds.
 pub const CLASSES_NS: [u64; 20] = [
-    10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000, 5_000_000, 10_000_000, 25_000_000, 50_000_000, 100_000_000,
-    250_000_000, 500_000_000, 1_000_000_000, 2_500_000_000, 5_000_000_000, 10_000_000_000, 30_000_000_000,
+    10_000,
+    25_000,
+    50_000,
+    100_000,
+    250_000,
+    500_000,
+    1_000_000,
+    2_500_000,
+    5_000_000,
+    10_000_000,
+    25_000_000,
+    50_000_000,
+    100_000_000,
+    250_000_000,
+    500_000_000,
+    1_000_000_000,
+    2_500_000_000,
+    5_000_000_000,
+    10_000_000_000,
+    30_000_000_000,
 ];
 
 /// Durations by classes: what a client needs to tell those of the last second from all others.
@@ -151,6 +172,12 @@ impl Look {
         self
     }
 
+    /// The name of the front end.
+    #[must_use]
+    pub const fn front_end(&self) -> &'static str {
+        self.facts.front_end
+    }
+
     /// The numbers.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
@@ -162,6 +189,7 @@ impl Look {
     pub fn with_counts(&self, counts: Snapshot) -> Statistics {
         Statistics {
             facts: self.facts.clone(),
+            log_level: log::level(),
             uptime_s: self.since.elapsed().as_secs(),
             counts,
             bytes_reflinked: self.seeded_bytes + self.blobs.as_ref().map_or(0, |blobs| blobs.shared_bytes()),

@@ -14,7 +14,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use hyper::Method;
 use infill::config::Options;
+use infill::control::routes::{Asked, Daemon, Images, Kind, Metrics, Refusal, Site, Step, take};
+use infill::control::wire::{ImageList, Prefetch, Prepared, Ready, Stage, Wanted};
 use infill::front::cachefiles::layout::{MARK, Place, fanout_name, volume_key};
 use infill::front::cachefiles::tree::{CACHE, Dir, census};
 use infill::front::cachefiles::wire::{self, Body, Header};
@@ -25,7 +28,6 @@ use infill::front::fanotify::{empty_journal, unanswered};
 use infill::image::superblock::{Superblock, WHOLE_BYTES_MAX};
 use infill::key::Key;
 use infill::mount::contents;
-use infill::mount::control::{Question, read_line};
 use infill::ops::bag::Bag;
 use infill::ops::doctor::release::{self, Running};
 use infill::ops::mounting::Image;
@@ -422,35 +424,75 @@ fn tempfile() -> File {
     file
 }
 
-/// Lines of a client on the control socket.
-///
-/// Each is a question or none, what is none does not hide the next one, and a question that is asked again is the same.
-pub(crate) fn control(bytes: &[u8]) -> u64 {
-    let (mut stream, mut how) = (bytes, Vec::new());
-    loop {
-        match read_line::<Question>(&mut stream) {
-            Ok(None) => break,
-            Ok(Some(question)) => {
-                let again = [serde_json::to_vec(&question).unwrap(), b"\n".to_vec()].concat();
-                assert_eq!(read_line::<Question>(&mut again.as_slice()).unwrap().as_ref(), Some(&question));
-                how.push(match question {
-                    Question::Release => 0,
-                    Question::Repair { .. } => 22,
-                    Question::Attach { image, domain, devices } => {
-                        let image = Image { name: image, domain, devices };
-                        assert_eq!(image.keys(&[])[0], image.key());
-                        1 + image.devices.len().min(2) + 4 * usize::from(image.domain.is_some())
-                    }
-                });
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => how.push(20),
-            Err(_) => {
-                assert!(stream.is_empty());
-                how.push(21);
-                break;
-            }
-        }
+/// Takes everything, and does nothing.
+struct NoImages;
+
+impl Images for NoImages {
+    fn attach(&self, image: &Image) -> Result<Ready, Refusal> {
+        assert_eq!(image.keys(&[])[0], image.key());
+        let prepared = Prepared { image: "i".into(), devices: Vec::new(), len_bytes: 1, present_bytes: 0, read_ahead_bytes: None };
+        Ok(Ready { prepared, lease: "l".into(), lease_ms: 1 })
     }
-    how.truncate(4);
-    taken(how)
+
+    fn repair(&self, file: &Path) -> Result<Ready, Refusal> {
+        Err(Refusal::new(Kind::Conflict, file.display()))
+    }
+
+    fn end_lease(&self, id: &str) -> bool {
+        assert!(!id.is_empty() && !id.contains('/'));
+        false
+    }
+
+    fn release(&self) -> usize {
+        0
+    }
+
+    fn prefetch(&self, image: &Image) -> Result<Prefetch, Refusal> {
+        Ok(Prefetch { wanted: image.into(), stage: Stage::Waiting, error: None })
+    }
+
+    fn list(&self) -> ImageList {
+        ImageList::default()
+    }
+}
+
+/// Requests of a client: a method, a path and a body.
+///
+/// 1. Each is answered, with JSON or nothing, and an error is one line.
+/// 2. Who may only look changes nothing.
+/// 3. What is understood means the same when it is said again.
+pub(crate) fn control(bytes: &[u8]) -> u64 {
+    static DAEMON: OnceLock<Arc<Daemon>> = OnceLock::new();
+    let daemon = DAEMON.get_or_init(|| {
+        let metrics = || Metrics { content_type: "text/plain", body: String::new() };
+        let (statistics, config) = (Box::new(|| serde_json::json!({})), Box::new(|| serde_json::json!({})));
+        Arc::new(Daemon { front_end: "sim", statistics, metrics: Box::new(metrics), config, images: Some(Arc::new(NoImages)) })
+    });
+    let [method, path, body] = parts(bytes);
+    let Ok(method) = Method::from_bytes(method) else { return 1 };
+    let path = String::from_utf8_lossy(path).into_owned();
+    let ask = |site, may_change, body: &[u8]| {
+        let asked = Asked { method: method.clone(), path: path.clone(), body: body.to_vec().into(), may_change };
+        match take(site, daemon, &asked) {
+            Step::Now(told) => (told, false),
+            Step::Work(_, work) => (work(), true),
+        }
+    };
+    let (told, worked) = ask(Site::Control, true, body);
+    let answer = serde_json::from_slice::<serde_json::Value>(&told.body);
+    assert!(answer.is_ok() || told.body.is_empty() || told.content_type.is_none());
+    if !told.status.is_success() {
+        let error = answer.unwrap();
+        assert_eq!(error["error"].as_str().unwrap().lines().count(), 1, "{error}");
+    }
+    let (looked, _) = ask(Site::Control, false, body);
+    assert!(method == Method::GET || !looked.status.is_success());
+    let (scraped, _) = ask(Site::Metrics, true, body);
+    assert!(!scraped.status.is_success() || method == Method::GET);
+    if let Ok(wanted) = serde_json::from_slice::<Wanted>(body) {
+        let again = serde_json::to_vec(&wanted).unwrap();
+        assert_eq!(serde_json::from_slice::<Wanted>(&again).unwrap(), wanted);
+        assert_eq!(ask(Site::Control, true, &again).0.status, told.status);
+    }
+    taken((told.status.as_u16(), worked, looked.status.as_u16(), scraped.status.as_u16(), method))
 }

@@ -69,7 +69,13 @@ pub(super) enum CacheOf {
 
 impl Opened {
     /// The kernel interface, and for the one of a real kernel the hold on it that outlives this process.
-    pub(super) fn new(config: &Config, claimed: Option<Keep>, sim_socket: Option<i32>) -> Result<Self, Failure> {
+    /// What systemd passed may be that.
+    pub(super) fn new(
+        config: &Config,
+        claimed: Option<Keep>,
+        passed: Vec<(String, OwnedFd)>,
+        sim_socket: Option<i32>,
+    ) -> Result<Self, Failure> {
         match (claimed, sim_socket) {
             (None, Some(0)) => {
                 let front = SocketFront::from_stdin(&config.cache_dir)
@@ -78,13 +84,13 @@ impl Opened {
                 Ok(Self { fronts, device: None, blobs: None, mounts: Mounts::default(), restored: false, limits: config.cull, keep: None })
             }
             (None, _) => Err(Failure::new(exit::USAGE, "--front-end sim needs --sim-socket 0, a socket on standard input")),
-            (Some(keep), _) => Self::of_kernel(config, keep),
+            (Some(keep), _) => Self::of_kernel(config, keep, passed),
         }
     }
 
     /// What an earlier daemon had, or what this kernel has and the settings allow.
-    fn of_kernel(config: &Config, mut keep: Keep) -> Result<Self, Failure> {
-        let kept = keep.find().map_err(failed)?;
+    fn of_kernel(config: &Config, mut keep: Keep, passed: Vec<(String, OwnedFd)>) -> Result<Self, Failure> {
+        let kept = keep.find(passed).map_err(failed)?;
         let restored = kept.is_some();
         let opened = match (config.front_end, kept) {
             (FrontEndKind::Auto | FrontEndKind::Fanotify, Some(bag)) if is_bag(&bag) => Self::go_on(config, keep, bag),

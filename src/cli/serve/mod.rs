@@ -1,5 +1,6 @@
 //! `infill serve`: the daemon.
 
+mod control;
 mod front;
 mod repair;
 
@@ -10,16 +11,17 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use self::control::Sockets;
 use self::front::{CacheOf, Opened};
 use super::Failure;
 use crate::config::{Config, Options};
+use crate::control::Images;
 use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
 use crate::engine::stats::Snapshot;
 use crate::engine::trace::Tracer;
 use crate::engine::{Engine, EngineError, Settings};
 use crate::front::FrontEnd;
-use crate::mount::control::{self, Listener};
 use crate::mount::{BlobCache, Service, ServiceSettings};
 use crate::ops::confine::{self, Kept, Mode, User};
 use crate::ops::keep::Keep;
@@ -28,7 +30,7 @@ use crate::ops::seeding::{Fate, Seeding, seed_key};
 use crate::ops::signals::{Event, Signals};
 use crate::ops::space::{self, Steward, Volumes};
 use crate::ops::status::{Look, Statistics};
-use crate::ops::{erofs, exit, limits, log};
+use crate::ops::{erofs, exit, limits, log, notify};
 use crate::store::remembered::Remembered;
 use crate::store::{Store, StoreSpec, Stores};
 use clap::Args;
@@ -84,17 +86,19 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
+    let mut passed = notify::passed();
     let claimed = front::claim(&config)?;
+    // With the rights of whoever starts it, and before anything is taken from the kernel.
+    let sockets = Sockets::open(&config, &mut passed)?;
     let user = become_user(&config)?;
     let store = open_stores(&config)?;
-    let mut opened = Opened::new(&config, claimed, sim_socket)?;
+    let mut opened = Opened::new(&config, claimed, passed, sim_socket)?;
     let remembered = Arc::new(Remembered::open(&config.cache_dir));
     remembered.tidy();
     let seeded_bytes = if opened.device.is_some() { seed(&config, &*store, &remembered) } else { 0 };
     // What it looks up on this host cannot be read later.
     let cache = opened.cache(&config);
     let seats = placement::seats();
-    let listener = opened.blobs.as_ref().map(|_| control::listen(&config.state_dir)).transpose().map_err(no_control)?;
     // It does what this process will not be permitted, and waits for it.
     let repairing = if repair { repair::start(&config, file.as_deref(), &opened)? } else { None };
     let store = confine_to(&config, user.as_ref(), store)?;
@@ -108,18 +112,20 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let settings = Settings { tracer, no_room, remembered, leave_rest, ..engine_settings(&config, raised, seats)? };
     let engine = start_engine(&opened.fronts, &store, &settings)?;
     seal(&config);
-    let mounts = start_mounts(&config, &opened, &engine, store, listener)?;
-    repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
-    announce(&config, &opened, &engine);
+    let mounts = start_mounts(&config, &opened, &engine, store)?;
     let look = Look::new(opened.front().name(), engine.started(), engine.observer())
         .with_space(steward.as_ref().map(Steward::watch))
         .with_blobs(opened.blobs.clone())
         .after(opened.restored, seeded_bytes);
+    let images = mounts.clone().map(|mounts| mounts as Arc<dyn Images>);
+    sockets.serve(control::daemon(look.clone(), images))?;
+    repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
+    announce(&config, &opened, &engine);
     let result = serve(&config, engine, &look, &signals, &mut opened);
     // While it looks at a file, that is not idle.
     steward.into_iter().for_each(Steward::stop);
     if let Some(mounts) = mounts {
-        mounts.save();
+        mounts.end();
         opened.give_up_if_idle();
     }
     finish(printer);
@@ -239,19 +245,9 @@ fn start_engine(fronts: &[Arc<dyn FrontEnd>], store: &Arc<dyn Store>, settings: 
     })
 }
 
-fn no_control(error: std::io::Error) -> Failure {
-    Failure::new(exit::FAILED, format!("no verb can talk to the daemon: {error}; see the state directory"))
-}
-
-/// Starts to do what verbs ask for, where images are mounted from files.
-fn start_mounts(
-    config: &Config,
-    opened: &Opened,
-    engine: &Engine,
-    store: Arc<dyn Store>,
-    listener: Option<Listener>,
-) -> Result<Option<Arc<Service>>, Failure> {
-    let Some((blobs, listener)) = opened.blobs.as_ref().zip(listener) else { return Ok(None) };
+/// Looks after images that are mounted from files.
+fn start_mounts(config: &Config, opened: &Opened, engine: &Engine, store: Arc<dyn Store>) -> Result<Option<Arc<Service>>, Failure> {
+    let Some(blobs) = &opened.blobs else { return Ok(None) };
     let patience = config.open_timeout + config.request_timeout;
     let asked_for_metadata = opened.mounts.asked_for_metadata;
     let settings = ServiceSettings { patience, read_ahead_bytes: config.read_ahead.bytes(), asked_for_metadata };
@@ -259,7 +255,7 @@ fn start_mounts(
     for error in blobs.resume(&engine.entry(), service.store(), patience) {
         tracing::error!("its readers get I/O errors: {error}");
     }
-    service.watch().and_then(|()| listener.serve(Arc::clone(&service))).map_err(no_control)?;
+    service.watch().map_err(|error| Failure::new(exit::FAILED, format!("cannot look after mounted images: {error}")))?;
     Ok(Some(service))
 }
 

@@ -24,7 +24,8 @@ pub(super) fn start(config: &Config, file: Option<&Path>, opened: &Opened) -> Re
     if let Some(file) = file {
         command.arg("--config").arg(file);
     }
-    command.arg("--cache-dir").arg(&config.cache_dir).arg("--state-dir").arg(&config.state_dir).args(here);
+    command.arg("--cache-dir").arg(&config.cache_dir).arg("--state-dir").arg(&config.state_dir);
+    command.arg("--control-socket").arg(&config.control_socket).args(here);
     // Standard output is for those who wait for the daemon.
     command.stdin(Stdio::null()).stdout(io::stderr());
     let child = command.spawn().map_err(|error| Failure::new(exit::FAILED, format!("cannot start infill repair: {error}")))?;

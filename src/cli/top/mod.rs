@@ -13,7 +13,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 
 use self::sample::{Interval, Sample};
-pub(super) use self::screen::size;
 use self::screen::{COLUMNS_MIN, ROWS_MIN, lines};
 use super::Failure;
 use super::place::Asking;
@@ -51,7 +50,9 @@ pub fn run(args: &TopArgs) -> Result<(), Failure> {
     let signals = Signals::block().map_err(|error| Failure::new(exit::FAILED, format!("cannot receive signals: {error}")))?;
     let screen = Screen::begin();
     let look = || {
-        let told = |error| Failure::new(exit::FAILED, format!("the daemon told something else than infill {} expects: {error}", env!("CARGO_PKG_VERSION")));
+        let told = |error| {
+            Failure::new(exit::FAILED, format!("the daemon told something else than infill {} expects: {error}", env!("CARGO_PKG_VERSION")))
+        };
         Ok::<_, Failure>((Sample::of(daemon.stat()?).map_err(told)?, Instant::now()))
     };
     let (mut before, mut since) = look()?;

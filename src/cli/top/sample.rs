@@ -110,8 +110,18 @@ pub(super) struct Change<'a> {
     pub(super) blob: &'a Blob,
     pub(super) requests: u64,
     pub(super) misses: u64,
-    pub(super) failed: u64,
     pub(super) waited_us: u64,
+}
+
+impl<'a> Change<'a> {
+    const fn of(blob: &'a Blob, before: &Blob) -> Self {
+        Self {
+            blob,
+            requests: blob.requests.saturating_sub(before.requests),
+            misses: blob.misses.saturating_sub(before.misses),
+            waited_us: blob.waited_us.saturating_sub(before.waited_us),
+        }
+    }
 }
 
 impl Interval<'_> {
@@ -147,18 +157,8 @@ impl Interval<'_> {
     pub(super) fn blobs(&self) -> Vec<Change<'_>> {
         let before: HashMap<_, _> = self.before.blobs.iter().map(|blob| (blob.blob.as_str(), blob)).collect();
         let none = Blob::default();
-        let change = |blob| {
-            let Blob { blob: name, requests, misses, failed, waited_us, .. } = blob;
-            let before = before.get(name.as_str()).copied().unwrap_or(&none);
-            Change {
-                blob,
-                requests: requests.saturating_sub(before.requests),
-                misses: misses.saturating_sub(before.misses),
-                failed: failed.saturating_sub(before.failed),
-                waited_us: waited_us.saturating_sub(before.waited_us),
-            }
-        };
-        let mut changes: Vec<_> = self.now.blobs.iter().map(change).collect();
+        let mut changes: Vec<_> =
+            self.now.blobs.iter().map(|blob| Change::of(blob, before.get(blob.blob.as_str()).copied().unwrap_or(&none))).collect();
         changes.sort_by_key(|change| std::cmp::Reverse((change.misses, change.requests, change.blob.open, change.blob.requests)));
         changes
     }
@@ -208,7 +208,14 @@ mod tests {
 
     #[test]
     fn blobs_that_miss_come_first_and_their_sources_by_how_slow_they_are() {
-        let blob = |name: &str, device, misses, waited_us| Blob { blob: name.into(), device, misses, waited_us, requests: misses, ..Blob::default() };
+        let blob = |name: &str, device, misses, waited_us| Blob {
+            blob: name.into(),
+            device,
+            misses,
+            waited_us,
+            requests: misses,
+            ..Blob::default()
+        };
         let before = Sample { blobs: vec![blob("a", 1, 5, 500), blob("b", 2, 7, 700)], ..Sample::default() };
         let now = Sample { blobs: vec![blob("a", 1, 9, 900), blob("b", 2, 7, 700), blob("c", 3, 2, 20_000)], ..Sample::default() };
         let interval = Interval { before: &before, now: &now, seconds: 2.0 };

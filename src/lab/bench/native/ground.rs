@@ -13,13 +13,15 @@ use nix::unistd::{Pid, sync};
 
 use super::load::PAGE_BYTES;
 use super::{Plan, Subject, failed};
+use crate::control::Client;
+use crate::control::wire::{Prepared, Ready};
 use crate::front::sim::rng::Rng;
 use crate::lab::bench::daemon::Daemon;
 use crate::lab::bench::memdisk::clock_ns;
 use crate::lab::disk::{self, CacheFs, ErofsLayout};
 use crate::lab::{Result, Scratch, Trying, run};
-use crate::mount::control::{Client, Question, Reply};
-use crate::mount::{self, Prepared, Source};
+use crate::mount::{self, Source};
+use crate::ops::mounting::Image;
 
 /// Chunks of all images.
 const CHUNK_BYTES: u32 = 64 << 10;
@@ -219,8 +221,8 @@ impl Drop for LoopDisk {
 /// `infill serve`, and a connection to it that keeps ready what it was asked for. Ended for good when dropped.
 pub(super) struct Infill {
     daemon: Daemon,
-    /// `None`: it has ended.
-    client: Option<Client>,
+    /// Files that it made ready: while somebody has them open, it serves them.
+    held: Vec<File>,
     /// The program.
     infill: PathBuf,
     state: PathBuf,
@@ -237,25 +239,26 @@ impl Infill {
             command.arg("--store").arg(format!("dir:{}", store.display()));
         }
         command.arg("--cache-dir").arg(&cache).arg("--state-dir").arg(&state);
-        let mut infill = Self { daemon: Daemon::start(command, dir)?, client: None, infill: plan.infill.clone(), state };
+        let mut infill = Self { daemon: Daemon::start(command, dir)?, held: Vec::new(), infill: plan.infill.clone(), state };
         infill.daemon.await_ready()?;
-        infill.client = Client::find(&infill.state).trying(|| "cannot reach infill serve")?;
         Ok(infill)
-    }
-
-    fn ask(&mut self, question: &Question) -> Result<Reply> {
-        let client = self.client.as_mut().ok_or_else(|| failed(format!("infill serve does not listen in {}", self.state.display())))?;
-        client.ask(question).trying(|| "infill serve does not answer")
     }
 
     /// Has an image made ready, with its blob on demand. Gives their files.
     pub(super) fn attach(&mut self, name: &str) -> Result<(PathBuf, PathBuf)> {
         let [image, blob] = ["img", "blob"].map(|kind| format!("{name}.{kind}"));
-        let question = Question::Attach { image, domain: Some("bench".into()), devices: vec![blob] };
-        match self.ask(&question)? {
-            Reply::Attached(Prepared { image, devices, .. }) => Ok((image, devices.into_iter().next().unwrap_or_default())),
-            reply => Err(failed(format!("infill serve did not make {name} ready: {reply:?}"))),
+        let wanted = Image { name: image, domain: Some("bench".into()), devices: vec![blob] };
+        let not_ready = |error| failed(format!("infill serve did not make {name} ready: {error}"));
+        let daemon = Client::connect(&self.state.join("control.sock")).map_err(not_ready)?;
+        let Ready { prepared: Prepared { image, devices, .. }, lease, .. } = daemon.attach(&wanted).map_err(not_ready)?;
+        let blob = devices.into_iter().next().unwrap_or_default();
+        for file in [&image, &blob] {
+            self.held.push(File::open(file).trying(|| format!("cannot open {}", file.display()))?);
         }
+        if !daemon.end_lease(&lease).map_err(not_ready)? {
+            return Err(failed(format!("infill serve let go of {name} at once")));
+        }
+        Ok((image, blob))
     }
 
     /// Its process id.
@@ -271,7 +274,7 @@ impl Infill {
     /// Ends it. Nobody may read what it serves any more. Gives its statistics.
     pub(super) fn end(mut self) -> Result<serde_json::Value> {
         // What nobody uses is let go, so that nobody has to keep it.
-        self.client = None;
+        self.held.clear();
         self.daemon.end(true)?;
         let line = self.daemon.last_line();
         serde_json::from_str(&line).map_err(|error| failed(format!("infill serve did not say what it did ({error}): {line}")))
