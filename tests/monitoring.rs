@@ -13,7 +13,7 @@ fn docs() -> PathBuf {
 }
 
 fn page(name: &str) -> String {
-    std::fs::read_to_string(docs().join(name)).unwrap()
+    std::fs::read_to_string(docs().join(name)).expect("a page of this checkout")
 }
 
 /// All that a daemon with a cache on a disk exports.

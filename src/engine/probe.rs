@@ -126,7 +126,7 @@ mod tests {
             fills_per_need: 1,
             timeout_ns: u64::MAX,
             probe: true,
-            sees_reads: false,
+            sinks_know: false,
         };
         let (mut machine, id) = (Machine::<()>::new(limits), ObjectId(1));
         machine.open(id, Arc::new(Long(1 << 40)));

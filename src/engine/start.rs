@@ -378,7 +378,7 @@ impl Plan {
             fills_per_need: FILLS_PER_NEED,
             timeout_ns: u64::try_from(self.settings.request_timeout.as_nanos()).unwrap_or(u64::MAX),
             probe: caps.holes_are_absent,
-            sees_reads: caps.sinks_know,
+            sinks_know: caps.sinks_know,
         };
         // Whoever started us may have given up already; the flags then end this shard.
         let _ = report.send(Ok(Started { kind, detail, shards: 1, pages: buffers.pages() }));

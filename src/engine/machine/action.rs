@@ -58,8 +58,8 @@ pub enum Action<T> {
         /// Where.
         range: ByteRange,
     },
-    /// The object's sink holds these whole pages now: sinks that want to know are told before those who waited for them have
-    /// their answers.
+    /// Tell the object's sink that it holds these whole pages now: only if sinks know what they hold
+    /// ([`super::Limits::sinks_know`]), and before the answers of those who waited for them.
     Filled {
         /// Whose sink.
         object: Handle,

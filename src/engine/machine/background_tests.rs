@@ -31,9 +31,9 @@ fn the_rest_is_brought_in_order_few_pieces_at_a_time() {
 /// what was brought has used it.
 #[test]
 fn what_is_brought_ahead_is_used_or_wasted() {
-    let ahead = |sees_reads| {
+    let ahead = |sinks_know| {
         let window = Window::Adaptive { budget_percent: 100 };
-        let mut driver = Driver::new(Limits { window, sees_reads, fill_max_bytes: MIB, ..LIMITS });
+        let mut driver = Driver::new(Limits { window, sinks_know, fill_max_bytes: MIB, ..LIMITS });
         let object = driver.open(1, 4096);
         driver.need(1, 0..PAGE, 1);
         driver.end_all(&(0..0));

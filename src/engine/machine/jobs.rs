@@ -96,8 +96,12 @@ impl<T> Machine<T> {
         object.running -= 1;
         if result.is_ok() {
             object.present.insert(&range);
-            let complete = object.present.is_full();
-            self.actions.push_back(Action::Filled { object: handle, range: range.clone(), complete });
+            if self.limits.sinks_know {
+                let complete = object.present.is_full();
+                self.actions.push_back(Action::Filled { object: handle, range: range.clone(), complete });
+            } else {
+                self.grown.push((handle, range::len(&range)));
+            }
         }
         if let Ok(at) = object.jobs.binary_search_by_key(&range.start, |&(start, _)| start) {
             object.jobs.remove(at);

@@ -71,8 +71,9 @@ pub struct Limits {
     pub timeout_ns: u64,
     /// A hole in a sink means "not there": the driver must look for what is there before filling.
     pub probe: bool,
-    /// The driver tells of reads that found their bytes ([`Machine::has_read`]).
-    pub sees_reads: bool,
+    /// Sinks know what they hold, so they are told ([`Action::Filled`]), and the driver tells of reads that found their bytes
+    /// ([`Machine::has_read`]).
+    pub sinks_know: bool,
 }
 
 #[derive(Debug)]
@@ -175,6 +176,8 @@ pub struct Machine<T> {
     revisit: VecDeque<usize>,
     /// Needs in the order in which they came, with their serial; the first one waits.
     arrivals: VecDeque<(usize, u64)>,
+    /// What objects got since somebody asked, where their sinks are not told.
+    grown: Vec<(Handle, u64)>,
     /// Room for those whose time is over.
     expired: Vec<usize>,
     stuck: usize,
@@ -208,6 +211,7 @@ impl<T> Machine<T> {
             waiting: Vec::new(),
             revisit: VecDeque::new(),
             arrivals: VecDeque::new(),
+            grown: Vec::new(),
             expired: Vec::new(),
             stuck: 0,
             look_ns: 0,
@@ -499,6 +503,11 @@ impl<T> Machine<T> {
     #[must_use]
     pub fn present_bytes(&self, object: Handle) -> u64 {
         self.objects.get(object.0).map_or(0, |object| object.present.present_bytes())
+    }
+
+    /// What objects got since this was asked last, in bytes, where their sinks are not told. Some of them may be closed.
+    pub fn grown(&mut self) -> std::vec::Drain<'_, (Handle, u64)> {
+        self.grown.drain(..)
     }
 
     /// The id under which the kernel knows an object.

@@ -22,6 +22,9 @@ const AHEAD_MIN_BYTES: u64 = 256 << 10;
 impl Object {
     /// Somebody reads a range that was not asked for before: how much of it had been brought ahead.
     pub(super) fn use_ahead(&mut self, read: &ByteRange) -> u64 {
+        if self.ahead_bytes == 0 {
+            return 0;
+        }
         let used = self.present.count_bytes_without(read, &self.asked).min(self.ahead_bytes);
         self.ahead_bytes -= used;
         used
@@ -129,7 +132,7 @@ impl<T> Machine<T> {
         // A request that begins in what is there goes on where that ends: so a stream is known as one.
         let Advice { region, complete, passed } = planner.advise(&(start..range.end), &known);
         // Else it is told of each read.
-        if let Some(passed) = passed.filter(|_| !self.limits.sees_reads) {
+        if let Some(passed) = passed.filter(|_| !self.limits.sinks_know) {
             self.counters.bytes_ahead_used += object.use_ahead(&passed);
         }
         if let Some(part) = complete {

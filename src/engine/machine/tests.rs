@@ -16,7 +16,7 @@ pub(super) const LIMITS: Limits = Limits {
     fills_per_need: 4,
     timeout_ns: 30_000_000_000,
     probe: false,
-    sees_reads: true,
+    sinks_know: true,
 };
 
 /// A blob that is one file: its length and its file system.

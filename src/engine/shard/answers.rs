@@ -96,14 +96,17 @@ impl<I: Io> Shard<I> {
         self.stats().batch(answers.len());
         let given = u32::try_from(answers.len()).unwrap_or(u32::MAX);
         self.reply(&mut answers);
+        let mut last_ns = None;
         for answered in answers.drain(..) {
             let Answered { ticket, outcome, object, range, since_ns, begun_ns } = answered;
             let delivered = ticket.answer(outcome);
-            let times = Times { since_ns, begun_ns, now_ns: self.clock.now_ns() };
+            let now_ns = self.clock.now_ns();
+            last_ns = Some(now_ns);
+            let times = Times { since_ns, begun_ns, now_ns };
             self.account(delivered, (object, range, outcome), times);
         }
         self.answers.reuse(answers);
-        self.answers.begin(self.clock.now_ns());
+        self.answers.begin(last_ns.unwrap_or_else(|| self.clock.now_ns()));
         self.intakes.iter_mut().fold(given, |given, intake| intake.router.answered(given));
     }
 

@@ -29,7 +29,7 @@ use super::stats::{Gauges, ShardStats};
 use super::trace::Tracer;
 use super::{EngineError, Shared, probe};
 use crate::front::{Caps, NeedRequest, ObjectId, Sink, Ticket};
-use crate::range::{self, ByteRange};
+use crate::range::ByteRange;
 
 #[cfg(test)]
 pub(super) use self::answers::ANSWER_WAIT_MAX_US;
@@ -144,7 +144,12 @@ impl<I: Io> Shard<I> {
         &self.shared.shards[self.index]
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        for (object, bytes) in self.machine.grown() {
+            if let Some(Some(attached)) = self.attached.get(object.0) {
+                attached.stats.grows(bytes);
+            }
+        }
         let machine = &self.machine;
         let (pending, oldest_ns, stuck, objects) = (machine.pending(), machine.oldest(), machine.stuck(), machine.object_count());
         self.stats().publish(machine.counters(), &Gauges { pending, oldest_ns, stuck, objects });
@@ -271,9 +276,6 @@ impl<I: Io> Shard<I> {
     /// Tells of what a sink holds now: operators, and the sink if it wants to know.
     fn tell_of(&self, object: Handle, filled: &ByteRange, complete: bool) {
         let Some(attached) = self.attached(object) else { return };
-        if !self.caps.sinks_know {
-            return attached.stats.grows(range::len(filled));
-        }
         attached.stats.holds(self.machine.present_bytes(object));
         if let Some(sink) = attached.sink() {
             sink.filled(filled);

@@ -124,7 +124,7 @@ impl Timed {
             fills_per_need: 16,
             timeout_ns: 30_000_000_000,
             probe: false,
-            sees_reads: false,
+            sinks_know: false,
         };
         let mut timed = Self {
             rng: Rng::new(scene.seed),

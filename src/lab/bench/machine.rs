@@ -64,7 +64,7 @@ impl Default for Bare {
             fills_per_need: FILLS_PER_NEED,
             timeout_ns: u64::MAX,
             probe: false,
-            sees_reads: false,
+            sinks_know: false,
         });
         machine.open(OBJECT, Arc::new(Flat));
         Self { machine, ended: Vec::new(), now_ns: 0 }

@@ -175,7 +175,7 @@ fn limits(rng: &mut Rng) -> Limits {
         fills_per_need: rng.pick(&[1, 2, 4, 16]),
         timeout_ns: rng.pick(&[2, 30]) * 1_000_000_000,
         probe: rng.chance(800),
-        sees_reads: true,
+        sinks_know: true,
     }
 }
 
