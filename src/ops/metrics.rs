@@ -270,6 +270,7 @@ mod tests {
     use super::*;
     use crate::engine::stats::{Histogram, ShardReport, Snapshot};
     use crate::ops::space;
+    use crate::ops::status::Times;
 
     fn some() -> Status {
         let histogram = Histogram::default();
@@ -282,6 +283,7 @@ mod tests {
         let blob = |n: u64| ObjectReport { blob: format!(r"dom/b\x00{n}"), misses: n, waited_us: 1_500_000, ..ObjectReport::default() };
         Status {
             statistics: Statistics { facts, counts, bytes_reflinked: 7, space, ..Statistics::default() },
+            times: Times::default(),
             per_shard: vec![ShardReport { cpu_us: 2_500_000, ..ShardReport::default() }],
             blobs: (0..BLOBS_MAX as u64 + 3).map(blob).collect(),
         }

@@ -1,0 +1,139 @@
+//! `infill install`: the program, its units, manual pages, completions and a settings file, where a Debian machine looks for
+//! them.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::{Failure, docs};
+use crate::ops::exit;
+
+/// Files of the checkout that go along: where to, below the prefix, and what they hold.
+const FILES: &[(&str, &[u8])] = &[
+    ("lib/systemd/system/infill.service", include_bytes!("../../tuning/systemd/infill.service")),
+    ("lib/systemd/system/infill-control.socket", include_bytes!("../../tuning/systemd/infill-control.socket")),
+    ("lib/systemd/system/infill-metrics.socket", include_bytes!("../../tuning/systemd/infill-metrics.socket")),
+    ("share/infill/monitoring/alerts.yml", include_bytes!("../../docs/monitoring/alerts.yml")),
+    ("share/infill/monitoring/dashboard.json", include_bytes!("../../docs/monitoring/dashboard.json")),
+    ("share/infill/openapi.json", include_bytes!("../../docs/openapi.json")),
+];
+/// Where the settings are, whatever the prefix.
+const SETTINGS: &str = "etc/infill/config.toml";
+/// Modes of programs and of other files.
+const PROGRAM_MODE: u32 = 0o755;
+/// See [`PROGRAM_MODE`].
+const FILE_MODE: u32 = 0o644;
+
+/// Install this program with its systemd units, manual pages, completions and a commented settings file
+///
+/// A settings file that exists is left alone, everything else is replaced; a daemon that runs goes on with the old program until it is
+/// restarted. Packages give --prefix /usr and --root.
+///
+/// Exit code: 0, 77 if this user may not write there, 1 for anything else.
+#[derive(Debug, Args)]
+pub struct InstallArgs {
+    /// Below which directory
+    #[arg(long, value_name = "DIR", default_value = "/usr/local")]
+    prefix: PathBuf,
+    /// Another root, such as that of an image or of a package
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    root: PathBuf,
+    /// Only say what would be written
+    #[arg(long)]
+    dry_run: bool,
+    /// Remove what was installed, but for settings
+    #[arg(long)]
+    remove: bool,
+}
+
+/// A file to be installed.
+struct Item {
+    path: PathBuf,
+    mode: u32,
+    bytes: Vec<u8>,
+}
+
+/// Installs, or removes.
+///
+/// # Errors
+/// A file cannot be written or removed; those before it are.
+pub fn run(args: &InstallArgs) -> Result<(), Failure> {
+    let prefix = args.root.join(args.prefix.strip_prefix("/").unwrap_or(&args.prefix));
+    let items = items(&prefix).map_err(|error| Failure::new(exit::FAILED, format!("cannot make what is to be installed: {error}")))?;
+    let (verb, act): (_, fn(&Item) -> io::Result<()>) =
+        if args.remove { ("remove", |item| remove(&item.path)) } else { ("write", |item| write(&item.path, &item.bytes, item.mode)) };
+    for item in &items {
+        say(&item.path);
+        if !args.dry_run {
+            act(item).map_err(|error| failed(verb, &item.path, &error))?;
+        }
+    }
+    if !args.remove {
+        settings(&args.root.join(SETTINGS), args.dry_run)?;
+    }
+    if !args.dry_run && args.root == Path::new("/") {
+        eprintln!("infill: now systemctl daemon-reload{}", if args.remove { "" } else { ", and see infill doctor" });
+    }
+    Ok(())
+}
+
+fn items(prefix: &Path) -> io::Result<Vec<Item>> {
+    let item = |path: &str, mode, bytes| Item { path: prefix.join(path), mode, bytes };
+    let mut items = vec![item("bin/infill", PROGRAM_MODE, fs::read(std::env::current_exe()?)?)];
+    items.extend(FILES.iter().map(|(path, bytes)| item(path, FILE_MODE, bytes.to_vec())));
+    items.extend(docs::files()?.into_iter().map(|(path, bytes)| item(&path, FILE_MODE, bytes)));
+    Ok(items)
+}
+
+/// The file that an operator may have changed.
+fn settings(path: &Path, dry_run: bool) -> Result<(), Failure> {
+    if path.exists() {
+        return Ok(());
+    }
+    say(path);
+    if dry_run {
+        return Ok(());
+    }
+    write(path, docs::default_settings().as_bytes(), FILE_MODE).map_err(|error| failed("write", path, &error))
+}
+
+fn say(path: &Path) {
+    // A reader that went away does not change what is done.
+    let _ = writeln!(io::stdout(), "{}", path.display());
+}
+
+/// In one step: a program that runs cannot be written to, and nobody finds half a file.
+fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(dir)?;
+    let new = path.with_extension(format!("infill-{}", std::process::id()));
+    let made = make(&new, bytes, mode).and_then(|()| fs::rename(&new, path));
+    made.inspect_err(|_| {
+        let _ = fs::remove_file(&new);
+    })?;
+    File::open(dir)?.sync_all()
+}
+
+fn make(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+    // Whatever the umask.
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn failed(verb: &str, path: &Path, error: &io::Error) -> Failure {
+    let denied = error.kind() == io::ErrorKind::PermissionDenied;
+    let code = if denied { exit::NO_PERMISSION } else { exit::FAILED };
+    Failure::new(code, format!("cannot {verb} {}: {error}; run as root, or name places of yours with --root and --prefix", path.display()))
+}
