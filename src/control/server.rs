@@ -18,7 +18,7 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -253,10 +253,16 @@ async fn answer(
 /// All of a request.
 async fn read(request: Request<Incoming>, may_change: bool) -> Result<Asked, Told> {
     let (head, body) = request.into_parts();
+    let too_long = || {
+        let why = format!("the body is longer than {BODY_MAX_BYTES} bytes; ask for less at a time");
+        Told::trouble(StatusCode::PAYLOAD_TOO_LARGE, why)
+    };
+    if body.size_hint().lower() > BODY_MAX_BYTES as u64 {
+        return Err(too_long());
+    }
     let body = Limited::new(body, BODY_MAX_BYTES).collect().await.map_err(|error| {
         if error.is::<LengthLimitError>() {
-            let why = format!("the body is longer than {BODY_MAX_BYTES} bytes; ask for less at a time");
-            Told::trouble(StatusCode::PAYLOAD_TOO_LARGE, why)
+            too_long()
         } else {
             Told::trouble(StatusCode::BAD_REQUEST, format!("the body cannot be read: {error}"))
         }
