@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::cli::Failure;
 use crate::config::{Config, FrontEndKind};
 use crate::control::routes::{Shown, Site};
-use crate::control::{self, Access, Daemon, Images, Listener, Listening, Metrics, SocketError, Users};
+use crate::control::{self, Access, Daemon, Images, Listening, Metrics, SocketError, Users};
 use crate::ops::exit;
 use crate::ops::state::DEFAULT_STATE_DIR;
 
