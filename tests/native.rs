@@ -7,6 +7,8 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use infill::control::Client;
+use infill::control::wire::Stage;
 use infill::engine::placement::seats;
 use infill::engine::plan::{Complete, Completion, Window};
 use infill::engine::stats::Snapshot;
@@ -15,6 +17,7 @@ use infill::lab::demo;
 use infill::lab::disk::{self, ErofsLayout};
 use infill::lab::tree::{Content, Manifest};
 use infill::mount::{self, Source};
+use infill::ops::mounting::Image;
 use infill::store::SourceMode;
 
 #[path = "common/native.rs"]
@@ -184,6 +187,41 @@ fn a_mount_in_the_foreground_serves_itself_and_leaves_nothing_behind() {
     assert!(mounting.wait().unwrap().success());
     assert!(std::fs::read_dir(host.at()).unwrap().next().is_none(), "it is not mounted any more");
     assert!(std::os::unix::net::UnixStream::connect(path("state/control.sock")).is_err());
+}
+
+/// What is ready to be mounted is let go of when its lease ends, and not before; an image that was prefetched is there whole.
+#[test]
+fn what_is_leased_stays_ready_and_what_is_prefetched_comes_whole() {
+    let Some(host) = demo_on(Fs::Here) else { return };
+    let daemon = Daemon::start(&host, &SMALL_WINDOW);
+    let client = Client::connect(&host.path("state/control.sock")).unwrap();
+    let image = Image { name: demo::IMAGE.into(), domain: Some(DOMAIN.into()), devices: vec![demo::BLOB.into()] };
+    let (first, second) = (client.attach(&image).unwrap(), client.attach(&image).unwrap());
+    assert!(first.prepared == second.prepared && first.lease != second.lease);
+    assert!(client.end_lease(&first.lease).unwrap());
+    assert_eq!(client.release().unwrap(), 0, "another lease is about the same");
+    assert_eq!(client.images().unwrap().blobs.len(), 2);
+    assert!(client.end_lease(&second.lease).unwrap());
+    assert_eq!(client.release().unwrap(), 2);
+    assert!(!client.end_lease(&second.lease).unwrap());
+
+    for _ in 0..2 {
+        client.prefetch(&image).unwrap();
+    }
+    let stage = || client.images().unwrap().prefetches[0].clone();
+    wait_until(|| stage().stage == Stage::Done, || format!("{:?}", stage()));
+    assert_eq!(client.images().unwrap().prefetches.len(), 1);
+    let missing = Image { name: "nothing.img".into(), ..image };
+    client.prefetch(&missing).unwrap();
+    let stage = || client.images().unwrap().prefetches.into_iter().find(|one| one.wanted.image == missing.name).unwrap();
+    wait_until(|| stage().error.is_some_and(|why| why.contains("no store has")), || format!("{:?}", stage()));
+    let mounted = verb(&host, &["mount", "--json", "--domain", DOMAIN, "--device", demo::BLOB, demo::IMAGE]);
+    let report: serde_json::Value = serde_json::from_slice(&mounted.stdout).unwrap();
+    // The last page counts as a whole one.
+    assert!(report["present_bytes"].as_u64() >= report["len_bytes"].as_u64(), "{report}");
+    host.expect_equal(&host.at(), 4);
+    assert!(verb(&host, &["umount"]).status.success());
+    daemon.end();
 }
 
 /// An image without devices is right either way.

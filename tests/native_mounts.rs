@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use infill::engine::EngineKind;
+use infill::front::sim::rng::Rng;
 use infill::key::Key;
 use infill::lab::disk::{self, ErofsLayout};
 use infill::lab::tree::Manifest;
@@ -53,6 +54,52 @@ fn mount(host: &Host, image: &str, at: &Path) -> Output {
 
 fn umount(host: &Host, at: &Path) -> Output {
     host.command("umount").arg(at).output().unwrap()
+}
+
+/// Times that an image is mounted while daemons die.
+const MOUNTS: usize = 12;
+/// How long one lives at most, in milliseconds: about what a mount takes.
+const LIFE_MS: u64 = 400;
+
+/// The daemon may die at any moment of a mount: after it made all ready, before and after the mount has the files open, and
+/// before it said that nothing was let go of. What is mounted in the end is right, or it is not mounted.
+#[test]
+fn a_daemon_that_dies_while_images_are_mounted_costs_time_and_no_byte() {
+    let Some(host) = app() else { return };
+    let mut rng = Rng::new(5);
+    let mut daemon = Daemon::start(&host, &["--window=4K"]);
+    let (mut lives, mut failed) = (1, 0);
+    std::thread::scope(|scope| {
+        let mounting = scope.spawn(|| {
+            let mut failed = 0;
+            for _ in 0..MOUNTS {
+                let began = Instant::now();
+                loop {
+                    let output = mount(&host, IMAGE, &host.at());
+                    if output.status.success() {
+                        break;
+                    }
+                    // No daemon, at the moment.
+                    assert!(began.elapsed() < PATIENCE && matches!(output.status.code(), Some(69 | 75)), "{output:?}");
+                    failed += 1;
+                }
+                host.expect_equal(&host.at(), 2);
+                let unmounted = umount(&host, &host.at());
+                assert!(unmounted.status.success(), "{unmounted:?}");
+            }
+            failed
+        });
+        while !mounting.is_finished() {
+            std::thread::sleep(Duration::from_millis(rng.below(LIFE_MS)));
+            daemon.kill();
+            daemon = Daemon::start(&host, &["--window=4K"]);
+            lives += 1;
+        }
+        failed = mounting.join().unwrap();
+    });
+    println!("{MOUNTS} mounts by {lives} daemons, {failed} tries failed");
+    assert!(lives > 2);
+    daemon.end();
 }
 
 /// Bytes without holes, of which no two files have the same.

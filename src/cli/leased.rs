@@ -64,8 +64,7 @@ pub(super) fn make(
         }
         let Ready { prepared, lease, .. } = match ask(daemon) {
             Ok(ready) => ready,
-            // Not at the first time: then it is better to say so at once.
-            Err(error) if tried > 0 && error.is_lost() => {
+            Err(error) if error.is_lost() => {
                 last = error.into();
                 continue;
             }

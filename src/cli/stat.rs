@@ -87,7 +87,8 @@ fn prefetch_line(Prefetch { wanted, stage, error }: &Prefetch) -> String {
         Stage::Failed => "failed",
     };
     let why = error.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
-    format!("{stage:<NUMBER$} {}\n", cut(&format!("{}{why}", wanted.image), COLUMNS - NUMBER - 1))
+    let line: String = format!("{stage:<NUMBER$} {}{why}", wanted.image).chars().take(COLUMNS).collect();
+    format!("{line}\n")
 }
 
 #[cfg(test)]

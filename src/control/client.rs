@@ -250,7 +250,7 @@ impl Client {
             let response = sender.send_request(request).await.map_err(|error| Missed::Dropped(self.no_answer(error)))?;
             let status = response.status();
             let body = Limited::new(response.into_body(), ANSWER_MAX_BYTES).collect().await;
-            Ok((status, body.map_err(|error| Missed::Not(self.no_answer(error)))?.to_bytes()))
+            Ok((status, body.map_err(|error| Missed::Dropped(self.no_answer(error)))?.to_bytes()))
         };
         join(connection, answer).await
     }

@@ -25,5 +25,5 @@ pub mod wire;
 pub use self::client::{Client, ClientError};
 pub use self::peer::{Access, Peer};
 pub use self::routes::{Daemon, Images, Kind, Metrics, Refusal};
-pub use self::server::{Listening, start};
+pub use self::server::{CLIENTS_FDS, Listening, start};
 pub use self::socket::{Listener, SocketError, Users, bind, group_id, listen_tcp, take_passed};

@@ -18,12 +18,13 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustix::process::setpriority_process;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::{self, Runtime};
@@ -37,6 +38,8 @@ use super::socket::Listener;
 
 /// Connections at a time. More than all work that may be under way, so that some place can always be had.
 const CONNECTIONS_MAX: usize = 128;
+/// Descriptors for them, the sockets, and what the thread waits by.
+pub const CLIENTS_FDS: u64 = CONNECTIONS_MAX as u64 + 12;
 /// Work at a time that may wait for stores, and that may not. A stop of a store must keep nobody from looking at it.
 const SLOW_JOBS_MAX: usize = 64;
 /// See [`SLOW_JOBS_MAX`].
@@ -55,6 +58,8 @@ const WRITE_MAX: Duration = Duration::from_secs(10);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// When somebody who comes at a bad time may come again, in seconds.
 const RETRY_AFTER_S: &str = "1";
+/// How nice it and the threads that it starts are (sched(7)): where CPU time is short, readers come first.
+const NICE: i32 = 10;
 /// Its name.
 const THREAD: &str = "infill-control";
 
@@ -79,6 +84,8 @@ pub fn start(sockets: Vec<Listening>, daemon: Arc<Daemon>, access: Access) -> io
 }
 
 fn run(runtime: &Runtime, sockets: Vec<(Socket, Site)>, daemon: Arc<Daemon>, access: Access) {
+    // Refused where there is a filter of somebody else's: then it is like others.
+    let _ = setpriority_process(None, NICE);
     let server = Rc::new(Server {
         daemon,
         access,
@@ -153,11 +160,10 @@ impl Life {
 impl Crowd {
     /// Makes room for one more.
     fn make_room(&self) {
-        let all = self.all.borrow();
-        if all.len() >= CONNECTIONS_MAX
-            && let Some((_, oldest)) = all.iter().find(|(_, member)| member.life.until.get().is_some())
-        {
-            oldest.task.abort();
+        let mut all = self.all.borrow_mut();
+        if all.len() >= CONNECTIONS_MAX {
+            let oldest = all.iter().find(|(_, member)| member.life.until.get().is_some()).map(|(id, _)| *id);
+            oldest.and_then(|id| all.remove(&id)).inspect(|member| member.task.abort());
         }
     }
 }
@@ -247,10 +253,16 @@ async fn answer(
 /// All of a request.
 async fn read(request: Request<Incoming>, may_change: bool) -> Result<Asked, Told> {
     let (head, body) = request.into_parts();
+    let too_long = || {
+        let why = format!("the body is longer than {BODY_MAX_BYTES} bytes; ask for less at a time");
+        Told::trouble(StatusCode::PAYLOAD_TOO_LARGE, why)
+    };
+    if body.size_hint().lower() > BODY_MAX_BYTES as u64 {
+        return Err(too_long());
+    }
     let body = Limited::new(body, BODY_MAX_BYTES).collect().await.map_err(|error| {
         if error.is::<LengthLimitError>() {
-            let why = format!("the body is longer than {BODY_MAX_BYTES} bytes; ask for less at a time");
-            Told::trouble(StatusCode::PAYLOAD_TOO_LARGE, why)
+            too_long()
         } else {
             Told::trouble(StatusCode::BAD_REQUEST, format!("the body cannot be read: {error}"))
         }

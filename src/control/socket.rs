@@ -122,6 +122,7 @@ impl SocketError {
         match self {
             Self::InUse { .. } | Self::PortInUse { .. } => exit::UNAVAILABLE,
             Self::Os { source, .. } if source.kind() == ErrorKind::PermissionDenied => exit::NO_PERMISSION,
+            Self::Os { source, .. } if source.kind() == ErrorKind::NotFound => exit::BAD_CONFIGURATION,
             Self::Os { .. } => exit::FAILED,
             Self::NoSocket { .. } | Self::TooLong { .. } | Self::Unreachable { .. } | Self::NoGroup(_) | Self::Passed { .. } => {
                 exit::BAD_CONFIGURATION

@@ -4,6 +4,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::unistd::close;
 
+use crate::control::CLIENTS_FDS;
 use crate::engine::OPENERS_MAX;
 use crate::engine::fds::EMERGENCY_FDS;
 
@@ -99,7 +100,7 @@ pub fn default_budget(raised: Raised, shards: usize) -> (u64, Bound) {
 
 /// What may be open beside the budget.
 fn besides(shards: usize) -> u64 {
-    OWN_FDS + FDS_PER_SHARD * shards as u64 + FDS_PER_OPENER * OPENERS_MAX as u64 + EMERGENCY_FDS
+    OWN_FDS + CLIENTS_FDS + FDS_PER_SHARD * shards as u64 + FDS_PER_OPENER * OPENERS_MAX as u64 + EMERGENCY_FDS
 }
 
 /// Files that may still be opened in the whole system: `fs.file-max` less what `fs.file-nr` says is in use.

@@ -78,6 +78,7 @@ fn fault_a_thousand_hostile_clients_neither_end_the_daemon_nor_hold_up_readers_o
             assert!(client.stat().unwrap()["requests"].as_u64() > Some(0), "{n}");
         }
         wait_until(|| reads.load(Ordering::Relaxed) > read_before + 2, "readers do not get on");
+        assert_eq!(daemon.niceness_of("infill-control"), Some(10), "readers come first");
         assert!(daemon.count("fd") < fds + 200 && daemon.count("task") < threads + 100);
         // Those that are left are not waited for for ever, though they do not go away.
         wait_until(|| daemon.count("fd") <= fds + 10, "connections that say nothing are kept");
@@ -106,13 +107,14 @@ fn fault_what_is_too_large_or_no_request_is_refused() {
     let body = format!("POST /v1/attach HTTP/1.1\r\ncontent-length: {}\r\n\r\n{}", 3 * MIB, "y".repeat(3 * MIB));
     // The client may not get to read it: it is not heard out.
     assert!(matches!(status(body.as_bytes()), 413 | 0));
+    // What is announced is believed.
+    assert_eq!(status(b"POST /v1/attach HTTP/1.1\r\ncontent-length: 1000000000000\r\n\r\n"), 413);
     let announced = format!("POST /v1/attach HTTP/1.1\r\ncontent-length: {}\r\n\r\n", u64::MAX);
-    assert!(matches!(status(announced.as_bytes()), 400 | 413));
+    assert!(matches!(status(announced.as_bytes()), 400 | 413 | 431), "{}", status(announced.as_bytes()));
     for senseless in [&b"\0\0\0\0\r\n\r\n"[..], b"hello\r\n\r\n", b"GET /v1/health HTTP/9.9\r\n\r\n", b"GET  \r\n\r\n"] {
         let status = status(senseless);
         assert!(matches!(status, 0 | 400 | 405 | 505), "{status} {}", senseless.escape_ascii());
     }
-    assert_eq!(status(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") / 100 % 4, 0);
     for (method, path, body, wanted) in [
         ("POST", "/v1/attach", "{", 400),
         ("POST", "/v1/attach", "", 400),

@@ -74,13 +74,18 @@ impl Place {
         self.path("control.sock")
     }
 
-    /// The daemon, with what all of them need.
+    /// The daemon, on its own sockets.
     fn serve(&self) -> Command {
+        self.serve_on(&self.control(), &self.path("metrics.sock"))
+    }
+
+    /// The daemon, with what all of them need.
+    fn serve_on(&self, control: &Path, metrics: &Path) -> Command {
         let mut command = infill();
         command.args(["serve", "--front-end", "sim", "--sim-socket", "0", "--shards", "2", "--log-level", "error"]);
         command.arg("--store").arg(format!("dir:{}", self.path("store").display()));
         command.arg("--cache-dir").arg(self.kernel.dir());
-        command.arg("--control-socket").arg(self.control()).arg("--metrics-socket").arg(self.path("metrics.sock"));
+        command.arg("--control-socket").arg(control).arg("--metrics-socket").arg(metrics);
         command
     }
 
@@ -121,6 +126,18 @@ impl Daemon {
 
     fn count(&self, what: &str) -> usize {
         std::fs::read_dir(format!("/proc/{}/{what}", self.0.id())).unwrap().count()
+    }
+
+    /// How nice a thread of it is.
+    fn niceness_of(&self, name: &str) -> Option<i32> {
+        let stats = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
+        let stats = stats.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok());
+        let of_thread = |stat: String| {
+            let (before, after) = stat.rsplit_once(')')?;
+            // The 19th field (proc_pid_stat(5)), of which the third comes first here.
+            before.ends_with(&format!("({name}")).then(|| after.split_whitespace().nth(16)?.parse().ok())?
+        };
+        stats.into_iter().find_map(of_thread)
     }
 
     /// As an operator ends it.

@@ -4,13 +4,13 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use super::{Daemon, Place, ask, parts, request, said, wait_until};
 
 /// One that cannot start: its exit code, and its one line.
-fn refused(place: &Place, socket: OwnedFd, more: &[&str], code: i32, words: &[&str]) {
-    let output = place.serve().args(more).stdin(Stdio::from(socket)).output().unwrap();
+fn refused(serve: &mut Command, socket: OwnedFd, code: i32, words: &[&str]) {
+    let output = serve.stdin(Stdio::from(socket)).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(code) && text.trim_end().lines().count() == 1, "{:?}: {text}", output.status);
     words.iter().for_each(|word| assert!(text.contains(word), "no {word:?} in {text}"));
@@ -21,22 +21,24 @@ fn refused(place: &Place, socket: OwnedFd, more: &[&str], code: i32, words: &[&s
 fn fault_sockets_in_use_keep_a_second_daemon_from_starting_and_the_first_one_serves_on() {
     let (place, socket) = Place::new();
     let mut daemon = place.start(socket, &[]);
+    let (control, metrics) = (place.control(), place.path("metrics.sock"));
     // Another kernel, the same sockets.
     let (other, end) = Place::new();
-    let control = place.control();
-    refused(&other, end, &["--control-socket", control.to_str().unwrap()], 69, &["another process answers", control.to_str().unwrap()]);
+    let words = ["another process answers", control.to_str().unwrap(), "control_socket"];
+    refused(&mut other.serve_on(&control, &other.path("metrics.sock")), end, 69, &words);
     let (other, end) = Place::new();
-    let metrics = place.path("metrics.sock");
-    refused(&other, end, &["--metrics-socket", metrics.to_str().unwrap()], 69, &["metrics.sock", "metrics_socket"]);
+    refused(&mut other.serve_on(&other.control(), &metrics), end, 69, &[metrics.to_str().unwrap(), "metrics_socket"]);
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let (other, end) = Place::new();
-    refused(&other, end, &["--metrics-listen", &address], 69, &["metrics_listen", &address, "in use"]);
+    refused(other.serve().args(["--metrics-listen", &address]), end, 69, &["metrics_listen", &address, "in use"]);
     let (other, end) = Place::new();
     std::fs::write(other.control(), "x").unwrap();
-    refused(&other, end, &[], 78, &["control_socket", "no socket"]);
+    refused(&mut other.serve(), end, 78, &["control_socket", "no socket"]);
     let (other, end) = Place::new();
-    refused(&other, end, &["--control-group", "no-such-group"], 78, &["no-such-group", "groupadd"]);
+    refused(other.serve().args(["--control-group", "no-such-group"]), end, 78, &["no-such-group", "groupadd"]);
+    let (other, end) = Place::new();
+    refused(&mut other.serve_on(&other.path("no/such/dir"), &metrics), end, 78, &["no/such/dir", "control_socket"]);
     assert!(daemon.is_alive());
     place.expect_right(place.open());
     // What a dead one has left is in nobody's way.
@@ -60,7 +62,7 @@ fn systemd_may_have_made_the_sockets() {
     // The third descriptor, of a process that knows its own number.
     let script =
         format!("exec 3>&1 1>/dev/null; export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=control; exec '{program}' {}", args.join(" "));
-    let mut command = std::process::Command::new("sh");
+    let mut command = Command::new("sh");
     command.args(["-c", &script]).stdin(Stdio::from(socket)).stdout(Stdio::from(OwnedFd::from(listener)));
     let daemon = Daemon(command.spawn().unwrap());
     // It is heard although it may not be up yet.

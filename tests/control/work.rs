@@ -1,6 +1,9 @@
 //! A server in this process, with images that behave as their names say, and what it does when they hang.
 
+use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -9,10 +12,13 @@ use infill::control::routes::Site;
 use infill::control::wire::{BlobState, ImageList, Prefetch, Prepared, Ready, Stage};
 use infill::control::{self, Access, Client, Daemon, Images, Kind, Listening, Metrics, Refusal, Users};
 use infill::ops::mounting::Image;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 
-use super::{ask, parts, raw, request, wait_until};
+use super::{ask, parts, raw, request, said, wait_until};
 
+/// So many that the answer does not fit into a socket's buffer.
+const MANY_BLOBS: usize = 30_000;
 /// More attaches than the server does at a time.
 const MANY: usize = 80;
 pub(crate) const GROUP: u32 = 54_321;
@@ -23,6 +29,8 @@ pub(crate) struct Fake {
     /// Attaches that hang, and whether they may go on.
     hanging: Mutex<(usize, bool)>,
     go_on: Condvar,
+    /// How many blobs it serves, beside one.
+    more_blobs: usize,
 }
 
 impl Fake {
@@ -74,7 +82,7 @@ impl Images for Fake {
     fn list(&self) -> ImageList {
         let blob = BlobState { blob: "d/b".into(), file: "/cache/blobs/d".into(), len_bytes: 2, present_bytes: 1 };
         ImageList {
-            blobs: vec![blob],
+            blobs: vec![blob; 1 + self.more_blobs],
             prefetches: vec![self.prefetch(&Image { name: "a".into(), domain: None, devices: vec![] }).unwrap()],
         }
     }
@@ -88,7 +96,11 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn start() -> Self {
-        let server = Self { dir: tempfile::tempdir().unwrap(), fake: Arc::default() };
+        Self::with(Fake::default())
+    }
+
+    fn with(fake: Fake) -> Self {
+        let server = Self { dir: tempfile::tempdir().unwrap(), fake: Arc::new(fake) };
         std::fs::set_permissions(server.dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
         // Whoever wants to may connect, and is told what is open to him.
         let listener = control::bind("control_socket", &server.socket(), Users::All).unwrap();
@@ -139,6 +151,22 @@ fn fault_attaches_that_hang_keep_nobody_from_anything_else() {
         assert_eq!(answers.iter().filter(|status| **status == 200).count(), begun, "{answers:?}");
         assert_eq!(answers.iter().filter(|status| **status == 503).count(), MANY - begun, "{answers:?}");
     });
+}
+
+#[test]
+fn fault_a_client_that_does_not_take_its_answer_is_hung_up_on() {
+    let server = Server::with(Fake { more_blobs: MANY_BLOBS, ..Fake::default() });
+    assert_eq!(Client::connect(&server.socket()).unwrap().images().unwrap().blobs.len(), 1 + MANY_BLOBS);
+    let mut stream = UnixStream::connect(server.socket()).unwrap();
+    stream.write_all(request("GET", "/v1/images", "").as_bytes()).unwrap();
+    let has_hung_up = || {
+        let mut socket = [PollFd::new(stream.as_fd(), PollFlags::POLLRDHUP)];
+        poll(&mut socket, PollTimeout::ZERO).unwrap() == 1
+    };
+    wait_until(has_hung_up, "the server waits for ever");
+    let (status, head, body) = parts(&said(&mut stream));
+    let len: usize = head.split("content-length: ").nth(1).unwrap().split_whitespace().next().unwrap().parse().unwrap();
+    assert!(status == 200 && body.len() < len, "{head}");
 }
 
 #[test]

@@ -494,5 +494,5 @@ pub(crate) fn control(bytes: &[u8]) -> u64 {
         assert_eq!(serde_json::from_slice::<Wanted>(&again).unwrap(), wanted);
         assert_eq!(ask(Site::Control, true, &again).0.status, told.status);
     }
-    taken((told.status.as_u16(), worked, looked.status.as_u16(), scraped.status.as_u16(), method))
+    taken((told.status.as_u16(), worked, looked.status.as_u16(), scraped.status.as_u16()))
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::cli::Failure;
 use crate::config::{Config, FrontEndKind};
 use crate::control::routes::Site;
-use crate::control::{self, Access, Daemon, Images, Listener, Listening, Metrics, SocketError, Users};
+use crate::control::{self, Access, Daemon, Images, Listening, Metrics, SocketError, Users};
 use crate::ops::state::DEFAULT_STATE_DIR;
 use crate::ops::status::Look;
 use crate::ops::{exit, metrics};
@@ -20,7 +20,8 @@ const METRICS: &str = "metrics";
 /// Sockets on which nobody is answered yet.
 pub(super) struct Sockets {
     listening: Vec<Listening>,
-    access: Access,
+    /// Whose members may do everything.
+    group: Option<u32>,
 }
 
 impl Sockets {
@@ -32,30 +33,24 @@ impl Sockets {
     fn of(config: &Config, passed: &mut Vec<(String, OwnedFd)>) -> Result<Self, SocketError> {
         let group = config.control_group.as_deref().map(|name| control::group_id(name).map(|gid| (name, gid))).transpose()?;
         let users = group.map_or(Users::Own, |(name, gid)| Users::Group(name, gid));
-        let mut listening = Vec::new();
-        let mut add = |site, listener: Option<Listener>| listening.extend(listener.map(|listener| Listening { listener, site }));
-        let socket = |setting, path: &Path, users| is_wanted(config, path).then(|| control::bind(setting, path, users)).transpose();
-        add(
-            Site::Control,
-            match control::take_passed(passed, CONTROL, false)? {
-                None => socket("control_socket", &config.control_socket, users)?,
-                found => found,
-            },
-        );
-        add(
-            Site::Metrics,
-            match control::take_passed(passed, METRICS, true)? {
-                None => socket("metrics_socket", &config.metrics_socket, Users::All)?,
-                found => found,
-            },
-        );
-        add(Site::Metrics, config.metrics_listen.map(|address| control::listen_tcp("metrics_listen", address)).transpose()?);
-        Ok(Self { listening, access: Access::new(group.map(|(_, gid)| gid)) })
+        let bind = |setting, path: &Path, users| is_wanted(config, path).then(|| control::bind(setting, path, users)).transpose();
+        let control = match control::take_passed(passed, CONTROL, false)? {
+            None => bind("control_socket", &config.control_socket, users)?,
+            found => found,
+        };
+        let metrics = match control::take_passed(passed, METRICS, true)? {
+            None => bind("metrics_socket", &config.metrics_socket, Users::All)?,
+            found => found,
+        };
+        let port = config.metrics_listen.map(|address| control::listen_tcp("metrics_listen", address)).transpose()?;
+        let all = [(Site::Control, control), (Site::Metrics, metrics), (Site::Metrics, port)];
+        let listening = all.into_iter().filter_map(|(site, listener)| Some(Listening { site, listener: listener? })).collect();
+        Ok(Self { listening, group: group.map(|(_, gid)| gid) })
     }
 
-    /// Answers on them, from now on.
+    /// Answers on them, from now on; the process is the user by now that it stays.
     pub(super) fn serve(self, daemon: Daemon) -> Result<(), Failure> {
-        control::start(self.listening, Arc::new(daemon), self.access)
+        control::start(self.listening, Arc::new(daemon), Access::new(self.group))
             .map_err(|error| Failure::new(exit::FAILED, format!("no client can be answered: {error}; raise LimitNOFILE= or TasksMax=")))
     }
 }

@@ -11,6 +11,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use clap::Args;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use self::control::Sockets;
 use self::front::{CacheOf, Opened};
 use super::Failure;
@@ -33,8 +36,6 @@ use crate::ops::status::{Look, Statistics};
 use crate::ops::{erofs, exit, limits, log, notify};
 use crate::store::remembered::Remembered;
 use crate::store::{Store, StoreSpec, Stores};
-use clap::Args;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long the printing of traced requests may take after the engine has stopped.
 const PRINT_MAX: Duration = Duration::from_secs(2);

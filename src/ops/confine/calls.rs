@@ -156,7 +156,7 @@ const ALLOWED_OLD: &[c_long] = &[];
 pub(super) fn restrict() -> Result<String, String> {
     let program = program().map_err(|error| format!("the filter could not be made: {error}"))?;
     apply_filter(&program).map_err(|error| refused(&error))?;
-    Ok(format!("{} system calls", ALLOWED.len() + ALLOWED_OLD.len() + 5))
+    Ok(format!("{} system calls", ALLOWED.len() + ALLOWED_OLD.len() + 6))
 }
 
 /// Takes from all threads the right to make rings: the engine has its own, which are restricted, and a ring that is
@@ -188,6 +188,9 @@ fn program() -> Result<BpfProgram, seccompiler::Error> {
     // A thread's name and a mapping's; and what `seal` needs, which only ever takes away.
     let names = [libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS];
     rules.insert(libc::SYS_prctl, names.into_iter().map(|name| exactly(0, name)).collect::<Result<_, _>>()?);
+    // A thread may come after others: the calling one, not those that are named.
+    let nice = |index| Argument::new(index, Width::Dword, Is::Eq, 0);
+    rules.insert(libc::SYS_setpriority, vec![SeccompRule::new(vec![nice(0)?, nice(1)?])?]);
     // A directory of a thread's own, in which `cull` is given.
     rules.insert(libc::SYS_unshare, vec![exactly(0, libc::CLONE_FS)?]);
     compile(rules, SeccompAction::Errno(libc::ENOSYS.unsigned_abs()), SeccompAction::Allow)
