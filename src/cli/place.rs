@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::Failure;
-use crate::config::{Config, Options};
+use crate::config::{Config, Given};
 use crate::ops::exit;
 
 /// See the module's description.
@@ -32,7 +32,7 @@ impl Place {
     /// # Errors
     /// There is none, or the settings cannot be used.
     pub fn with_stores(&self) -> Result<Config, Failure> {
-        self.options().resolve(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
+        self.given().resolve(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
     }
 
     /// The settings, perhaps without a store.
@@ -40,7 +40,7 @@ impl Place {
     /// # Errors
     /// They cannot be used.
     pub fn find(&self) -> Result<Config, Failure> {
-        self.options().look(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
+        self.given().look(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
     }
 
     /// The same flags, for another verb.
@@ -51,7 +51,7 @@ impl Place {
         paths.chain(self.stores.iter().flat_map(|store| ["--store".into(), store.into()])).collect()
     }
 
-    fn options(&self) -> Options {
-        Options::of_place(self.cache_dir.clone(), self.state_dir.clone(), self.stores.clone())
+    fn given(&self) -> Given {
+        Given::of_place(self.cache_dir.clone(), self.state_dir.clone(), self.stores.clone())
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::Shared;
+use super::{Shared, Tuning};
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
 use super::router::owner;
@@ -52,6 +52,13 @@ impl Entry {
         Shared::count(&self.shared.closes);
         // A shard that has ended has closed all of its objects.
         drop(self.shard(object).send(Message::Close(object)));
+    }
+
+    /// Has the engine go on by other settings. `false`: not all shards could be told, because one is busy or hangs.
+    #[must_use]
+    pub fn tune(&self, tuning: Tuning) -> bool {
+        self.opens.set_timeout(tuning.open_timeout);
+        self.shards.iter().all(|shard| shard.try_send(Message::Tune(tuning)).is_ok())
     }
 
     /// The shard that owns an object, and so the place of the source that may ask for it.

@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use infill::config::Options;
+use infill::config::Given;
 use infill::front::cachefiles::layout::{MARK, Place, fanout_name, volume_key};
 use infill::front::cachefiles::tree::{CACHE, Dir, census};
 use infill::front::cachefiles::wire::{self, Body, Header};
