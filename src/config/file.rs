@@ -10,7 +10,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::ConfigError;
-use super::keys::{self, Key, shorten};
+use super::keys::{self, Key, one_line, shorten};
 use super::layers::{Layer, Origin, Written};
 
 /// Read if no other file is named; it need not be there.
@@ -39,7 +39,7 @@ pub(super) fn read_all(file: Option<&Path>) -> Result<Vec<Layer>, ConfigError> {
     Ok(layers)
 }
 
-/// The directory in which the settings file is, and the one with the drop-ins.
+/// The directory that has the settings file, and the one with the drop-ins.
 #[must_use]
 pub fn directory(file: Option<&Path>) -> &Path {
     let parent = file.unwrap_or(Path::new(DEFAULT_FILE)).parent().unwrap_or(Path::new("/"));
@@ -71,7 +71,7 @@ fn read(path: &Path) -> Result<Layer, ConfigError> {
 /// The settings in a file's text.
 pub(super) fn parse(path: &Path, text: &str) -> Result<Layer, ConfigError> {
     let file = File { path, text };
-    let root = DeTable::parse(text).map_err(|error| file.wrong(error.span().unwrap_or(0..0), &error.message().replace('\n', ", ")))?;
+    let root = DeTable::parse(text).map_err(|error| file.wrong(error.span().unwrap_or(0..0), &one_line(error.message())))?;
     let (mut layer, mut version) = (Layer::new(), None);
     for (key, value) in root.get_ref() {
         match key.get_ref().as_ref() {

@@ -105,7 +105,8 @@ impl Key {
     /// What values it takes, in words.
     #[must_use]
     pub fn allowed(self) -> String {
-        let shown: Vec<_> = self.0.get_possible_values().iter().filter(|value| !value.is_hide_set()).map(|v| v.get_name().to_owned()).collect();
+        let shown: Vec<_> =
+            self.0.get_possible_values().iter().filter(|value| !value.is_hide_set()).map(|v| v.get_name().to_owned()).collect();
         if !shown.is_empty() {
             return one_of(&shown);
         }
@@ -131,7 +132,7 @@ impl Key {
     }
 
     fn problem(self, error: &clap::Error) -> String {
-        let why = error.source().map(|why| format!(" ({})", why.to_string().replace('\n', " "))).unwrap_or_default();
+        let why = error.source().map(|why| format!(" ({})", one_line(&why.to_string()))).unwrap_or_default();
         let value = match error.get(ContextKind::InvalidValue) {
             Some(ContextValue::String(value)) => shorten(value),
             _ => "it".to_owned(),
@@ -161,11 +162,16 @@ fn one_of(words: &[String]) -> String {
     }
 }
 
+/// A text for a message, whatever is in it.
+pub(super) fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// A value for a message: one line, and not a long one.
 pub(super) fn shorten(value: &str) -> String {
     const CHARS_MAX: usize = 60;
     let start: String = value.chars().take(CHARS_MAX).collect();
-    if start.len() < value.len() { format!("{:?}...", start) } else { format!("{value:?}") }
+    if start.len() < value.len() { format!("{start:?}...") } else { format!("{value:?}") }
 }
 
 #[cfg(test)]
@@ -180,7 +186,7 @@ mod tests {
             assert_eq!(key.variable(), format!("INFILL_{}", name.to_uppercase()));
             assert!(!key.help().is_empty() && !key.help().contains('['), "{name}: {}", key.help());
             assert!(key.is_list() || key.default().is_some(), "{name} does not say its default");
-            let text = [TypeId::of::<String>()].iter().any(|kind| key.0.get_value_parser().type_id() == *kind);
+            let text = key.0.get_value_parser().type_id() == TypeId::of::<String>();
             assert_eq!(key.allowed() == "text", text, "{name}: say in `allowed` what it takes");
         }
         assert_eq!(find("dir").unwrap().name(), "cache_dir");
@@ -190,7 +196,9 @@ mod tests {
     #[test]
     fn a_slip_of_the_pen_is_told_from_nonsense() {
         let names = || all().map(Key::name);
-        for (wrong, right) in [("windwo", "window"), ("cache-dir", "cache_dir"), ("stores", "store"), ("loglevel", "log_level"), ("bcul", "bcull")] {
+        for (wrong, right) in
+            [("windwo", "window"), ("cache-dir", "cache_dir"), ("stores", "store"), ("loglevel", "log_level"), ("bcul", "bcull")]
+        {
             assert_eq!(unknown(wrong, names()), format!("unknown key `{wrong}`; did you mean `{right}`?"));
         }
         let message = unknown("xyzzy\nplugh", names());

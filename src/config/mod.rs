@@ -34,6 +34,7 @@ use crate::store::{SourceMode, StoreSpec};
 
 pub use self::error::ConfigError;
 pub use self::file::{DEFAULT_FILE, DROP_INS, directory};
+use self::keys::one_line;
 pub use self::layers::{Given, Origin, Settings};
 use self::options::Options;
 pub use self::text::{Bytes, FrontEndKind, LogFormat, LogLevel, Percent, ReadAhead, WindowText};
@@ -182,7 +183,9 @@ impl Options {
             engine: self.engine.unwrap_or_default(),
             source: self.source.unwrap_or_default(),
             window: match self.window.unwrap_or_default() {
-                WindowText::Auto => Window::Adaptive { budget_percent: self.ahead_percent.map_or(DEFAULT_AHEAD_PERCENT, |percent| percent.0) },
+                WindowText::Auto => {
+                    Window::Adaptive { budget_percent: self.ahead_percent.map_or(DEFAULT_AHEAD_PERCENT, |percent| percent.0) }
+                }
                 WindowText::Fixed(bytes) => Window::Fixed(bytes.0),
             },
             completion: Completion {
@@ -305,7 +308,7 @@ impl Config {
 }
 
 fn value(setting: &'static str, value: impl ToString, problem: &impl ToString) -> ConfigError {
-    ConfigError::Value { origin: Origin::Default, setting, value: value.to_string(), problem: problem.to_string() }
+    ConfigError::Value { origin: Origin::Default, setting, value: one_line(&value.to_string()), problem: one_line(&problem.to_string()) }
 }
 
 fn bounds(setting: &'static str, number: u64, min: u64, max: u64) -> Result<(), ConfigError> {
@@ -317,7 +320,5 @@ fn power_of_two(setting: &'static str, bytes: u64, min: u64, max: u64) -> Result
     if bytes.is_power_of_two() { Ok(()) } else { Err(value(setting, bytes, &"must be a power of two".to_owned())) }
 }
 
-#[cfg(test)]
-mod tests;
 #[cfg(test)]
 mod tests;

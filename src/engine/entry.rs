@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::{Shared, Tuning};
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
 use super::router::owner;
+use super::{Shared, Tuning};
 use crate::front::{NeedRequest, ObjectId, OpenRequest, Outcome};
 
 /// See the module's description. Cheap to clone; it may outlive the engine, which then refuses everything.

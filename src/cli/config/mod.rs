@@ -15,15 +15,16 @@ use crate::ops::{exit, limits};
 /// Look at the settings
 #[derive(Debug, Subcommand)]
 pub enum ConfigVerb {
+    /// Show every setting as it counts, and where it is from
+    ///
+    /// It takes the flags, the variables and the files that infill serve would take, so it says what a daemon that starts now would
+    /// do. A daemon that runs already may have read other files.
+    ///
+    /// Exit code: 0 if the settings can be used, 78 if not.
     Show(Box<ShowArgs>),
 }
 
-/// Show every setting as it counts, and where it is from
-///
-/// It takes the flags, the variables and the files that infill serve would take, so it says what a daemon that starts now would
-/// do. A daemon that runs already may have read other files.
-///
-/// Exit code: 0 if the settings can be used, 78 if not.
+/// Flags of `infill config show`.
 #[derive(Debug, clap::Args)]
 pub struct ShowArgs {
     /// Settings file [default: /etc/infill/config.toml, if it exists]
@@ -73,7 +74,7 @@ struct Row {
 fn rows(settings: &Settings) -> Vec<Row> {
     let row = |key: keys::Key| {
         let row = Row { key: key.name(), value: settings.value(key).clone(), text: settings.text(key), origin: settings.origin(key) };
-        if row.key == "fd_budget" && row.value.is_null() { Row { ..with_budget(row, settings.config.shards) } } else { row }
+        if row.key == "fd_budget" && row.value.is_null() { with_budget(row, settings.config.shards) } else { row }
     };
     keys::all().map(row).collect()
 }

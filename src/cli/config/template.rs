@@ -88,7 +88,18 @@ mod tests {
         let depends: Vec<_> = keys::all().filter(|key| default_value(*key).is_none()).map(Key::name).collect();
         assert_eq!(
             depends,
-            ["secctx", "cache_bytes", "xfs_extent", "shards", "fd_budget", "control_socket", "control_group", "metrics_socket", "metrics_listen", "user"]
+            [
+                "secctx",
+                "cache_bytes",
+                "xfs_extent",
+                "shards",
+                "fd_budget",
+                "control_socket",
+                "control_group",
+                "metrics_socket",
+                "metrics_listen",
+                "user"
+            ]
         );
     }
 }

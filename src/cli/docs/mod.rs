@@ -50,7 +50,8 @@ pub enum Shell {
 pub fn run(what: &Docs) -> Result<(), Failure> {
     match what {
         Docs::Man { dir } => {
-            let failed = |error: io::Error| Failure::new(exit::FAILED, format!("cannot write manual pages into {}: {error}", dir.display()));
+            let failed =
+                |error: io::Error| Failure::new(exit::FAILED, format!("cannot write manual pages into {}: {error}", dir.display()));
             fs::create_dir_all(dir).map_err(failed)?;
             man::pages().map_err(failed)?.into_iter().try_for_each(|page| fs::write(dir.join(page.file), page.text)).map_err(failed)
         }

@@ -19,7 +19,8 @@ fn in_roff(text: &str) -> String {
 #[test]
 fn every_verb_flag_and_key_is_in_the_manual() {
     let pages = man::pages().unwrap();
-    let page = |name: &str| pages.iter().find(|page| page.file.rsplit_once('.').is_some_and(|(of, _)| of == name) && !page.file.ends_with(".5"));
+    let page =
+        |name: &str| pages.iter().find(|page| page.file.rsplit_once('.').is_some_and(|(of, _)| of == name) && !page.file.ends_with(".5"));
     let mut command = crate::cli::command().disable_help_subcommand(true);
     command.build();
     for verb in verbs(&command) {
@@ -29,7 +30,11 @@ fn every_verb_flag_and_key_is_in_the_manual() {
             assert!(page.text.contains(&in_roff(&format!("--{flag}"))), "{} lacks --{flag}", page.file);
         }
         for section in ["EXIT STATUS", "ENVIRONMENT", "FILES", "SEE ALSO"] {
-            assert!(page.text.contains(&format!(".SH \"{section}\"")) || page.text.contains(&format!(".SH {section}")), "{}: {section}", page.file);
+            assert!(
+                page.text.contains(&format!(".SH \"{section}\"")) || page.text.contains(&format!(".SH {section}")),
+                "{}: {section}",
+                page.file
+            );
         }
     }
     assert!(page("infill-serve").unwrap().file == "infill-serve.8" && page("infill").unwrap().text.contains("infill\\-serve(8)"));

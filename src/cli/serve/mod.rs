@@ -305,13 +305,7 @@ fn announce(config: &Config, opened: &Opened, engine: &Engine) {
 }
 
 /// Waits for signals, for the engine or a keeper to die.
-fn serve(
-    engine: Engine,
-    live: &Live<'_>,
-    reload: &mut Reload,
-    signals: &Signals,
-    opened: &mut Opened,
-) -> Result<Snapshot, EngineError> {
+fn serve(engine: Engine, live: &Live<'_>, reload: &mut Reload, signals: &Signals, opened: &mut Opened) -> Result<Snapshot, EngineError> {
     while !engine.has_failed() {
         if wait_for(signals, &engine, opened.keep.as_ref()) {
             opened.renew();
@@ -322,7 +316,9 @@ fn serve(
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
                 break;
             }
-            Some(Event::Report) => tracing::info!("{}", json_text(engine.started(), &engine.snapshot(), live.steward.map(Steward::statistics))),
+            Some(Event::Report) => {
+                tracing::info!("{}", json_text(engine.started(), &engine.snapshot(), live.steward.map(Steward::statistics)))
+            }
             Some(Event::Reload) => {
                 opened.keep.iter().for_each(Keep::reloading);
                 reload.reload(live);

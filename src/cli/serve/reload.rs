@@ -40,7 +40,7 @@ const APPLIED: [(&str, Apply); 7] = [
 
 /// Whether `SIGHUP` applies a setting; the others need a restart.
 #[must_use]
-pub fn is_applied(name: &str) -> bool {
+pub(in crate::cli) fn is_applied(name: &str) -> bool {
     apply(name).is_some()
 }
 
