@@ -53,7 +53,7 @@ pub enum ConfigError {
 
 impl ConfigError {
     /// Adds who set the value.
-    pub(super) fn from(self, origin_of: impl Fn(&str) -> Option<Origin>) -> Self {
+    pub(super) fn set_by(self, origin_of: impl Fn(&str) -> Option<Origin>) -> Self {
         match self {
             Self::Value { setting, value, problem, origin } => {
                 Self::Value { origin: origin_of(setting).unwrap_or(origin), setting, value, problem }

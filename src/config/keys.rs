@@ -2,7 +2,7 @@
 
 use std::any::TypeId;
 use std::error::Error;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -127,8 +127,7 @@ impl Key {
 
     /// Whether the values can be its own; else what is wrong, and what is allowed.
     pub(super) fn check(self, values: &[OsString]) -> Result<(), String> {
-        let argument = |value| argument(self, value);
-        parse(values.iter().map(argument)).map(drop).map_err(|error| self.problem(&error))
+        parse(values.iter().map(|value| argument(self, value))).map(drop).map_err(|error| self.problem(&error))
     }
 
     fn problem(self, error: &clap::Error) -> String {
@@ -142,7 +141,7 @@ impl Key {
 }
 
 /// One value of a setting, as an argument.
-pub(super) fn argument(key: Key, value: &OsString) -> OsString {
+pub(super) fn argument(key: Key, value: &OsStr) -> OsString {
     let mut argument = OsString::from(key.flag());
     argument.push("=");
     argument.push(value);

@@ -111,7 +111,7 @@ impl Given {
     /// # Errors
     /// A file that cannot be read or understood, or a value that cannot be used; the message names it. No store.
     pub fn resolve(&self, file: Option<&Path>) -> Result<Config, ConfigError> {
-        self.settings(file).and_then(Settings::with_store).map(|settings| settings.config)
+        self.settings(file).and_then(Resolved::with_store).map(|settings| settings.config)
     }
 
     /// The same for a look at the settings: there need not be a store.
@@ -126,40 +126,37 @@ impl Given {
     ///
     /// # Errors
     /// As [`Given::look`].
-    pub fn defaults(&self) -> Result<Settings, ConfigError> {
-        Settings::of(self.0.clone())
+    pub fn defaults(&self) -> Result<Resolved, ConfigError> {
+        Resolved::of(self.0.clone())
     }
 
     /// The settings with the origin of each.
     ///
     /// # Errors
     /// As [`Given::look`].
-    pub fn settings(&self, file: Option<&Path>) -> Result<Settings, ConfigError> {
+    pub fn settings(&self, file: Option<&Path>) -> Result<Resolved, ConfigError> {
         let layers = file::read_all(file)?.into_iter().chain([self.0.clone()]);
-        Settings::of(layers.flatten().collect())
+        Resolved::of(layers.flatten().collect())
     }
 }
 
 /// Settings that were checked, and where they are from.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct Resolved {
     written: Layer,
     values: Map<String, Value>,
     /// What they make of this daemon.
     pub config: Config,
 }
 
-impl Settings {
+impl Resolved {
     /// Those that `written` makes of the defaults.
     pub(super) fn of(written: Layer) -> Result<Self, ConfigError> {
-        let arguments = |(name, written): (&&'static str, &Written)| {
-            let key = keys::find(name);
-            let values = written.values.clone();
-            key.into_iter().flat_map(move |key| values.clone().into_iter().map(move |value| keys::argument(key, &value)))
-        };
-        let options = keys::parse(written.iter().flat_map(arguments)).map_err(|error| ConfigError::Unexpected(error.kind().to_string()))?;
+        let known = written.iter().filter_map(|(name, written)| Some((keys::find(name)?, &written.values)));
+        let arguments = known.flat_map(|(key, values)| values.iter().map(move |value| keys::argument(key, value)));
+        let options = keys::parse(arguments).map_err(|error| ConfigError::Unexpected(error.kind().to_string()))?;
         let origin = |setting: &str| written.get(setting).map(|written| written.origin.clone());
-        let config = options.clone().values().map_err(|error| error.from(origin))?;
+        let config = options.clone().values().map_err(|error| error.set_by(origin))?;
         let mut values = as_map(&config.to_options());
         // As it was written, also what has no effect beside the others.
         values.extend(as_map(&options).into_iter().filter(|(name, _)| written.contains_key(&**name)));

@@ -35,7 +35,7 @@ use crate::store::{SourceMode, StoreSpec};
 pub use self::error::ConfigError;
 pub use self::file::{DEFAULT_FILE, DROP_INS, directory};
 use self::keys::one_line;
-pub use self::layers::{Given, Origin, Settings};
+pub use self::layers::{Given, Origin, Resolved};
 use self::options::Options;
 pub use self::text::{Bytes, FrontEndKind, LogFormat, LogLevel, Percent, ReadAhead, WindowText};
 

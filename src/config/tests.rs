@@ -23,14 +23,14 @@ fn files(texts: &[(&str, &str)]) -> tempfile::TempDir {
 }
 
 fn error_of(text: &str) -> String {
-    let error = file::parse(Path::new("/etc/x.toml"), text).and_then(Settings::of).map(|_| "taken".to_owned());
+    let error = file::parse(Path::new("/etc/x.toml"), text).and_then(Resolved::of).map(|_| "taken".to_owned());
     let message = error.unwrap_or_else(|error| error.to_string());
     assert_eq!(message.lines().count(), 1, "{message}");
     message
 }
 
 fn config_of(text: &str) -> Config {
-    Settings::of(file::parse(Path::new("x"), &format!("version = 1\n[serve]\n{text}")).unwrap()).unwrap().config
+    Resolved::of(file::parse(Path::new("x"), &format!("version = 1\n[serve]\n{text}")).unwrap()).unwrap().config
 }
 
 #[test]

@@ -9,7 +9,7 @@ use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
 use super::Failure;
-use crate::config::{Given, Origin, Settings, keys};
+use crate::config::{Given, Origin, Resolved, keys};
 use crate::ops::{exit, limits};
 
 /// Look at the settings
@@ -71,7 +71,7 @@ struct Row {
     origin: Origin,
 }
 
-fn rows(settings: &Settings) -> Vec<Row> {
+fn rows(settings: &Resolved) -> Vec<Row> {
     let row = |key: keys::Key| {
         let row = Row { key: key.name(), value: settings.value(key).clone(), text: settings.text(key), origin: settings.origin(key) };
         if row.key == "fd_budget" && row.value.is_null() { with_budget(row, settings.config.shards) } else { row }

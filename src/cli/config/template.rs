@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::cli::doctor::wrap;
 use crate::config::keys::{self, Key};
-use crate::config::{DROP_INS, Given, Settings};
+use crate::config::{DROP_INS, Given, Resolved};
 
 /// Width of a comment, in columns.
 const COLUMNS: usize = 98;
@@ -50,7 +50,7 @@ pub(in crate::cli) fn default_value(key: Key) -> Option<String> {
 }
 
 /// What there is without any file.
-fn nothing_set() -> Option<Settings> {
+fn nothing_set() -> Option<Resolved> {
     Given::default().defaults().ok()
 }
 

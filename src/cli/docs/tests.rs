@@ -50,7 +50,7 @@ fn every_verb_flag_and_key_is_in_the_manual() {
 fn groff_has_nothing_to_complain_of() {
     let dir = tempfile::tempdir().unwrap();
     run(&Docs::Man { dir: dir.path().join("man") }).unwrap();
-    let lint: [&[&str]; 2] = [&["mandoc", "-Tlint", "-Wwarning"], &["groff", "-man", "-Tutf8", "-ww", "-z"]];
+    let lint: [&[&str]; 2] = [&["mandoc", "-Tlint", "-Werror"], &["groff", "-man", "-Tutf8", "-ww", "-z"]];
     let is_there = |program: &&&[&str]| Command::new(program[0]).arg("--version").output().is_ok();
     let Some(program) = lint.iter().find(is_there) else {
         return println!("not run: neither mandoc nor groff is installed");

@@ -19,7 +19,7 @@ use serde::Serialize;
 use self::front::{CacheOf, Opened};
 use self::reload::{Live, Reload};
 use super::Failure;
-use crate::config::{self, Config, Given, Settings as Configured};
+use crate::config::{self, Config, Given, Resolved};
 use crate::engine::buffers::Pages;
 use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
@@ -75,7 +75,7 @@ pub struct ServeArgs {
 /// Whatever keeps it from serving, with the exit code that says what kind it is.
 pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let ServeArgs { config: file, options, trace_requests, json, repair, check_config, sim_socket } = args;
-    let settings = options.settings(file.as_deref()).and_then(Configured::with_store);
+    let settings = options.settings(file.as_deref()).and_then(Resolved::with_store);
     let settings = settings.map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
     let config = settings.config.clone();
     if check_config {

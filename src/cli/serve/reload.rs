@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::config::{Config, Given, Settings, keys};
+use crate::config::{Config, Given, Resolved, keys};
 use crate::engine::{Entry, Tuning};
 use crate::mount::Service;
 use crate::ops::log;
@@ -68,20 +68,20 @@ pub(super) struct Reload {
 
 impl Reload {
     /// Of a daemon that starts with `settings`, which `file` and `given` made.
-    pub(super) fn new(file: Option<PathBuf>, given: Given, settings: &Settings) -> Self {
+    pub(super) fn new(file: Option<PathBuf>, given: Given, settings: &Resolved) -> Self {
         let running = keys::all().map(|key| (key.name(), settings.text(key))).collect();
         Self { file, given, running, drain_timeout: settings.config.drain_timeout }
     }
 
     /// Reads the files again, applies what can be, and says the rest.
     pub(super) fn reload(&mut self, live: &Live<'_>) {
-        match self.given.settings(self.file.as_deref()).and_then(Settings::with_store) {
+        match self.given.settings(self.file.as_deref()).and_then(Resolved::with_store) {
             Ok(settings) => self.take_over(&settings, live),
             Err(error) => tracing::error!("not reloaded, all settings stay as they are: {error}"),
         }
     }
 
-    fn take_over(&mut self, settings: &Settings, live: &Live<'_>) {
+    fn take_over(&mut self, settings: &Resolved, live: &Live<'_>) {
         let texts = keys::all().map(|key| (key.name(), settings.text(key)));
         let changed: Vec<_> = texts.filter(|(name, text)| self.running.get(name) != Some(text)).collect();
         let (now, later): (Vec<_>, Vec<_>) = changed.into_iter().partition(|(name, _)| is_applied(name));
