@@ -92,7 +92,7 @@ fn a_mistake_in_a_file_is_one_line_that_says_where_and_what() {
         ("version = 1\n[serve]\nslots = [1]\n", "/etc/x.toml:3: slots: must be a whole number, and this is of type array"),
         (
             "version = 1\n[serve]\nwindow = \"1X\"\n",
-            "/etc/x.toml:3: window = \"1X\": must be auto, or a size such as 64K (unknown size suffix",
+            "/etc/x.toml:3: window = \"1X\": must be auto, or a size such as 64K (\"1X\" is not a size",
         ),
         ("version = 1\n[serve]\nengine = \"turbo\"\n", "/etc/x.toml:3: engine = \"turbo\": must be auto, uring or blocking"),
         ("version = 1\n[serve]\nbrun = \"110%\"\n", "/etc/x.toml:3: brun = \"110%\": must be a percentage, such as 10 or 10% ("),
