@@ -63,12 +63,56 @@ fn a_bad_flag_is_a_usage_error() {
 fn a_settings_file_is_checked_before_anything_is_started() {
     let dir = tempfile::tempdir().unwrap();
     let path = settings(dir.path(), "version = 1\n[serve]\nstore = [\"dir:/\"]\nwindwo = 1\n");
-    let output = infill(&["serve", "--config", &path]);
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.code() == Some(78) && text.contains("windwo") && text.contains(&path), "{text}");
+    let said = format!("{path}:4: unknown key `windwo`; did you mean `window`?");
+    for args in [&["serve", "--config", &path][..], &["serve", "--check-config", "--config", &path], &["config", "show", "--config", &path]]
+    {
+        refused(args, 78, &[&said]);
+    }
     refused(&["serve", "--config", "/no/such/file"], 78, &["/no/such/file"]);
     let path = settings(dir.path(), "version = 1\n[serve]\nstore = [\"dir:/\"]\nwindow = \"64K\"\n");
-    let output = infill(&["serve", "--config", &path, "--check-config"]);
+    let check = ["serve", "--config", &path, "--check-config"];
+    let output = infill(&check);
+    assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+    refused(&[&check[..], &["--store", "dir:/no/such/place"]].concat(), 78, &["dir:/no/such/place", "does not exist"]);
+    refused(&[&check[..], &["--user", "no-such-user"]].concat(), 78, &["no-such-user"]);
+    refused(&[&check[..], &["--fd-budget", "2000000000"]].concat(), 78, &["fd_budget = 2000000000", "at most"]);
+}
+
+#[test]
+fn every_setting_is_shown_with_where_it_is_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = settings(dir.path(), "version = 1\n[serve]\nstore = [\"dir:/a\", \"dir:/b\"]\nwindow = \"64K\"\nworkers = 3\n");
+    std::fs::create_dir(dir.path().join("config.d")).unwrap();
+    std::fs::write(dir.path().join("config.d/50-x.toml"), "version = 1\n[serve]\nworkers = 4\n").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+    let given = ["config", "show", "--json", "--config", &path, "--slots", "7"];
+    let output = command.args(given).env_clear().env("INFILL_CACHE_BYTES", "10G").output().unwrap();
+    let shown: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    let is = |key: &str, value: serde_json::Value, from: &str| {
+        assert_eq!(shown[key], serde_json::json!({ "value": value, "from": from }), "{key}");
+    };
+    is("slots", 7.into(), "--slots");
+    is("cache_bytes", "10G".into(), "INFILL_CACHE_BYTES");
+    is("workers", 4.into(), &format!("{}/config.d/50-x.toml:3", dir.path().display()));
+    is("window", "64K".into(), &format!("{path}:4"));
+    is("store", serde_json::json!(["dir:/a", "dir:/b"]), &format!("{path}:3"));
+    is("brun", 7.into(), "default");
+    is("state_dir", "/run/infill".into(), "default");
+    is("control_socket", "/run/infill/control.sock".into(), "default");
+    for computed in ["shards", "fd_budget"] {
+        assert!(shown[computed]["value"].as_u64().is_some_and(|number| number > 0), "{shown}");
+    }
+    let output = infill(&["config", "show", "--changed", "--config", &path]);
+    let lines: Vec<_> = std::str::from_utf8(&output.stdout).unwrap().lines().map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert_eq!(lines, ["KEY", "store", "window", "workers"]);
+}
+
+#[test]
+fn a_settings_file_to_begin_with_is_good_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = infill(&["config", "show", "--default"]);
+    let path = settings(dir.path(), std::str::from_utf8(&output.stdout).unwrap());
+    let output = infill(&["serve", "--check-config", "--store", "dir:/", "--config", &path]);
     assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
 }
 

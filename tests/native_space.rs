@@ -158,6 +158,19 @@ fn a_budget_is_held_while_blobs_come_and_go_and_what_is_used_stays() {
 }
 
 #[test]
+fn a_budget_that_is_changed_while_it_serves_is_held() {
+    let Some(host) = with_blobs(6) else { return };
+    let daemon = Tended::start(&host, None);
+    (0..6).for_each(|n| drop(daemon.attach(n).unwrap()));
+    daemon.release();
+    daemon.look_until(|statistics| statistics.cache_objects == 6);
+    daemon.steward.set_budget(Some(3 * TAKES_BYTES));
+    daemon.look_until(|statistics| statistics.culled_objects > 0 && used_bytes(&host) <= 3 * TAKES_BYTES);
+    let (failed, _) = daemon.stop();
+    assert_eq!(failed, 0);
+}
+
+#[test]
 fn a_blob_that_is_attached_while_it_is_removed_keeps_its_file() {
     let Some(host) = with_blobs(1) else { return };
     let daemon = Tended::start(&host, None);

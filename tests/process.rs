@@ -145,6 +145,87 @@ fn a_confined_daemon_serves() {
     }
 }
 
+/// Waits until the log has a text; gives all of it.
+fn await_log(path: &Path, text: &str) -> String {
+    let began = std::time::Instant::now();
+    loop {
+        let log = std::fs::read_to_string(path).unwrap_or_default();
+        if log.contains(text) {
+            return log;
+        }
+        assert!(began.elapsed() < Duration::from_secs(120), "no {text:?} in: {log}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A daemon by a settings file, confined and not: what is applied is applied, what is not is named, and a bad file changes nothing.
+#[test]
+fn a_reload_applies_what_it_can_and_names_the_rest() {
+    let root = nix::unistd::geteuid().is_root();
+    let confined: &[&str] = if root { &["--user=65534:65534"] } else { &[] };
+    for more in [confined, &["--confine=off"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        // The settings are in no directory that the daemon may read for another reason.
+        for name in ["", "blobs", "etc", "etc/config.d"] {
+            let _ = std::fs::create_dir(path(name));
+            std::fs::set_permissions(path(name), Permissions::from_mode(0o755)).unwrap();
+        }
+        let write = |name: &str, text: &str| {
+            std::fs::write(path("etc/next"), format!("version = 1\n[serve]\n{text}")).unwrap();
+            std::fs::rename(path("etc/next"), path(name)).unwrap();
+        };
+        let bytes = blob(&path("blobs"));
+        let store = format!("store = [\"dir:{}\"]\n", path("blobs").display());
+        write("etc/config.toml", &format!("{store}slots = 8\n"));
+        let (kernel, socket) = kernel(dir.path());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_infill"));
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("INFILL_")) {
+            command.env_remove(name);
+        }
+        command.args(["serve", "--front-end=sim", "--sim-socket=0", "--shards=2"]).args(more).arg("--config").arg(path("etc/config.toml"));
+        command.arg("--cache-dir").arg(kernel.dir()).stdin(Stdio::from(socket)).stdout(Stdio::null());
+        let log = path("log");
+        let mut daemon = command.stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
+        await_log(&log, "serving");
+
+        let text = "slots = 9\nwindow = \"64K\"\nrequest_timeout_ms = 20000\ncomplete_rate = \"1M\"\nshards = 7\n";
+        write("etc/config.toml", &format!("{store}{text}"));
+        write("etc/config.d/10-late.toml", "slots = 10\ndrain_timeout_ms = 5000\n");
+        send(Signal::SIGHUP, &daemon);
+        let said = await_log(&log, "not reloaded, restart infill for it: slots = 10 (was 8)");
+        let reloaded = "reloaded: complete_rate = 1M (was 0), request_timeout_ms = 20000 (was 30000), drain_timeout_ms = 5000 (was 10000)";
+        assert!(said.contains(reloaded) && said.contains("restart infill for it: window = 64K (was auto)"), "{said}");
+        // The flag still wins.
+        assert!(!said.contains("shards = 7"), "{said}");
+
+        write("etc/config.d/20-bad.toml", "log_level = \"error\"\nwindwo = 1\n");
+        send(Signal::SIGHUP, &daemon);
+        let bad = format!(
+            "all settings stay as they are: {}:4: unknown key `windwo`; did you mean `window`?",
+            path("etc/config.d/20-bad.toml").display()
+        );
+        await_log(&log, &bad);
+        send(Signal::SIGUSR1, &daemon);
+        await_log(&log, "timed_out");
+
+        // From here on nothing is said but errors.
+        write("etc/config.d/20-bad.toml", "log_level = \"error\"\n");
+        send(Signal::SIGHUP, &daemon);
+        let said = await_log(&log, "reloaded: log_level = error (was info)");
+        send(Signal::SIGUSR1, &daemon);
+        let object = kernel.open(&Key::new(b"dom", b"blob")).unwrap();
+        assert!(kernel.read(object, &(0..BLOB_BYTES as u64), 8 * PAGE).unwrap() == bytes);
+        write("etc/config.d/20-bad.toml", "log_level = \"debug\"\n");
+        send(Signal::SIGHUP, &daemon);
+        let again = await_log(&log, "reloaded: log_level = debug (was error)");
+        assert_eq!(again.matches("timed_out").count(), said.matches("timed_out").count(), "{again}");
+        send(Signal::SIGTERM, &daemon);
+        assert!(daemon.wait().unwrap().success());
+        assert_eq!(kernel.violations(), [""; 0]);
+    }
+}
+
 /// An image is built anew under its name, equally long, while no daemon runs: what is mounted reads what is cached of the old
 /// one or an error, and what is mounted after that the new one alone. Also for a daemon that cannot look into the cache.
 #[test]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::Failure;
-use crate::config::Options;
+use crate::config::Given;
 use crate::ops::doctor::{Check, Report, Status, Subject, Verdict, examine};
 use crate::ops::exit;
 
@@ -26,7 +26,7 @@ pub struct DoctorArgs {
     pub config: Option<PathBuf>,
 
     #[command(flatten)]
-    pub(super) options: Options,
+    pub(super) options: Given,
 
     /// Print one JSON object instead of the table.
     #[arg(long)]
@@ -99,7 +99,7 @@ const fn mark(check: &Check) -> (&'static str, &'static str) {
 }
 
 /// Breaks text between words; a word that is longer than a line gets one of its own.
-fn wrap(text: &str, columns: usize) -> Vec<String> {
+pub(super) fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for word in text.split(' ') {
         match lines.last_mut() {

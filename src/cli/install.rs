@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::{Failure, docs};
+use super::{Failure, config, docs};
 use crate::ops::exit;
 
 /// Files of the checkout that go along: where to, below the prefix, and what they hold.
@@ -97,7 +97,7 @@ fn settings(path: &Path, dry_run: bool) -> Result<(), Failure> {
     if dry_run {
         return Ok(());
     }
-    write(path, docs::default_settings().as_bytes(), FILE_MODE).map_err(|error| failed("write", path, &error))
+    write(path, config::template().as_bytes(), FILE_MODE).map_err(|error| failed("write", path, &error))
 }
 
 fn say(path: &Path) {

@@ -1,7 +1,9 @@
 //! The command line: one file a verb.
 
 pub mod bench;
+pub mod config;
 pub mod demo;
+pub mod docs;
 pub mod doctor;
 mod foreground;
 mod human;
@@ -18,7 +20,7 @@ pub mod top;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 
 use crate::control::ClientError;
@@ -44,6 +46,8 @@ enum Verb {
     Top(top::TopArgs),
     LogLevel(log_level::LogLevelArgs),
     Release(release::ReleaseArgs),
+    #[command(subcommand)]
+    Config(config::ConfigVerb),
     /// Find out whether this host can serve images, and what to do if not
     Doctor(Box<doctor::DoctorArgs>),
     /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
@@ -51,6 +55,8 @@ enum Verb {
     /// Measure: one command for each published table
     #[command(subcommand)]
     Bench(bench::Bench),
+    #[command(subcommand)]
+    Docs(docs::Docs),
     /// The process that keeps the device between two daemons
     #[command(hide = true)]
     Keeper,
@@ -88,6 +94,11 @@ fn print_json(what: &impl Serialize) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The definition of the command line.
+fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Runs what the command line asks for.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -107,6 +118,8 @@ pub fn main() -> ExitCode {
             Ok(code) => return code,
             Err(failure) => Err(failure),
         },
+        Verb::Config(verb) => config::run(&verb),
+        Verb::Docs(what) => docs::run(&what),
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(what) => bench::run(&what),
         Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(exit::FAILED, e)),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::Failure;
-use crate::config::{Config, Options};
+use crate::config::{Config, Given};
 use crate::control::Client;
 use crate::ops::exit;
 
@@ -53,8 +53,8 @@ impl Asking {
     /// # Errors
     /// There is none, it does not answer, or the settings cannot be used.
     pub fn client(&self) -> Result<Client, Failure> {
-        let options = Options::of_place(None, self.daemon.state_dir.clone(), self.daemon.control_socket.clone(), Vec::new());
-        let config = options.look(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+        let given = Given::of_place(None, self.daemon.state_dir.clone(), self.daemon.control_socket.clone(), Vec::new());
+        let config = given.look(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
         Ok(Client::connect(&config.control_socket)?)
     }
 }
@@ -65,7 +65,7 @@ impl Place {
     /// # Errors
     /// There is none, or the settings cannot be used.
     pub fn with_stores(&self) -> Result<Config, Failure> {
-        self.options().resolve(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
+        self.given().resolve(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
     }
 
     /// The settings, perhaps without a store.
@@ -73,7 +73,7 @@ impl Place {
     /// # Errors
     /// They cannot be used.
     pub fn find(&self) -> Result<Config, Failure> {
-        self.options().look(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
+        self.given().look(self.config.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))
     }
 
     /// The same flags, for another verb.
@@ -90,8 +90,8 @@ impl Place {
         paths.chain(self.stores.iter().flat_map(|store| ["--store".into(), store.into()])).collect()
     }
 
-    fn options(&self) -> Options {
+    fn given(&self) -> Given {
         let DaemonPlace { state_dir, control_socket } = &self.daemon;
-        Options::of_place(self.cache_dir.clone(), state_dir.clone(), control_socket.clone(), self.stores.clone())
+        Given::of_place(self.cache_dir.clone(), state_dir.clone(), control_socket.clone(), self.stores.clone())
     }
 }

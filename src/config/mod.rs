@@ -1,13 +1,18 @@
-//! Settings of `infill serve`: a flag wins over its environment variable, that over the file, that over the
-//! default. Everything is checked before anything is started.
+//! Settings of `infill serve`. Everything is checked before anything is started.
 //!
 //! | file | its subject |
 //! |---|---|
-//! | `options` | flags, environment, file: settings as they are written |
+//! | `options` | the definition: keys, flags, variables, help |
 //! | `text` | the values in them |
+//! | `keys` | what is known of each key |
+//! | `file` | a settings file, and those beside it |
+//! | `layers` | flags, environment, files: which one counts |
 //! | `mod` | defaults, and the checks |
 
 mod error;
+mod file;
+pub mod keys;
+mod layers;
 mod options;
 mod text;
 
@@ -28,8 +33,11 @@ use crate::range::page_bytes;
 use crate::store::{SourceMode, StoreSpec};
 
 pub use self::error::ConfigError;
-pub use self::options::{DEFAULT_FILE, Options};
-pub use self::text::{Bytes, FrontEndKind, LogFormat, LogLevel, ReadAhead, WindowText};
+pub use self::file::{DEFAULT_FILE, DROP_INS, directory};
+use self::keys::one_line;
+pub use self::layers::{Given, Origin, Resolved};
+use self::options::Options;
+pub use self::text::{Bytes, FrontEndKind, LogFormat, LogLevel, Percent, ReadAhead, WindowText};
 
 /// Where cachefiles keeps its objects.
 pub const DEFAULT_CACHE_DIR: &str = "/var/cache/infill";
@@ -147,15 +155,8 @@ pub struct Config {
 }
 
 impl Options {
-    pub(super) fn check(self) -> Result<Config, ConfigError> {
-        if self.store.is_empty() {
-            return Err(ConfigError::NoStore);
-        }
-        self.values()
-    }
-
     /// The checked values, with or without a store.
-    pub(super) fn values(self) -> Result<Config, ConfigError> {
+    fn values(self) -> Result<Config, ConfigError> {
         let stores = self.store.iter().map(|spec| spec.parse().map_err(|error| value("store", spec, &error)));
         let seed = self.seed.iter().map(|blob| blob.parse().map_err(|error| value("seed", blob, &error)));
         let user = self.user.map(|text| text.parse().map_err(|problem: String| value("user", text, &problem))).transpose()?;
@@ -169,12 +170,12 @@ impl Options {
             tag: self.tag.unwrap_or_else(|| DEFAULT_TAG.into()),
             secctx: self.secctx,
             cull: CullLimits {
-                brun_percent: self.brun,
-                bcull_percent: self.bcull,
-                bstop_percent: self.bstop,
-                frun_percent: self.frun,
-                fcull_percent: self.fcull,
-                fstop_percent: self.fstop,
+                brun_percent: self.brun.map(|percent| percent.0),
+                bcull_percent: self.bcull.map(|percent| percent.0),
+                bstop_percent: self.bstop.map(|percent| percent.0),
+                frun_percent: self.frun.map(|percent| percent.0),
+                fcull_percent: self.fcull.map(|percent| percent.0),
+                fstop_percent: self.fstop.map(|percent| percent.0),
             },
             cache_bytes: self.cache_bytes.map(|bytes| bytes.0),
             xfs_extent_bytes: self.xfs_extent.map(|bytes| u32::try_from(bytes.0).unwrap_or(u32::MAX)),
@@ -182,7 +183,9 @@ impl Options {
             engine: self.engine.unwrap_or_default(),
             source: self.source.unwrap_or_default(),
             window: match self.window.unwrap_or_default() {
-                WindowText::Auto => Window::Adaptive { budget_percent: self.ahead_percent.unwrap_or(DEFAULT_AHEAD_PERCENT) },
+                WindowText::Auto => {
+                    Window::Adaptive { budget_percent: self.ahead_percent.map_or(DEFAULT_AHEAD_PERCENT, |percent| percent.0) }
+                }
                 WindowText::Fixed(bytes) => Window::Fixed(bytes.0),
             },
             completion: Completion {
@@ -214,6 +217,58 @@ impl Options {
 }
 
 impl Config {
+    /// The settings that make it what it is, as far as they have a value.
+    fn to_options(&self) -> Options {
+        let (blocks, files) = (self.cull.blocks(), self.cull.files());
+        let ms = |time: Duration| Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        let (window, ahead_percent) = match self.window {
+            Window::Fixed(bytes) => (WindowText::Fixed(Bytes(bytes)), DEFAULT_AHEAD_PERCENT),
+            Window::Adaptive { budget_percent } => (WindowText::Auto, budget_percent),
+        };
+        Options {
+            front_end: Some(self.front_end),
+            cache_dir: Some(self.cache_dir.clone()),
+            store: self.stores.iter().map(ToString::to_string).collect(),
+            seed: self.seed.iter().map(ToString::to_string).collect(),
+            tag: Some(self.tag.clone()),
+            secctx: self.secctx.clone(),
+            brun: Some(Percent(blocks.run)),
+            bcull: Some(Percent(blocks.cull)),
+            bstop: Some(Percent(blocks.stop)),
+            frun: Some(Percent(files.run)),
+            fcull: Some(Percent(files.cull)),
+            fstop: Some(Percent(files.stop)),
+            cache_bytes: self.cache_bytes.map(Bytes),
+            xfs_extent: self.xfs_extent_bytes.map(|bytes| Bytes(bytes.into())),
+            shards: NonZeroUsize::new(self.shards),
+            engine: Some(self.engine),
+            source: Some(self.source),
+            window: Some(window),
+            ahead_percent: Some(Percent(ahead_percent)),
+            complete: Some(self.completion.when),
+            complete_rate: Some(Bytes(self.completion.bytes_per_s.map_or(0, NonZeroU64::get))),
+            slot_size: Some(Bytes(self.slot_bytes)),
+            slots: Some(self.slots),
+            workers: Some(self.workers),
+            fd_budget: self.fd_budget,
+            read_ahead: Some(self.read_ahead),
+            open_timeout_ms: ms(self.open_timeout),
+            request_timeout_ms: ms(self.request_timeout),
+            drain_timeout_ms: ms(self.drain_timeout),
+            keep: Some(self.keep),
+            state_dir: Some(self.state_dir.clone()),
+            control_socket: Some(self.control_socket.clone()),
+            control_group: self.control_group.clone(),
+            metrics_socket: Some(self.metrics_socket.clone()),
+            metrics_listen: self.metrics_listen,
+            // As it was written, which is not kept here.
+            user: None,
+            confine: Some(self.confine),
+            log_level: Some(self.log_level),
+            log_format: Some(self.log_format),
+        }
+    }
+
     fn check_bounds(&self) -> Result<(), ConfigError> {
         for (setting, text) in [("tag", Some(&self.tag)), ("secctx", self.secctx.as_ref())] {
             if let Some(text) = text {
@@ -253,7 +308,7 @@ impl Config {
 }
 
 fn value(setting: &'static str, value: impl ToString, problem: &impl ToString) -> ConfigError {
-    ConfigError::Value { setting, value: value.to_string(), problem: problem.to_string() }
+    ConfigError::Value { origin: Origin::Default, setting, value: one_line(&value.to_string()), problem: one_line(&problem.to_string()) }
 }
 
 fn bounds(setting: &'static str, number: u64, min: u64, max: u64) -> Result<(), ConfigError> {

@@ -1,33 +1,28 @@
-//! Settings as they are written, and the order in which they win.
+//! What can be set: the one definition of every key, flag and variable. The help, the manual, the checks of files and
+//! the tables in docs/configuration.md are made of it.
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Serialize, Serializer};
 
-use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, ReadAhead, WindowText};
-use super::{Config, ConfigError};
+use super::text::{Bytes, FrontEndKind, LogFormat, LogLevel, Percent, ReadAhead, WindowText};
 use crate::engine::EngineKind;
 use crate::engine::plan::Complete;
 use crate::ops::confine;
 use crate::ops::keep::KeepMode;
 use crate::store::SourceMode;
 
-/// Version of the file format.
-const FILE_VERSION: u32 = 1;
-/// Read if it exists and no other file is named.
-pub const DEFAULT_FILE: &str = "/etc/infill/config.toml";
-
-/// Settings as they are written, in a file, as flags or as environment variables.
-#[derive(Clone, Debug, Default, clap::Args, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Options {
-    /// Kernel interface to serve
+/// Settings as they are written, in files, as environment variables or as flags; a field's name is its key in a file.
+#[derive(Clone, Debug, Default, clap::Args, Serialize)]
+pub(super) struct Options {
+    /// Kernel interface to serve [default: auto]
     #[arg(long, value_enum, env = "INFILL_FRONT_END")]
     pub(super) front_end: Option<FrontEndKind>,
     /// Directory for the kernel's cache files, on ext4 or XFS [default: /var/cache/infill]
-    #[arg(long, value_name = "DIR", env = "INFILL_CACHE_DIR")]
+    #[arg(long, value_name = "DIR", env = "INFILL_CACHE_DIR", alias = "dir")]
+    #[serde(serialize_with = "as_text")]
     pub(super) cache_dir: Option<PathBuf>,
     /// Where blobs come from: dir:PATH or oci:PATH; several are asked in order
     #[arg(long, value_name = "SPEC", env = "INFILL_STORE", value_delimiter = ',')]
@@ -38,27 +33,27 @@ pub struct Options {
     /// Name of the cache in the kernel [default: infill]
     #[arg(long, env = "INFILL_TAG")]
     pub(super) tag: Option<String>,
-    /// Security context for the kernel's accesses to the cache
+    /// Security context for the kernel's accesses to the cache [default: none]
     #[arg(long, env = "INFILL_SECCTX")]
     pub(super) secctx: Option<String>,
-    /// Free blocks, in percent, above which culling stops
-    #[arg(long, value_name = "PERCENT")]
-    pub(super) brun: Option<u8>,
-    /// Free blocks, in percent, below which culling starts
-    #[arg(long, value_name = "PERCENT")]
-    pub(super) bcull: Option<u8>,
-    /// Free blocks, in percent, below which nothing is cached
-    #[arg(long, value_name = "PERCENT")]
-    pub(super) bstop: Option<u8>,
-    /// As --brun, for free files
-    #[arg(long, value_name = "PERCENT")]
-    pub(super) frun: Option<u8>,
-    /// As --bcull, for free files
-    #[arg(long, value_name = "PERCENT")]
-    pub(super) fcull: Option<u8>,
-    /// As --bstop, for free files
-    #[arg(long, value_name = "PERCENT")]
-    pub(super) fstop: Option<u8>,
+    /// Free blocks, in percent, above which culling stops [default: 7]
+    #[arg(long, value_name = "PERCENT", env = "INFILL_BRUN")]
+    pub(super) brun: Option<Percent>,
+    /// Free blocks, in percent, below which culling starts [default: 5]
+    #[arg(long, value_name = "PERCENT", env = "INFILL_BCULL")]
+    pub(super) bcull: Option<Percent>,
+    /// Free blocks, in percent, below which nothing is cached [default: 1]
+    #[arg(long, value_name = "PERCENT", env = "INFILL_BSTOP")]
+    pub(super) bstop: Option<Percent>,
+    /// As --brun, for free files [default: 7]
+    #[arg(long, value_name = "PERCENT", env = "INFILL_FRUN")]
+    pub(super) frun: Option<Percent>,
+    /// As --bcull, for free files [default: 5]
+    #[arg(long, value_name = "PERCENT", env = "INFILL_FCULL")]
+    pub(super) fcull: Option<Percent>,
+    /// As --bstop, for free files [default: 1]
+    #[arg(long, value_name = "PERCENT", env = "INFILL_FSTOP")]
+    pub(super) fstop: Option<Percent>,
     /// How much the blobs in the cache may take together; beyond it those used least recently are removed, if they are
     /// not mounted [default: as much as --brun and --bcull allow]
     #[arg(long, value_name = "SIZE", env = "INFILL_CACHE_BYTES")]
@@ -84,7 +79,7 @@ pub struct Options {
     /// How much of a blob, in percent, --window auto may bring on guesses that nothing has confirmed; at least
     /// 4 MiB, 0: no guesses [default: 8]
     #[arg(long, value_name = "PERCENT", env = "INFILL_AHEAD_PERCENT")]
-    pub(super) ahead_percent: Option<u8>,
+    pub(super) ahead_percent: Option<Percent>,
     /// Bring the rest of a blob in the background: auto (the parts of which readers seem to want all), off, or
     /// always (from its opening on) [default: auto]
     #[arg(long, value_enum, env = "INFILL_COMPLETE")]
@@ -122,9 +117,11 @@ pub struct Options {
     pub(super) keep: Option<KeepMode>,
     /// Directory for what must outlive the daemon: its lock and the keepers' sockets [default: /run/infill]
     #[arg(long, value_name = "DIR", env = "INFILL_STATE_DIR")]
+    #[serde(serialize_with = "as_text")]
     pub(super) state_dir: Option<PathBuf>,
     /// Socket on which verbs talk to the daemon: HTTP and JSON [default: control.sock in the state directory]
     #[arg(long, value_name = "PATH", env = "INFILL_CONTROL_SOCKET")]
+    #[serde(serialize_with = "as_text")]
     pub(super) control_socket: Option<PathBuf>,
     /// Group whose members may use the control socket as the daemon's own user and root may: they must be able to reach it, so
     /// it needs a --control-socket outside of the state directory [default: none]
@@ -132,6 +129,7 @@ pub struct Options {
     pub(super) control_group: Option<String>,
     /// Socket on which metrics are scraped [default: metrics.sock in the state directory]
     #[arg(long, value_name = "PATH", env = "INFILL_METRICS_SOCKET")]
+    #[serde(serialize_with = "as_text")]
     pub(super) metrics_socket: Option<PathBuf>,
     /// Address and port on which metrics are scraped as well; whoever reaches it may read them [default: none]
     #[arg(long, value_name = "ADDRESS:PORT", env = "INFILL_METRICS_LISTEN")]
@@ -151,117 +149,7 @@ pub struct Options {
     pub(super) log_format: Option<LogFormat>,
 }
 
-/// A settings file.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File {
-    version: u32,
-    #[serde(default)]
-    serve: Options,
-}
-
-/// Takes the first of two lists of options, field by field.
-macro_rules! first_of {
-    ($first:ident, $second:ident, $($field:ident),+) => {
-        Options {
-            $($field: $first.$field.or($second.$field),)+
-            store: first_list($first.store, $second.store),
-            seed: first_list($first.seed, $second.seed),
-        }
-    };
-}
-
-fn first_list(first: Vec<String>, second: Vec<String>) -> Vec<String> {
-    if first.is_empty() { second } else { first }
-}
-
-impl Options {
-    /// The settings that say where the cache and the daemon are and where blobs come from, and nothing else.
-    #[must_use]
-    pub fn of_place(cache_dir: Option<PathBuf>, state_dir: Option<PathBuf>, control_socket: Option<PathBuf>, store: Vec<String>) -> Self {
-        Self { cache_dir, state_dir, control_socket, store, ..Self::default() }
-    }
-
-    /// Adds what a settings file says and checks the result. Without `file` the default one is read, if it exists.
-    ///
-    /// # Errors
-    /// A file that cannot be read or understood, or a value that cannot be used; the message names it.
-    pub fn resolve(self, file: Option<&Path>) -> Result<Config, ConfigError> {
-        self.with_file(file)?.check()
-    }
-
-    /// The same for a look at the settings: there need not be a store.
-    ///
-    /// # Errors
-    /// As [`Options::resolve`].
-    pub fn look(self, file: Option<&Path>) -> Result<Config, ConfigError> {
-        self.with_file(file)?.values()
-    }
-
-    fn with_file(self, file: Option<&Path>) -> Result<Self, ConfigError> {
-        let from_file = match file {
-            Some(path) => read_file(path)?,
-            None if Path::new(DEFAULT_FILE).exists() => read_file(Path::new(DEFAULT_FILE))?,
-            None => Self::default(),
-        };
-        Ok(self.or(from_file))
-    }
-
-    pub(super) fn or(self, second: Self) -> Self {
-        let first = self;
-        first_of!(
-            first,
-            second,
-            front_end,
-            cache_dir,
-            tag,
-            secctx,
-            brun,
-            bcull,
-            bstop,
-            frun,
-            fcull,
-            fstop,
-            cache_bytes,
-            xfs_extent,
-            shards,
-            engine,
-            source,
-            window,
-            ahead_percent,
-            complete,
-            complete_rate,
-            slot_size,
-            slots,
-            workers,
-            fd_budget,
-            read_ahead,
-            open_timeout_ms,
-            request_timeout_ms,
-            drain_timeout_ms,
-            keep,
-            state_dir,
-            control_socket,
-            control_group,
-            metrics_socket,
-            metrics_listen,
-            user,
-            confine,
-            log_level,
-            log_format
-        )
-    }
-}
-
-fn read_file(path: &Path) -> Result<Options, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.into(), source })?;
-    parse_file(&text).map_err(|message| ConfigError::Syntax { path: path.into(), message })
-}
-
-pub(super) fn parse_file(text: &str) -> Result<Options, String> {
-    let file: File = toml::from_str(text).map_err(|error| error.to_string().trim_end().replace('\n', "\n  "))?;
-    if file.version != FILE_VERSION {
-        return Err(format!("version = {} is not known; this infill reads version {FILE_VERSION}", file.version));
-    }
-    Ok(file.serve)
+/// A path for a look at it, also one that is not UTF-8.
+fn as_text<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_deref().map(Path::to_string_lossy).serialize(serializer)
 }

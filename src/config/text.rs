@@ -1,31 +1,24 @@
-//! Values as people write them: sizes with suffixes, the window, and names.
+//! Values as people write them: sizes with suffixes, percentages, the window, and names.
 
+use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// How much the kernel reads ahead in a mount from files, if nobody says something else (docs/performance.md).
 const AUTO_READ_AHEAD_BYTES: u64 = 1 << 20;
 
 /// A number of bytes, written as such or with a suffix `K`, `M` or `G` (powers of 1024).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
-#[serde(try_from = "BytesText")]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Bytes(pub u64);
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum BytesText {
-    Number(u64),
-    Text(String),
-}
-
-impl TryFrom<BytesText> for Bytes {
-    type Error = String;
-
-    fn try_from(text: BytesText) -> Result<Self, String> {
-        match text {
-            BytesText::Number(n) => Ok(Self(n)),
-            BytesText::Text(text) => text.parse(),
+impl fmt::Display for Bytes {
+    /// With the largest suffix that leaves a whole number.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let suffixes = [(30, "G"), (20, "M"), (10, "K")];
+        match suffixes.into_iter().find(|(shift, _)| self.0 > 0 && self.0.trailing_zeros() >= *shift) {
+            Some((shift, suffix)) => write!(f, "{}{suffix}", self.0 >> shift),
+            None => self.0.fmt(f),
         }
     }
 }
@@ -47,26 +40,27 @@ impl FromStr for Bytes {
     }
 }
 
+/// A share of a whole, written as a number, or as cachefilesd has it, with a percent sign.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct Percent(pub u8);
+
+impl FromStr for Percent {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_suffix('%').unwrap_or(text);
+        number.parse().ok().filter(|percent| *percent <= 100).map(Self).ok_or_else(|| format!("{text:?} is not 0 to 100"))
+    }
+}
+
 /// The window of `--window`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
-#[serde(try_from = "BytesText")]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum WindowText {
     /// Adapts to how each blob is read.
     #[default]
     Auto,
     /// Always the aligned window of so many bytes.
     Fixed(Bytes),
-}
-
-impl TryFrom<BytesText> for WindowText {
-    type Error = String;
-
-    fn try_from(text: BytesText) -> Result<Self, String> {
-        match text {
-            BytesText::Number(n) => Ok(Self::Fixed(Bytes(n))),
-            BytesText::Text(text) => text.parse(),
-        }
-    }
 }
 
 impl FromStr for WindowText {
@@ -77,9 +71,17 @@ impl FromStr for WindowText {
     }
 }
 
+impl fmt::Display for WindowText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Fixed(bytes) => bytes.fmt(f),
+        }
+    }
+}
+
 /// The read-ahead of `--read-ahead`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Deserialize)]
-#[serde(try_from = "BytesText")]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum ReadAhead {
     /// What was measured to be best.
     #[default]
@@ -102,17 +104,6 @@ impl ReadAhead {
     }
 }
 
-impl TryFrom<BytesText> for ReadAhead {
-    type Error = String;
-
-    fn try_from(text: BytesText) -> Result<Self, String> {
-        match text {
-            BytesText::Number(n) => Ok(Self::Fixed(Bytes(n))),
-            BytesText::Text(text) => text.parse(),
-        }
-    }
-}
-
 impl FromStr for ReadAhead {
     type Err = String;
 
@@ -125,8 +116,31 @@ impl FromStr for ReadAhead {
     }
 }
 
+impl fmt::Display for ReadAhead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Kernel => f.write_str("kernel"),
+            Self::Fixed(bytes) => bytes.fmt(f),
+        }
+    }
+}
+
+/// Shown as they are written.
+macro_rules! shown_as_text {
+    ($($type:ty),+) => {$(
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+    )+};
+}
+
+shown_as_text!(Bytes, WindowText, ReadAhead);
+
 /// Which kernel interface to serve.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FrontEndKind {
     /// cachefiles where this kernel has its on-demand mode, else fanotify.
@@ -138,12 +152,11 @@ pub enum FrontEndKind {
     Fanotify,
     /// The model kernel of the tests, on a socket.
     #[value(hide = true)]
-    #[serde(skip)]
     Sim,
 }
 
 /// How log lines look.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// For people.
@@ -153,8 +166,8 @@ pub enum LogFormat {
     Json,
 }
 
-/// Least important messages that are logged.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize, Serialize)]
+/// Least important messages that are logged; in the order of how many that are.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, clap::ValueEnum, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// Something failed that an operator must know of.

@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::Shared;
 use super::mailbox::{Mailbox, Message};
 use super::opens::Opens;
 use super::router::owner;
-use super::stats::Snapshot;
+use super::{Shared, Tuning};
 use crate::front::{NeedRequest, ObjectId, OpenRequest, Outcome};
 
 /// See the module's description. Cheap to clone; it may outlive the engine, which then refuses everything.
@@ -55,6 +54,13 @@ impl Entry {
         drop(self.shard(object).send(Message::Close(object)));
     }
 
+    /// Has the engine go on by other settings. `false`: not all shards could be told, because one is busy or hangs.
+    #[must_use]
+    pub fn tune(&self, tuning: Tuning) -> bool {
+        self.opens.set_timeout(tuning.open_timeout);
+        self.shards.iter().all(|shard| shard.try_send(Message::Tune(tuning)).is_ok())
+    }
+
     /// The shard that owns an object, and so the place of the source that may ask for it.
     #[must_use]
     pub const fn owner(&self, object: ObjectId) -> usize {
@@ -65,12 +71,6 @@ impl Entry {
     #[must_use]
     pub const fn shards(&self) -> usize {
         self.shards.len()
-    }
-
-    /// What the engine has done; of one that has ended, what it did.
-    #[must_use]
-    pub fn snapshot(&self) -> Snapshot {
-        self.shared.snapshot()
     }
 
     fn shard(&self, object: ObjectId) -> &Mailbox {

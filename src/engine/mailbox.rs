@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_cha
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::Tuning;
 use super::fds::Charge;
 use super::stats::ObjectStats;
 use crate::front::{NeedRequest, ObjectId, Sink};
@@ -33,6 +34,8 @@ pub(super) enum Message {
     Evict(usize),
     /// The sink of an object that you offered: somebody waits for it after all.
     Keep(ObjectId, Arc<dyn Sink>),
+    /// The operator has other wishes.
+    Tune(Tuning),
 }
 
 /// A newly opened object.

@@ -46,6 +46,7 @@ mod start;
 pub mod stats;
 pub mod trace;
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -116,6 +117,17 @@ pub struct Settings {
     pub leave_rest: bool,
 }
 
+/// What of [`Settings`] can be changed while the engine runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tuning {
+    /// How long the lookup of a blob may take: one that begins from now on.
+    pub open_timeout: Duration,
+    /// How long a reader may wait, also one that waits already.
+    pub request_timeout: Duration,
+    /// How fast blobs are completed at most, in bytes a second for each shard.
+    pub complete_bytes_per_s: Option<NonZeroU64>,
+}
+
 /// Fills that one reader's request may wait for at a time.
 pub const FILLS_PER_NEED: u32 = 16;
 /// Failures that are logged a second; the others are only counted.
@@ -136,6 +148,11 @@ pub enum EngineError {
     /// A thread, descriptor or memory could not be had.
     #[error("cannot start a shard: {0}; lower --shards, --slots or --slot-size, or raise the limits that `infill doctor` shows")]
     Resources(#[source] std::io::Error),
+}
+
+/// A time as the machine counts it.
+fn as_ns(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What all threads of the engine share. Shards only write what is their own; the flags change rarely.

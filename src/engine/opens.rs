@@ -49,7 +49,6 @@ pub(super) struct News {
 /// See the module's description.
 #[derive(Debug)]
 pub(super) struct Opens {
-    timeout: Duration,
     state: Mutex<State>,
     /// Something was queued.
     work: Condvar,
@@ -59,6 +58,8 @@ pub(super) struct Opens {
 
 #[derive(Debug, Default)]
 struct State {
+    /// How long after it came an open is refused, if it has no answer then.
+    timeout: Duration,
     queued: VecDeque<Pending>,
     later: Vec<(Instant, Pending)>,
     /// What a thread is looking up; `None`: it took too long and was refused.
@@ -118,7 +119,12 @@ impl State {
 impl Opens {
     /// Nothing yet. An open is refused `timeout` after it came, if it has no answer then.
     pub(super) fn new(timeout: Duration) -> Self {
-        Self { timeout, state: Mutex::default(), work: Condvar::new(), news: Condvar::new() }
+        Self { state: Mutex::new(State { timeout, ..State::default() }), work: Condvar::new(), news: Condvar::new() }
+    }
+
+    /// Opens that come from now on are refused after another time.
+    pub(super) fn set_timeout(&self, timeout: Duration) {
+        self.lock().timeout = timeout;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -131,7 +137,8 @@ impl Opens {
         if state.ended || state.len() >= OPENS_MAX {
             return Err((open, charge));
         }
-        state.queued.push_back(Pending { open, charge, deadline: Instant::now() + self.timeout, pause: PAUSE_MIN });
+        let deadline = Instant::now() + state.timeout;
+        state.queued.push_back(Pending { open, charge, deadline, pause: PAUSE_MIN });
         self.work.notify_one();
         // Its deadline is to be watched, and perhaps there is no thread for it.
         self.news.notify_one();

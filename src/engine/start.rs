@@ -23,7 +23,7 @@ use super::ring::{self, Ring};
 use super::router::{BATCH_MAX, Router};
 use super::shard::{Intake, Parts, Shard};
 use super::stats::{ObjectReport, ShardReport, Snapshot};
-use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared};
+use super::{EngineError, EngineKind, FILLS_PER_NEED, Settings, Shared, as_ns};
 use crate::front::{Caps, FrontEnd};
 use crate::store::Store;
 
@@ -376,7 +376,7 @@ impl Plan {
             completion: self.settings.completion,
             slots: threads.map_or(self.settings.slots, |threads| threads.min(self.settings.slots)),
             fills_per_need: FILLS_PER_NEED,
-            timeout_ns: u64::try_from(self.settings.request_timeout.as_nanos()).unwrap_or(u64::MAX),
+            timeout_ns: as_ns(self.settings.request_timeout),
             probe: caps.holes_are_absent,
             sinks_know: caps.sinks_know,
         };

@@ -31,7 +31,7 @@ pub struct Service {
     pub(super) blobs: Arc<Blobs>,
     entry: Entry,
     store: Arc<dyn Store>,
-    settings: ServiceSettings,
+    settings: Mutex<ServiceSettings>,
     notes: Mutex<Notes>,
     /// Images that are mounted, and not asked for: they outlived all that an earlier daemon has left.
     owed: Mutex<Vec<Image>>,
@@ -61,7 +61,7 @@ impl Service {
         files.sort_unstable();
         files.dedup();
         let owed = files.iter().filter(|file| !blobs.serves(file)).flat_map(|file| notes.find(file)).collect();
-        let (notes, owed) = (Mutex::new(notes), Mutex::new(owed));
+        let (settings, notes, owed) = (Mutex::new(settings), Mutex::new(notes), Mutex::new(owed));
         Self { blobs, entry, store, settings, notes, owed, leases: Leases::default(), prefetches: Prefetches::default() }
     }
 
@@ -69,6 +69,16 @@ impl Service {
     #[must_use]
     pub const fn store(&self) -> &Arc<dyn Store> {
         &self.store
+    }
+
+    /// Makes images ready in another way from now on.
+    pub fn set(&self, patience: Duration, read_ahead_bytes: Option<u64>) {
+        let mut settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner);
+        (settings.patience, settings.read_ahead_bytes) = (patience, read_ahead_bytes);
+    }
+
+    fn settings(&self) -> ServiceSettings {
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Does what has to be done from time to time, and brings what is to be brought, until the process ends.
@@ -132,15 +142,15 @@ impl Service {
     /// # Errors
     /// See [`AttachError`].
     pub fn attach(&self, image: &Image) -> Result<(Prepared, Vec<Pinned>), AttachError> {
-        let own = image.key();
+        let (settings, own) = (self.settings(), image.key());
         let found = self.store.open(&own)?.ok_or(AttachError::NotFound(own))?;
         let named = devices::names_of(&*found);
         if image.devices.is_empty() && named.iter().any(Vec::is_empty) {
             return Err(AttachError::Nameless { image: image.name.clone(), devices: named.len() });
         }
         let pin = |(at, key): (usize, &Key)| {
-            let whole = at == 0 && !self.settings.asked_for_metadata;
-            self.blobs.attach(&self.entry, &*self.store, key, whole, self.settings.patience)
+            let whole = at == 0 && !settings.asked_for_metadata;
+            self.blobs.attach(&self.entry, &*self.store, key, whole, settings.patience)
         };
         let pins = image.keys(&named).iter().enumerate().map(pin).collect::<Result<Vec<_>, _>>()?;
         let mut paths = pins.iter().map(|pin| pin.file().path().to_owned());
@@ -149,7 +159,7 @@ impl Service {
             devices: paths.collect(),
             len_bytes: pins.iter().map(|pin| pin.file().len_bytes()).sum(),
             present_bytes: pins.iter().map(|pin| pin.file().map().present_bytes()).sum(),
-            read_ahead_bytes: self.settings.read_ahead_bytes,
+            read_ahead_bytes: settings.read_ahead_bytes,
         };
         if let Some(file) = prepared.image.file_name() {
             // Before it can be mounted.
@@ -160,7 +170,7 @@ impl Service {
 
     /// Brings a range of a blob.
     pub(super) fn bring(&self, pin: &Pinned, range: ByteRange) -> Result<(), AttachError> {
-        pin.bring(&self.entry, range, self.settings.patience)
+        pin.bring(&self.entry, range, self.settings().patience)
     }
 
     /// Lets go of what nobody has mounted any more. Gives the number of blobs.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
+use serde::Serialize;
 
 use super::exit;
 use super::keeper::{Keeper, KeeperError};
@@ -23,7 +23,7 @@ const KEEPER_LIFE_MIN: Duration = Duration::from_secs(1);
 const IN_UNIT: &str = "INVOCATION_ID";
 
 /// Who keeps the device.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KeepMode {
     /// systemd if it started this process and listens, else a keeper.
@@ -268,6 +268,11 @@ impl Keep {
     /// Tells the service manager, if there is one, that requests are being answered.
     pub fn ready(&self) {
         self.notify.iter().for_each(Notify::ready);
+    }
+
+    /// Tells it that the settings are being read again; [`Keep::ready`] must follow.
+    pub fn reloading(&self) {
+        self.notify.iter().for_each(Notify::reloading);
     }
 
     /// Tells it that the daemon ends.

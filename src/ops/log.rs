@@ -1,17 +1,18 @@
-//! The log: lines on standard error, for people or as JSON.
+//! The log: lines on standard error, for people or as JSON. Its level can be changed while the daemon runs.
 
 use std::io::IsTerminal;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload::{self, Handle};
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{Layer, Registry, fmt, reload};
+use tracing_subscriber::{Layer, Registry, fmt};
 
 use crate::config::{LogFormat, LogLevel};
 
-/// What is logged now, and the way to change that.
-static NOW: OnceLock<Mutex<(LogLevel, reload::Handle<LevelFilter, Registry>)>> = OnceLock::new();
+/// The level of this process's log, once it was started.
+static LEVEL: OnceLock<Handle<LevelFilter, Registry>> = OnceLock::new();
 
 /// Starts logging; to be called once.
 pub fn start(level: LogLevel, format: LogFormat) {
@@ -23,30 +24,27 @@ pub fn start(level: LogLevel, format: LogFormat) {
     };
     // A second start, in a test, changes nothing.
     if tracing_subscriber::registry().with(filter).with(lines).try_init().is_ok() {
-        let _ = NOW.set(Mutex::new((level, handle)));
+        let _ = LEVEL.set(handle);
     }
 }
 
-/// The least important messages that are logged.
+/// Logs from now on what is at least as important as `level`; before [`start`] it does nothing.
+pub fn set_level(level: LogLevel) {
+    if let Some(handle) = LEVEL.get() {
+        // It fails only without a subscriber, and that one lives as long as the process.
+        let _ = handle.reload(filter(level));
+    }
+}
+
+/// The least important messages that are logged; before [`start`], the default.
 #[must_use]
 pub fn level() -> LogLevel {
-    NOW.get().map_or_else(LogLevel::default, |now| now.lock().unwrap_or_else(PoisonError::into_inner).0)
-}
-
-/// Logs these from now on.
-///
-/// # Errors
-/// Nothing is logged in this process.
-pub fn set_level(level: LogLevel) -> Result<(), String> {
-    let now = NOW.get().ok_or("this process has no log; start it as infill serve")?;
-    let mut now = now.lock().unwrap_or_else(PoisonError::into_inner);
-    let before = std::mem::replace(&mut now.0, level);
-    now.1.reload(filter(level)).map_err(|error| error.to_string())?;
-    drop(now);
-    if before != level {
-        tracing::info!(before = ?before, now = ?level, "log level");
+    match LEVEL.get().and_then(Handle::clone_current) {
+        Some(LevelFilter::OFF | LevelFilter::ERROR) => LogLevel::Error,
+        Some(LevelFilter::WARN) => LogLevel::Warn,
+        Some(LevelFilter::INFO) | None => LogLevel::Info,
+        Some(LevelFilter::DEBUG | LevelFilter::TRACE) => LogLevel::Debug,
     }
-    Ok(())
 }
 
 const fn filter(level: LogLevel) -> LevelFilter {
@@ -55,5 +53,22 @@ const fn filter(level: LogLevel) -> LevelFilter {
         LogLevel::Warn => LevelFilter::WARN,
         LogLevel::Info => LevelFilter::INFO,
         LogLevel::Debug => LevelFilter::DEBUG,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// For all of this process, so it ends as it began.
+    #[test]
+    fn the_level_changes_while_it_runs() {
+        start(LogLevel::Error, LogFormat::Text);
+        for set in [LogLevel::Debug, LogLevel::Warn, LogLevel::Info, LogLevel::Error] {
+            set_level(set);
+            assert_eq!(level(), set);
+            assert_eq!(tracing::enabled!(tracing::Level::DEBUG), set == LogLevel::Debug);
+            assert_eq!(tracing::enabled!(tracing::Level::WARN), set != LogLevel::Error);
+        }
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::pipe2;
 
 use super::passing;
@@ -53,6 +54,13 @@ impl Notify {
     /// Requests are being answered.
     pub fn ready(&self) {
         self.tell("READY=1");
+    }
+
+    /// The settings are being read again; [`Notify::ready`] must follow (`Type=notify-reload`, systemd.service(5)). The time
+    /// tells the manager which of its requests that answers.
+    pub fn reloading(&self) {
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+        self.tell(&format!("RELOADING=1\nMONOTONIC_USEC={}", now.as_micros()));
     }
 
     /// The daemon ends.
@@ -140,6 +148,10 @@ mod tests {
         let mut bytes = [0; 100];
         let (len, fd) = read(&mut bytes);
         assert!(&bytes[..len] == b"READY=1" && fd.is_none());
+        notify.reloading();
+        let (len, _) = read(&mut bytes);
+        let said = str::from_utf8(&bytes[..len]).unwrap();
+        assert!(said.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").is_some_and(|us| us.parse::<u64>().unwrap() > 0), "{said}");
         let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).unwrap();
         let kept = std::thread::scope(|scope| {
             let sender = scope.spawn(|| notify.store("cachefiles", theirs.as_fd()));

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use hyper::Method;
-use infill::config::Options;
+use infill::config::{DROP_INS, Given, Origin, keys};
 use infill::control::routes::{Asked, Daemon, Images, Kind, Metrics, Refusal, Site, Step, take};
 use infill::control::wire::{ImageList, Prefetch, Prepared, Ready, Stage, Wanted};
 use infill::front::cachefiles::layout::{MARK, Place, fanout_name, volume_key};
@@ -185,25 +185,49 @@ pub(crate) fn superblock(bytes: &[u8]) -> u64 {
     taken((found.block_bytes, found.extra_devices > 0, range.is_some()))
 }
 
-/// A settings file, and the values in it: they are taken or refused with a line that names the file.
+/// A settings file with two beside it, and the values in them.
+///
+/// 1. They are taken, or refused with one line.
+/// 2. A setting is from the last file that has it, and from none only if it is the default.
 pub(crate) fn settings(bytes: &[u8]) -> u64 {
     static FILE: OnceLock<PathBuf> = OnceLock::new();
     let file = FILE.get_or_init(|| scratch("settings").join("config.toml"));
-    // Another file each time: to cut one off and fill it again makes ext4 write it to the disk at once.
-    let _ = fs::remove_file(file);
-    fs::write(file, bytes).unwrap();
-    match Options::default().look(Some(file.as_path())) {
-        Ok(config) => {
+    let drop_ins = file.with_file_name(DROP_INS);
+    let _ = fs::create_dir(&drop_ins);
+    let [main, first, second] = parts(bytes);
+    for (path, text) in [(file, main), (&drop_ins.join("1.toml"), first), (&drop_ins.join("2.toml"), second)] {
+        // Another file each time: to cut one off and fill it again makes ext4 write it to the disk at once.
+        let _ = fs::remove_file(path);
+        if path == file || !text.is_empty() {
+            fs::write(path, text).unwrap();
+        }
+    }
+    match Given::default().settings(Some(file.as_path())) {
+        Ok(settings) => {
+            let config = &settings.config;
             assert!(config.slots > 0 && config.slot_bytes.is_power_of_two() && config.shards > 0);
-            taken((config.stores.len(), config.user.is_some(), config.fd_budget.is_some(), config.seed.len()))
+            let slots = keys::find("slots").unwrap();
+            let is_set = |text: &[u8]| String::from_utf8_lossy(text).lines().any(|line| line.starts_with("slots = "));
+            match settings.origin(slots) {
+                Origin::Default => assert_eq!(settings.text(slots), "16"),
+                Origin::File { path, .. } => assert!(!is_set(second) || path.ends_with("2.toml") || is_multi_line(second)),
+                other => panic!("{other}"),
+            }
+            let from = keys::all().filter(|key| settings.origin(*key) != Origin::Default).count();
+            taken((config.stores.len(), config.user.is_some(), config.fd_budget.is_some(), config.seed.len(), from))
         }
         Err(error) => {
             let text = error.to_string();
-            assert!(!text.is_empty());
+            assert_eq!(text.lines().count(), 1, "{text}");
             // The kind of error, not the values in it.
             taken(text.chars().rev().filter(char::is_ascii_lowercase).take(40).collect::<String>())
         }
     }
+}
+
+/// Whether what looks like a line of its own may be within a text.
+fn is_multi_line(text: &[u8]) -> bool {
+    text.windows(3).any(|three| matches!(three, b"\"\"\"" | b"'''"))
 }
 
 /// Notes that infill finds in its directories, and texts of an operator: limits, blobs that were seen, stores.

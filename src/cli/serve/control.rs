@@ -2,8 +2,9 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
+use super::reload::Shown;
 use crate::cli::Failure;
 use crate::config::{Config, FrontEndKind};
 use crate::control::routes::Site;
@@ -61,10 +62,16 @@ fn is_wanted(config: &Config, path: &Path) -> bool {
 }
 
 /// What clients see.
-pub(super) fn daemon(look: Look, images: Option<Arc<dyn Images>>) -> Daemon {
+pub(super) fn daemon(look: Look, settings: Shown, images: Option<Arc<dyn Images>>) -> Daemon {
     let front_end = look.front_end();
     let scraped = look.clone();
     let metrics = move || Metrics { content_type: metrics::CONTENT_TYPE, body: metrics::render(scraped.status()) };
     let statistics = move || serde_json::to_value(look.status()).unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() }));
-    Daemon { front_end, statistics: Box::new(statistics), metrics: Box::new(metrics), config: Box::new(|| serde_json::json!({})), images }
+    Daemon {
+        front_end,
+        statistics: Box::new(statistics),
+        metrics: Box::new(metrics),
+        config: Box::new(move || settings.lock().unwrap_or_else(PoisonError::into_inner).clone().into()),
+        images,
+    }
 }

@@ -1,12 +1,14 @@
 //! `infill serve`: the daemon.
 
+mod check;
 mod control;
 mod front;
+pub(super) mod reload;
 mod repair;
 
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,8 +18,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use self::control::Sockets;
 use self::front::{CacheOf, Opened};
+use self::reload::{Live, Reload};
 use super::Failure;
-use crate::config::{Config, Options};
+use crate::config::{self, Config, Given, Resolved};
 use crate::control::Images;
 use crate::engine::placement::{self, Seat};
 use crate::engine::room::NoRoom;
@@ -49,7 +52,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", env = "INFILL_CONFIG")]
     config: Option<PathBuf>,
     #[command(flatten)]
-    options: Options,
+    options: Given,
     /// Print a line for each answered read
     #[arg(long)]
     trace_requests: bool,
@@ -59,7 +62,7 @@ pub struct ServeArgs {
     /// Replace mounts from files that outlived an earlier daemon and its keepers, as infill repair does
     #[arg(long)]
     repair: bool,
-    /// Check the settings, print nothing if they are good, and end
+    /// Check the settings, that the stores and the user exist, print nothing if all is good, and end
     #[arg(long)]
     check_config: bool,
     /// The socket of the model kernel: 0, standard input (for tests)
@@ -73,10 +76,13 @@ pub struct ServeArgs {
 /// Whatever keeps it from serving, with the exit code that says what kind it is.
 pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let ServeArgs { config: file, options, trace_requests, json, repair, check_config, sim_socket } = args;
-    let config = options.resolve(file.as_deref()).map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    let settings = options.settings(file.as_deref()).and_then(Resolved::with_store);
+    let settings = settings.map_err(|error| Failure::new(exit::BAD_CONFIGURATION, error))?;
+    let config = settings.config.clone();
     if check_config {
-        return Ok(());
+        return check::check(&config);
     }
+    let mut reload = Reload::new(file.clone(), options, &settings);
     log::start(config.log_level, config.log_format);
     // Before the first thread, so that all of them leave signals to this one.
     let signals = Signals::block().map_err(|error| Failure::new(exit::FAILED, format!("cannot receive signals: {error}")))?;
@@ -102,7 +108,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     let seats = placement::seats();
     // It does what this process will not be permitted, and waits for it.
     let repairing = if repair { repair::start(&config, file.as_deref(), &opened)? } else { None };
-    let store = confine_to(&config, user.as_ref(), store)?;
+    let store = confine_to(&config, file.as_deref(), user.as_ref(), store)?;
     let space = space::Settings { cache_dir: config.cache_dir.clone(), limits: opened.limits, budget_bytes: config.cache_bytes };
     let (steward, no_room) = start_steward(space, cache)?.unzip();
     if user.is_some() {
@@ -119,10 +125,11 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         .with_blobs(opened.blobs.clone())
         .after(opened.restored, seeded_bytes);
     let images = mounts.clone().map(|mounts| mounts as Arc<dyn Images>);
-    sockets.serve(control::daemon(look.clone(), images))?;
+    sockets.serve(control::daemon(look.clone(), reload.shown(), images))?;
     repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
     announce(&config, &opened, &engine);
-    let result = serve(&config, engine, &look, &signals, &mut opened);
+    let live = Live { engine: engine.entry(), steward: steward.as_ref(), mounts: mounts.as_deref() };
+    let result = serve(engine, &look, &live, &mut reload, &signals, &mut opened);
     // While it looks at a file, that is not idle.
     steward.into_iter().for_each(Steward::stop);
     if let Some(mounts) = mounts {
@@ -168,9 +175,11 @@ fn become_user(config: &Config) -> Result<Option<User>, Failure> {
 
 /// Gives up what serving does not need, before there is a second thread. Gives the stores, opened again as whom and
 /// with what is left: what the daemon will not be able to read shows now.
-fn confine_to(config: &Config, user: Option<&User>, before: Arc<dyn Store>) -> Result<Arc<dyn Store>, Failure> {
+fn confine_to(config: &Config, file: Option<&Path>, user: Option<&User>, before: Arc<dyn Store>) -> Result<Arc<dyn Store>, Failure> {
     drop(before);
-    let readable: Vec<_> = config.stores.iter().map(StoreSpec::path).collect();
+    let mut readable: Vec<_> = config.stores.iter().map(StoreSpec::path).collect();
+    // For SIGHUP. Not only the file that is there now: who changes it may put another one in its place.
+    readable.push(config::directory(file));
     let writable = [config.cache_dir.as_path()];
     let kept = Kept { user, readable: &readable, writable: &writable };
     let parts = confine::confine(config.confine, &kept).map_err(|error| Failure::new(error.exit_code(), error))?;
@@ -298,7 +307,14 @@ fn announce(config: &Config, opened: &Opened, engine: &Engine) {
 }
 
 /// Waits for signals, for the engine or a keeper to die.
-fn serve(config: &Config, engine: Engine, look: &Look, signals: &Signals, opened: &mut Opened) -> Result<Snapshot, EngineError> {
+fn serve(
+    engine: Engine,
+    look: &Look,
+    live: &Live<'_>,
+    reload: &mut Reload,
+    signals: &Signals,
+    opened: &mut Opened,
+) -> Result<Snapshot, EngineError> {
     while !engine.has_failed() {
         if wait_for(signals, &engine, opened.keep.as_ref()) {
             opened.renew();
@@ -310,7 +326,11 @@ fn serve(config: &Config, engine: Engine, look: &Look, signals: &Signals, opened
                 break;
             }
             Some(Event::Report) => tracing::info!("{}", json_text(&look.statistics())),
-            Some(Event::Reload) => tracing::warn!("settings are read at start only; restart infill to change them"),
+            Some(Event::Reload) => {
+                opened.keep.iter().for_each(Keep::reloading);
+                reload.reload(live);
+                opened.keep.iter().for_each(Keep::ready);
+            }
             None => {}
         }
     }
@@ -318,7 +338,7 @@ fn serve(config: &Config, engine: Engine, look: &Look, signals: &Signals, opened
     if !opened.blobs.as_ref().is_some_and(|blobs| blobs.is_idle()) {
         say_what_becomes(engine.snapshot().objects, opened.keep.as_ref());
     }
-    engine.stop(config.drain_timeout, || signals.next() == Some(Event::Stop))
+    engine.stop(reload.drain_timeout, || signals.next() == Some(Event::Stop))
 }
 
 /// Says what becomes of images that are mounted when the daemon ends.

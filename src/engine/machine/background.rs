@@ -1,6 +1,8 @@
 //! The background: objects of which readers seem to want all are completed, piece by piece, when no fill that
 //! somebody asked for or that a window wants is left to start.
 
+use std::num::NonZeroU64;
+
 use super::groups::Class;
 use super::{Action, Handle, Machine, Object};
 use crate::engine::plan::Complete;
@@ -58,6 +60,12 @@ impl<T> Machine<T> {
         object.goal.parts.insert(&part);
         object.goal.at = object.goal.at.min(part.start);
         self.resume_background(handle);
+    }
+
+    /// Keeps to another rate; the pause that belongs to the old one is over.
+    pub(super) const fn set_background_rate(&mut self, bytes_per_s: Option<NonZeroU64>) {
+        self.limits.completion.bytes_per_s = bytes_per_s;
+        self.background.due_ns = 0;
     }
 
     /// Goes on with what is to be completed of an object.

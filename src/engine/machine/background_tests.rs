@@ -102,6 +102,20 @@ fn the_rate_is_kept() {
 }
 
 #[test]
+fn another_rate_counts_at_once() {
+    let mut driver = Driver::new(always(1));
+    driver.open(1, 64);
+    driver.act();
+    driver.end_all(&(0..0));
+    // Hours, for what was brought.
+    assert!(driver.machine.next_deadline().is_some_and(|due_ns| due_ns > 3_600_000_000_000));
+    driver.machine.tune(LIMITS.timeout_ns, None);
+    driver.act();
+    driver.end_all(&(0..0));
+    assert_eq!(driver.machine.counters().bytes_filled, 64 * PAGE);
+}
+
+#[test]
 fn a_closed_or_broken_object_ends_its_background() {
     let mut driver = Driver::new(always(0));
     let handle = driver.open(1, 1000);

@@ -27,6 +27,7 @@ mod jobs;
 mod needs;
 
 use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -226,6 +227,13 @@ impl<T> Machine<T> {
     /// anew.
     pub fn wait_for_room(&mut self, wanted: bool) {
         self.waits_for_room = wanted;
+    }
+
+    /// Goes on by other limits: on the time that a need may wait for its answer, also one that waits already, and on bytes a
+    /// second that are brought in the background.
+    pub const fn tune(&mut self, timeout_ns: u64, bytes_per_s: Option<NonZeroU64>) {
+        self.limits.timeout_ns = timeout_ns;
+        self.set_background_rate(bytes_per_s);
     }
 
     /// An object comes to life. An object of the same id that is still open is closed first.

@@ -14,7 +14,7 @@ mod stream;
 
 use std::num::NonZeroU64;
 
-use serde::Deserialize;
+use serde::Serialize;
 
 use crate::range::{ByteRange, align_down, align_up, intersect};
 
@@ -43,7 +43,7 @@ pub enum Window {
 }
 
 /// When the rest of an object is brought in the background.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Complete {
     /// The parts of which readers have asked so much that they seem to want all, as the adaptive window sees it.

@@ -27,7 +27,7 @@ use super::router::BATCH_MAX;
 use super::spin::Spin;
 use super::stats::{Gauges, ShardStats};
 use super::trace::Tracer;
-use super::{EngineError, Shared, probe};
+use super::{EngineError, Shared, Tuning, as_ns, probe};
 use crate::front::{Caps, NeedRequest, ObjectId, Sink, Ticket};
 use crate::range::ByteRange;
 
@@ -164,6 +164,9 @@ impl<I: Io> Shard<I> {
                 Message::Close(object) => self.machine.close(object),
                 Message::Evict(count) => self.make_room(count),
                 Message::Keep(object, sink) => self.keep(object, sink),
+                Message::Tune(Tuning { request_timeout, complete_bytes_per_s, .. }) => {
+                    self.machine.tune(as_ns(request_timeout), complete_bytes_per_s);
+                }
             }
             if self.answers.is_due(self.clock.now_ns()) {
                 self.act();

@@ -71,6 +71,31 @@ fn fault_hanging_source_fails_its_readers_in_time_and_no_other() {
     assert_eq!(engine.stop(PATIENCE, || false).unwrap().needs_timed_out, 20);
 }
 
+/// Settings of an hour do not hold a reader when they become shorter while it waits.
+#[test]
+fn a_time_limit_that_is_changed_holds_for_readers_that_wait_already() {
+    let (reader, _writer) = nix::unistd::pipe().unwrap();
+    let store = Arc::new(PipeAndFile { pipe: Mutex::new(Some(reader)), file: OneBlob::new() });
+    let kernel = Kernel::new();
+    let (front, blobs) = (Arc::clone(&kernel) as Arc<dyn FrontEnd>, store as Arc<dyn Store>);
+    let hour = Duration::from_secs(3600);
+    let settings = Settings { request_timeout: hour, ..settings(EngineKind::Uring, 2) };
+    let engine = match Engine::start(&front, &blobs, &settings) {
+        Err(EngineError::NoRing(why)) => return eprintln!("not run: {why}"),
+        engine => engine.unwrap(),
+    };
+    let (_file, fd) = sink();
+    kernel.then([kernel.open_named(b"hangs", 1, 8, &fd), Step::Await(1), kernel.need(2, 8, 0..4096)]);
+    wait_until(|| engine.snapshot().oldest_ms > 100);
+    assert!(engine.entry().tune(Tuning {
+        open_timeout: PATIENCE,
+        request_timeout: Duration::from_millis(200),
+        complete_bytes_per_s: None
+    }));
+    assert_eq!(kernel.answers.of(2), LATE);
+    engine.stop(Duration::ZERO, || true).unwrap();
+}
+
 #[test]
 fn however_many_requests_wait_when_the_engine_ends_all_of_them_are_left() {
     // More than are answered together, and with an end that takes its time.

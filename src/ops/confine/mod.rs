@@ -19,7 +19,7 @@ mod user;
 
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::Serialize;
 
 pub use self::user::{Account, User, UserError};
 use super::exit;
@@ -28,7 +28,7 @@ use super::exit;
 const THREADS: &str = "/proc/self/task";
 
 /// How much is given up (`--confine`).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// As much as the kernel has; what is missing is logged.

@@ -102,6 +102,7 @@ pub struct Steward {
     thread: JoinHandle<()>,
     stop: Arc<EventFd>,
     statistics: Arc<Mutex<Statistics>>,
+    budget_bytes: Arc<Mutex<Option<u64>>>,
 }
 
 impl Steward {
@@ -116,24 +117,30 @@ impl Steward {
     ) -> io::Result<Self> {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let statistics = Arc::<Mutex<Statistics>>::default();
-        let (asked, shared) = (Arc::clone(&stop), Arc::clone(&statistics));
+        let budget_bytes = Arc::new(Mutex::new(settings.budget_bytes));
+        let (asked, shared, wanted) = (Arc::clone(&stop), Arc::clone(&statistics), Arc::clone(&budget_bytes));
         let thread = Builder::new().name("infill-space".to_owned()).spawn(move || {
             let path = settings.cache_dir.display().to_string();
             if let Err(why) = take_cache_powers() {
                 tracing::warn!("{path}: cannot use the capabilities that looking after the cache takes: {why}");
             }
-            match open().and_then(|cache| Worker::new(cache, &settings, no_room, shared)) {
+            match open().and_then(|cache| Worker::new(cache, &settings, no_room, shared, wanted)) {
                 Ok(mut worker) => worker.work(&asked),
                 Err(error) => tracing::error!("{path}: no space will be made in the cache: {error}"),
             }
         })?;
-        Ok(Self { thread, stop, statistics })
+        Ok(Self { thread, stop, statistics, budget_bytes })
     }
 
     /// For those who want to know what it knows, also when it has ended.
     #[must_use]
     pub fn watch(&self) -> Watch {
         Watch(Arc::clone(&self.statistics))
+    }
+
+    /// Has it keep to another budget, from its next look on ([`POLL`]).
+    pub fn set_budget(&self, budget_bytes: Option<u64>) {
+        *lock(&self.budget_bytes) = budget_bytes;
     }
 
     /// Ends the thread, which lets go of the device.
@@ -172,6 +179,8 @@ struct Worker<C> {
     cache: C,
     limits: Limits,
     budget_bytes: Option<u64>,
+    /// What the budget is to be from the next look on.
+    wanted: Arc<Mutex<Option<u64>>>,
     no_room: NoRoom,
     statistics: Arc<Mutex<Statistics>>,
     /// The cull mark was passed, and the run mark is not reached yet.
@@ -204,12 +213,19 @@ enum Trouble {
 }
 
 impl<C: Cache> Worker<C> {
-    fn new(cache: C, settings: &Settings, no_room: NoRoom, statistics: Arc<Mutex<Statistics>>) -> Result<Self, CacheDirError> {
+    fn new(
+        cache: C,
+        settings: &Settings,
+        no_room: NoRoom,
+        statistics: Arc<Mutex<Statistics>>,
+        wanted: Arc<Mutex<Option<u64>>>,
+    ) -> Result<Self, CacheDirError> {
         let size = room(cache.dir()).map_err(CacheDirError::io(cache.dir().path(), "query its file system"))?;
         Ok(Self {
             cache,
             limits: limits(&settings.limits, &size),
             budget_bytes: settings.budget_bytes,
+            wanted,
             no_room,
             statistics,
             culling: false,
@@ -257,6 +273,7 @@ impl<C: Cache> Worker<C> {
         };
         self.tidy();
         self.counted.iter_mut().for_each(|(count, _)| count.closed_since |= closed);
+        self.take_budget();
         let need = match self.budget_bytes {
             _ if self.culling => Need::Room,
             Some(_) => Need::Budget,
@@ -268,6 +285,14 @@ impl<C: Cache> Worker<C> {
             self.tell(Trouble::TooFull, None);
         }
         Ok(())
+    }
+
+    /// Takes over the budget that is wanted now; what was counted says nothing about another one.
+    fn take_budget(&mut self) {
+        let wanted = *lock(&self.wanted);
+        if wanted != self.budget_bytes {
+            (self.budget_bytes, self.counted) = (wanted, None);
+        }
     }
 
     /// Whether the kernel goes on to find no room where there is plenty by all that is known here.
