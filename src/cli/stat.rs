@@ -53,7 +53,7 @@ fn table(health: &Health, stat: &Value, images: &ImageList) -> String {
     let lines = [
         ("infill", format!("{version}, pid {pid}, {front_end}, {} x {}, log {}", number("shards"), text("engine"), text("log_level"))),
         ("requests", format!("{} served, {} failed, {} timed out", number("requests"), number("failed"), number("timed_out"))),
-        ("waiting", format!("{}, the oldest for {} ms; {} operations are stuck", number("pending"), number("oldest_ms"), number("stuck"))),
+        ("waiting", format!("{}, the oldest for {} ms; stuck operations: {}", number("pending"), number("oldest_ms"), number("stuck"))),
         ("answers", format!("p50 {} us, p99 {} us, p99.9 {} us", number("p50_us"), number("p99_us"), number("p999_us"))),
         ("brought", format!("{} ({} before anybody asked)", bytes("bytes_filled"), bytes("bytes_unasked"))),
         ("objects", format!("{} open, {} of {} descriptors", number("objects"), number("fds"), number("fds_budget"))),
