@@ -67,9 +67,8 @@ const LIFE_MS: u64 = 400;
 fn a_daemon_that_dies_while_images_are_mounted_costs_time_and_no_byte() {
     let Some(host) = app() else { return };
     let mut rng = Rng::new(5);
-    let mut daemon = Daemon::start(&host, &["--window=4K"]);
-    let (mut lives, mut failed) = (1, 0);
-    std::thread::scope(|scope| {
+    let (daemon, lives, failed) = std::thread::scope(|scope| {
+        let (mut daemon, mut lives) = (Daemon::start(&host, &["--window=4K"]), 1);
         let mounting = scope.spawn(|| {
             let mut failed = 0;
             for _ in 0..MOUNTS {
@@ -95,7 +94,7 @@ fn a_daemon_that_dies_while_images_are_mounted_costs_time_and_no_byte() {
             daemon = Daemon::start(&host, &["--window=4K"]);
             lives += 1;
         }
-        failed = mounting.join().unwrap();
+        (daemon, lives, mounting.join().unwrap())
     });
     println!("{MOUNTS} mounts by {lives} daemons, {failed} tries failed");
     assert!(lives > 2);
