@@ -459,7 +459,7 @@ impl Images for NoImages {
     }
 
     fn repair(&self, file: &Path) -> Result<Ready, Refusal> {
-        Err(Refusal::new(Kind::Conflict, file.display()))
+        Err(Refusal::new(Kind::Conflict, format!("not mounted of {}", file.display())))
     }
 
     fn end_lease(&self, id: &str) -> bool {
