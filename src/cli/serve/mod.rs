@@ -2,6 +2,7 @@
 
 mod front;
 mod repair;
+mod watchdog;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -15,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
 use self::front::{CacheOf, Opened};
+use self::watchdog::Watchdog;
 use super::Failure;
 use crate::config::{Config, Options};
 use crate::engine::buffers::Pages;
@@ -86,6 +88,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
             "this program lies on EROFS, perhaps on an image that it would have to serve to itself; run a copy from another file system";
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
+    let mut watchdog = Watchdog::from_env();
     let claimed = front::claim(&config)?;
     let user = become_user(&config)?;
     let store = open_stores(&config)?;
@@ -116,7 +119,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
     announce(&config, &opened, &engine);
     let started = engine.started().clone();
-    let result = serve(&config, engine, steward.as_ref(), &signals, &mut opened);
+    let result = serve(&config, engine, steward.as_ref(), &signals, &mut opened, watchdog.as_mut());
     // While it looks at a file, that is not idle.
     let space = steward.map(Steward::stop);
     if let Some(mounts) = mounts {
@@ -302,12 +305,14 @@ fn serve(
     steward: Option<&Steward>,
     signals: &Signals,
     opened: &mut Opened,
+    mut watchdog: Option<&mut Watchdog>,
 ) -> Result<Snapshot, EngineError> {
     while !engine.has_failed() {
-        if wait_for(signals, &engine, opened.keep.as_ref()) {
+        if wait_for(signals, &engine, opened.keep.as_ref(), watchdog.as_deref().map(Watchdog::due_in)) {
             opened.renew();
             engine.leave_rest(is_kept(opened.keep.as_ref()));
         }
+        watchdog.iter_mut().for_each(|watchdog| watchdog.look(opened.front().name(), &engine));
         match signals.next() {
             Some(Event::Stop) => {
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
@@ -340,13 +345,18 @@ fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
     }
 }
 
-/// Waits until there is something to do; `true`: a keeper has died.
-fn wait_for(signals: &Signals, engine: &Engine, keep: Option<&Keep>) -> bool {
+/// Waits until there is something to do, for so long at most; `true`: a keeper has died.
+fn wait_for(signals: &Signals, engine: &Engine, keep: Option<&Keep>, at_most: Option<Duration>) -> bool {
     let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(engine.ended(), PollFlags::POLLIN)];
     fds.extend(keep.into_iter().flat_map(Keep::watch).map(|keeper| PollFd::new(keeper, PollFlags::POLLIN)));
     // An interrupted wait is looked at like any other.
-    let _ = poll(&mut fds, PollTimeout::NONE);
+    let _ = poll(&mut fds, at_most.map_or(PollTimeout::NONE, rounded_up));
     fds.iter().skip(2).any(|fd| fd.any().unwrap_or(false))
+}
+
+/// Not a moment too short, which would wait again and again.
+fn rounded_up(time: Duration) -> PollTimeout {
+    PollTimeout::try_from(time + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
 }
 
 /// Waits until all traced requests are printed. Not for ever: a shard that hangs keeps its tracer, and whoever
