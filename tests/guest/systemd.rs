@@ -8,18 +8,20 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use infill::lab::systemd::{CACHE_DIR, JOB_DIR};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use crate::guest::{ASKED_OFTEN, Guest, INFILL, ReadCount, data, with_blob};
+use crate::guest::{ASKED_OFTEN, AT_WORK, Guest, INFILL, ReadCount, data, drop_caches, with_blob};
 use crate::readers::{How, Readers, expect_equal};
 use crate::seed::wait_until_unbound;
 use crate::{Outcome, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     ("systemd_unit_starts_and_serves", starts_and_serves),
-    ("systemd_stop_and_start_under_readers", |g| under_readers(g, 1, stop_and_start)),
-    ("systemd_restart_under_readers", |g| under_readers(g, 3, |unit| unit.systemctl(&["restart", SERVICE]).map(drop))),
-    ("systemd_kill_nine_under_readers", |g| under_readers(g, 3, kill_nine)),
-    ("systemd_watchdog_ends_a_daemon_that_hangs_under_readers", |g| under_readers(g, 1, hang)),
+    ("systemd_stop_and_start_under_readers", |g| under_readers(g, &["tree"], stop_and_start)),
+    ("systemd_restart_under_readers", |g| under_readers(g, &["one", "tree"], |unit, _| unit.systemctl(&["restart", SERVICE]).map(drop))),
+    ("systemd_kill_nine_under_readers", |g| under_readers(g, &["one", "tree"], |unit, _| kill_nine(unit))),
+    ("systemd_watchdog_ends_a_daemon_that_hangs_under_readers", |g| under_readers(g, &["tree"], hang)),
     ("systemd_connection_to_a_socket_starts_the_unit", connection_starts),
     ("systemd_unit_ends_cachefilesd", ends_cachefilesd),
     ("systemd_second_daemon_is_refused_in_one_line", second_daemon),
@@ -46,6 +48,8 @@ const BAD_CONFIGURATION: &str = "78";
 const NO_RESTART: Duration = Duration::from_secs(4);
 /// A shorter watchdog than the unit has, and longer than a busy machine needs for a turn.
 const SHORT_WATCHDOG: &str = "[Service]\nWatchdogSec=8s\n";
+/// The same.
+const SHORT_WATCHDOG_LIMIT: Duration = Duration::from_secs(8);
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -63,13 +67,15 @@ impl<'a> Unit<'a> {
         guest.stock(names)?;
         let mut unit = Self { guest, earlier: 0 };
         unit.earlier = unit.journal()?.len();
-        run("install", &["-m", "755", &format!("{JOB_DIR}/infill"), INFILL])?;
-        for name in [SERVICE].into_iter().chain(SOCKETS) {
-            run("install", &["-m", "644", &format!("{JOB_DIR}/units/{name}"), UNIT_DIR])?;
+        if !Path::new(INFILL).exists() {
+            run("install", &["-m", "755", &format!("{JOB_DIR}/infill"), INFILL])?;
+            let units = [SERVICE].into_iter().chain(SOCKETS).map(|name| format!("{JOB_DIR}/units/{name}"));
+            let arguments: Vec<_> = ["-m", "644", "-t", UNIT_DIR].map(str::to_owned).into_iter().chain(units).collect();
+            run("install", &arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
+            unit.systemctl(&["daemon-reload"])?;
         }
         fs::create_dir_all("/etc/infill")?;
         fs::write(CONFIG, format!("version = 1\n[serve]\nstore = [\"dir:{}\"]\n{settings}", guest.store.display()))?;
-        unit.systemctl(&["daemon-reload"])?;
         Ok(unit)
     }
 
@@ -145,6 +151,10 @@ fn run(program: &str, arguments: &[&str]) -> Result<String> {
     Err(format!("{program} {} failed ({status}): {}", arguments.join(" "), String::from_utf8_lossy(&stderr).trim()).into())
 }
 
+fn signal(pid: &str, signal: Signal) -> Outcome {
+    Ok(kill(Pid::from_raw(pid.parse()?), signal)?)
+}
+
 fn one_image() -> String {
     with_blob("one.img", "one.blob")
 }
@@ -175,28 +185,41 @@ fn starts_and_serves(guest: &mut Guest) -> Outcome {
     Ok(())
 }
 
-/// Readers read a cold image while something happens to the daemon so many times; each byte must come, and be right.
-fn under_readers(guest: &mut Guest, times: u64, happens: fn(&Unit<'_>) -> Outcome) -> Outcome {
+/// For each of some cold images: readers read it while something happens to the daemon; each byte must come, and be right.
+fn under_readers(guest: &mut Guest, images: &[&str], happens: fn(&Unit<'_>, &mut Readers) -> Outcome) -> Outcome {
     let settings = ASKED_OFTEN.map(|flag| flag.trim_start_matches("--").replace('=', " = \"") + "\"\n").concat();
-    let unit = Unit::install(guest, &["one.img", "one.blob"], &settings)?;
+    let files: Vec<_> = images.iter().flat_map(|name| [format!("{name}.img"), format!("{name}.blob")]).collect();
+    let unit = Unit::install(guest, &files.iter().map(String::as_str).collect::<Vec<_>>(), &settings)?;
     unit.systemctl(&["start", SERVICE])?;
-    let at = unit.guest.mount(&one_image())?;
-    let reads = ReadCount::start()?;
-    let readers = Readers::start(&at, &data("one.json"), 4, How::Read)?;
-    reads.await_more(1)?;
-    (0..times).try_for_each(|_| happens(&unit))?;
-    readers.expect_equal().map_err(|error| format!("{error}; the journal:\n{}", unit.new_lines().join("\n")))?;
-    // Whatever has been read above, the next daemon serves all the same.
-    expect_equal(&at, &data("one.json"), 2, How::Read)?;
+    let (reads, mut mounts) = (ReadCount::start()?, Vec::new());
+    for name in images {
+        let (at, manifest) = (unit.guest.mount(&with_blob(&format!("{name}.img"), &format!("{name}.blob")))?, data(&format!("{name}.json")));
+        let mut readers = Readers::start(&at, &manifest, 4, How::Read)?;
+        reads.await_more(AT_WORK)?;
+        at_work(&mut readers)?;
+        happens(&unit, &mut readers)?;
+        readers.expect_equal().map_err(|error| format!("{error}; the journal:\n{}", unit.new_lines().join("\n")))?;
+        mounts.push((at, manifest));
+    }
     unit.expect("ActiveState", "active")?;
-    unit.guest.umount(&at)
+    // What the next daemon has brought into the cache beside what the first one had.
+    drop_caches()?;
+    for (at, manifest) in &mounts {
+        expect_equal(at, manifest, 2, How::Read)?;
+        unit.guest.umount(at)?;
+    }
+    Ok(())
+}
+
+fn at_work(readers: &mut Readers) -> Outcome {
+    if readers.are_at_work() { Ok(()) } else { Err("the readers are done, and nothing has happened to them".into()) }
 }
 
 fn is_mounted(at: &str) -> Result<bool> {
     Ok(fs::read_to_string("/proc/mounts")?.lines().any(|line| line.split(' ').nth(2) == Some("erofs") && line.contains(at)))
 }
 
-fn stop_and_start(unit: &Unit<'_>) -> Outcome {
+fn stop_and_start(unit: &Unit<'_>, readers: &mut Readers) -> Outcome {
     unit.systemctl(&["stop", SERVICE])?;
     unit.expect("ActiveState", "inactive")?;
     unit.expect("Result", "success")?;
@@ -204,30 +227,30 @@ fn stop_and_start(unit: &Unit<'_>) -> Outcome {
         return Err("stopping the unit has unmounted an image".into());
     }
     std::thread::sleep(Duration::from_secs(1));
+    at_work(readers)?;
     unit.systemctl(&["start", SERVICE]).map(drop)
 }
 
 fn kill_nine(unit: &Unit<'_>) -> Outcome {
     let restarts = unit.number("NRestarts")?;
-    run("kill", &["-9", &unit.show("MainPID")?])?;
+    signal(&unit.show("MainPID")?, Signal::SIGKILL)?;
     unit.await_restart(restarts + 1)
 }
 
 /// A process that is stopped does nothing, which is what a shard that hangs does.
-fn hang(unit: &Unit<'_>) -> Outcome {
+fn hang(unit: &Unit<'_>, readers: &mut Readers) -> Outcome {
     let drop_in = Path::new(RUNTIME_UNIT_DIR).join(format!("{SERVICE}.d"));
     fs::create_dir_all(&drop_in)?;
     fs::write(drop_in.join("watchdog.conf"), SHORT_WATCHDOG)?;
     unit.systemctl(&["daemon-reload"])?;
     unit.systemctl(&["restart", SERVICE])?;
-    // It is fed for longer than it waits.
-    std::thread::sleep(Duration::from_secs(10));
-    let restarts = unit.number("NRestarts")?;
-    if restarts != 0 {
-        return Err(format!("{restarts} restarts of a daemon that is well; the journal:\n{}", unit.new_lines().join("\n")).into());
-    }
-    run("kill", &["-STOP", &unit.show("MainPID")?])?;
+    at_work(readers)?;
+    signal(&unit.show("MainPID")?, Signal::SIGSTOP)?;
     unit.await_restart(1)?;
+    // The next one is fed for longer than the watchdog waits.
+    let pid = unit.show("MainPID")?;
+    std::thread::sleep(SHORT_WATCHDOG_LIMIT + Duration::from_secs(2));
+    unit.expect("MainPID", &pid)?;
     fs::remove_dir_all(&drop_in)?;
     unit.systemctl(&["daemon-reload"])?;
     match unit.new_lines().iter().any(|line| line.contains("Watchdog timeout")) {
