@@ -198,13 +198,7 @@ impl Cell {
         let accelerator = qemu::accelerator(&kernel.image).map_err(text)?;
         let (mut machine, monitor) = (self.machine(&kernel, fixtures, names, scratch)?, scratch.join("monitor"));
         machine.monitor = Some(monitor.clone());
-        eprintln!(
-            "infill: booting Linux {} ({}, {}) for {} tests",
-            kernel.version,
-            accelerator.name(),
-            self.world.name(),
-            names.len()
-        );
+        eprintln!("infill: booting Linux {} ({}, {}) for {} tests", kernel.version, accelerator.name(), self.world.name(), names.len());
         let mut transcript = Transcript { monitor: Monitor { path: monitor, connection: None }, ..Transcript::default() };
         let ending = machine.run(accelerator, &mut |line| transcript.line(line, self));
         let ending = ending.map_err(text)?;

@@ -193,7 +193,8 @@ fn under_readers(guest: &mut Guest, images: &[&str], happens: fn(&Unit<'_>, &mut
     unit.systemctl(&["start", SERVICE])?;
     let (reads, mut mounts) = (ReadCount::start()?, Vec::new());
     for name in images {
-        let (at, manifest) = (unit.guest.mount(&with_blob(&format!("{name}.img"), &format!("{name}.blob")))?, data(&format!("{name}.json")));
+        let (at, manifest) =
+            (unit.guest.mount(&with_blob(&format!("{name}.img"), &format!("{name}.blob")))?, data(&format!("{name}.json")));
         let mut readers = Readers::start(&at, &manifest, 4, How::Read)?;
         reads.await_more(AT_WORK)?;
         at_work(&mut readers)?;
