@@ -7,6 +7,7 @@ pub mod docs;
 pub mod doctor;
 mod foreground;
 mod human;
+pub mod install;
 mod leased;
 pub mod log_level;
 pub mod mount;
@@ -46,6 +47,7 @@ enum Verb {
     Top(top::TopArgs),
     LogLevel(log_level::LogLevelArgs),
     Release(release::ReleaseArgs),
+    Install(install::InstallArgs),
     #[command(subcommand)]
     Config(config::ConfigVerb),
     /// Find out whether this host can serve images, and what to do if not
@@ -112,6 +114,7 @@ pub fn main() -> ExitCode {
         Verb::Top(args) => top::run(&args),
         Verb::LogLevel(args) => log_level::run(&args),
         Verb::Release(args) => release::run(&args),
+        Verb::Install(args) => install::run(&args),
         Verb::Keeper => crate::ops::keeper::main()
             .map_err(|e| Failure::new(exit::FAILED, format!("the keeper is started by infill serve; there is no other use for it: {e}"))),
         Verb::Doctor(args) => match doctor::run(*args) {

@@ -16,6 +16,7 @@
 //! | `buffers` | memory that operations use |
 //! | `room` | the bell for writes that found no room |
 //! | `stats`, `trace`, `advice`, `clock` | what is counted, what is shown, what is said, and when |
+//! | `pulse` | whether all shards go on |
 
 mod advice;
 mod attached;
@@ -37,6 +38,7 @@ pub mod placement;
 pub mod plan;
 pub mod presence;
 mod probe;
+pub mod pulse;
 pub mod ring;
 pub mod room;
 mod router;

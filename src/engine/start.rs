@@ -174,6 +174,10 @@ impl Engine {
         &self.started
     }
 
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// What it has done.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {

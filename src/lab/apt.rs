@@ -1,4 +1,4 @@
-//! Source packages by apt: those that the machine's own package sources offer, or those of another suite of its mirror, by
+//! Packages by apt: those that the machine's own package sources offer, or those of another suite of its mirror, by
 //! settings that are kept beside the machine's and change nothing of them.
 
 use std::fs;
@@ -72,6 +72,44 @@ impl Apt {
             run(self.get().arg("update"))?;
         }
         download()
+    }
+
+    /// The file names of these packages and of all that they depend on, as if nothing was installed; `None`: something is not
+    /// offered, or the lists are not there.
+    #[must_use]
+    pub fn offered_with_dependencies(&self, wanted: &[&str]) -> Option<Vec<String>> {
+        packages::find("apt-get")?;
+        let output = run(self.get_all(wanted).arg("--print-uris")).ok()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Some(text.split_whitespace().filter(|word| word.ends_with(".deb")).map(str::to_owned).collect())
+    }
+
+    /// Downloads them into `dir`.
+    ///
+    /// # Errors
+    /// What apt-get said.
+    pub fn download_with_dependencies(&self, wanted: &[&str], dir: &Path) -> Result<()> {
+        fs::create_dir_all(dir.join("partial")).trying(|| format!("cannot make {}", dir.display()))?;
+        let download = || {
+            let mut get = self.get_all(wanted);
+            get.arg(format!("-oDir::Cache::archives={}", dir.display()));
+            run(get.arg("--download-only")).map(drop)
+        };
+        if download().is_ok() {
+            return Ok(());
+        }
+        if self.refreshes {
+            run(self.get().arg("update"))?;
+        }
+        download()
+    }
+
+    fn get_all(&self, wanted: &[&str]) -> Command {
+        let mut get = self.get();
+        // Nothing is installed, so that nothing has to be locked.
+        get.args(["-oDir::State::status=/dev/null", "-oDebug::NoLocking=1", "--no-install-recommends", "-y", "install"]);
+        get.args(wanted);
+        get
     }
 
     fn get(&self) -> Command {

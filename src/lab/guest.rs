@@ -15,13 +15,13 @@ use super::qemu::{Disk, Machine};
 use super::{LabError, Result, Trying};
 
 /// Guest memory: the initramfs, the page cache of a test tree, and the daemon's buffers.
-const MEMORY_MIB: u32 = 1024;
+pub(super) const MEMORY_MIB: u32 = 1024;
 /// Two processors: enough for races, and what small build machines have.
-const CPUS: u32 = 2;
+pub(super) const CPUS: u32 = 2;
 /// The cache disk's size; the image is sparse.
-const CACHE_BYTES: u64 = 768 << 20;
+pub(super) const CACHE_BYTES: u64 = 768 << 20;
 /// A guest that has work prints something more often than this, also when it is emulated.
-const IDLE_LIMIT: Duration = Duration::from_secs(180);
+pub(super) const IDLE_LIMIT: Duration = Duration::from_secs(180);
 
 /// What goes into a guest.
 #[derive(Debug)]

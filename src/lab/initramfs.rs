@@ -125,8 +125,8 @@ impl<W: Write> Archive<W> {
     }
 }
 
-/// The program's bytes without debug information, which can be nine tenths of it.
-fn stripped(program: &Path) -> Result<Vec<u8>> {
+/// A program's bytes without debug information, which can be nine tenths of it.
+pub(super) fn stripped(program: &Path) -> Result<Vec<u8>> {
     static COPIES: AtomicU32 = AtomicU32::new(0);
     let number = COPIES.fetch_add(1, Ordering::Relaxed);
     let copy = std::env::temp_dir().join(format!("infill-strip-{}-{number}", std::process::id()));

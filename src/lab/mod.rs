@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!  packages   what the machine lacks -> apt-get, or one error that names the command
-//!  apt        source packages of the machine's release, or of a newer suite
+//!  apt        packages of the machine's release, or of a newer suite
 //!  kernel     source package + kernel.config -> bzImage, cached outside the checkout
 //!  initramfs  programs with their libraries, files, nodes -> a newc archive
 //!  disk       ext4, XFS and EROFS images
 //!  blobs      an EROFS image of thousands of blobs
 //!  tree       a directory tree, and the manifest that says what it must read as
 //!  guest      the guest both users want: infill inside, a cache disk, a store disk
+//!  systemd    a guest whose first process is systemd, on a root file system of Debian packages
 //!  qemu       kernel + initramfs + disks -> a boot, its console line by line, and how it ended
 //!  demo       the job of `infill demo`, here or in a guest, and the tree it serves
 //!  bench      the job of `infill bench guest`, and its figures
@@ -29,6 +30,7 @@ pub mod kernel;
 pub mod packages;
 pub mod progress;
 pub mod qemu;
+pub mod systemd;
 pub mod tree;
 
 use std::fmt::Display;

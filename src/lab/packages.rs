@@ -49,6 +49,9 @@ pub const GUEST_TOOLS: &[Tool] = &[
     tool("strip", "binutils"),
 ];
 
+/// For making the root file system of a guest with systemd.
+pub const ROOT_TOOLS: &[Tool] = &[tool("apt-get", "apt"), tool("dpkg-deb", "dpkg"), tool("tar", "tar"), tool("mke2fs", "e2fsprogs")];
+
 /// For counting instructions.
 pub const BENCH_TOOLS: &[Tool] = &[tool("valgrind", "valgrind")];
 

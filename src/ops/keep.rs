@@ -26,7 +26,7 @@ const IN_UNIT: &str = "INVOCATION_ID";
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KeepMode {
-    /// systemd if it started this process and listens, else a keeper.
+    /// systemd if it started this process and says that it stores; else a keeper, and systemd too if it listens.
     #[default]
     Auto,
     /// systemd's store of descriptors: FileDescriptorStoreMax= in the unit.
@@ -163,12 +163,22 @@ impl Keep {
                 self.leave_systemd();
                 self.leave_keepers()
             }
+            KeepMode::Auto if self.notify.is_some() && notify::says_it_stores() => {
+                self.hold_by_systemd(device)?;
+                self.leave_keepers()
+            }
+            // Before 254, systemd does not say whether it stores, and what it stores goes when the unit is stopped.
             KeepMode::Auto if self.notify.is_some() => {
                 self.hold_by_systemd(device)?;
-                if self.stored == Stored::Surely { self.leave_keepers() } else { Ok(()) }
+                self.hold_by_keepers(device)
             }
             KeepMode::Systemd => {
                 self.hold_by_systemd(device)?;
+                if self.stored == Stored::Perhaps {
+                    tracing::warn!(
+                        "systemd (before 254, or without FileDescriptorStoreMax=1 in the unit) does not say whether it keeps the device: without that, a restart breaks mounted images"
+                    );
+                }
                 self.leave_keepers()
             }
             KeepMode::Auto | KeepMode::Keeper => {
@@ -184,11 +194,6 @@ impl Keep {
         if self.stored == Stored::No {
             notify.store(FD_NAME, device).map_err(|errno| KeepError::Systemd(errno.into()))?;
             self.stored = if notify::says_it_stores() { Stored::Surely } else { Stored::Perhaps };
-        }
-        if self.stored == Stored::Perhaps {
-            tracing::warn!(
-                "systemd (before 254, or without FileDescriptorStoreMax=1 in the unit) does not say whether it keeps the device: without that, a restart breaks mounted images"
-            );
         }
         Ok(())
     }
@@ -240,7 +245,8 @@ impl Keep {
     #[must_use]
     pub fn by(&self) -> Option<&'static str> {
         match (self.stored, self.keepers.iter().any(Option::is_some)) {
-            (Stored::Surely, _) => Some("systemd"),
+            (Stored::Surely, false) => Some("systemd"),
+            (Stored::Surely, true) => Some("systemd and a keeper"),
             (_, true) => Some("a keeper"),
             (Stored::Perhaps, false) => Some("systemd, if it has a store for this unit,"),
             (Stored::No, false) => None,

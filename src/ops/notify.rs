@@ -68,6 +68,16 @@ impl Notify {
         self.tell("STOPPING=1");
     }
 
+    /// All is well, so that the watchdog waits once more (`WatchdogSec=`).
+    pub fn alive(&self) {
+        self.tell("WATCHDOG=1");
+    }
+
+    /// What `systemctl status` is to show: one line.
+    pub fn status(&self, line: &str) {
+        self.tell(&format!("STATUS={line}"));
+    }
+
     /// Nothing is done if nobody listens any more: the daemon serves all the same.
     fn tell(&self, state: &str) {
         if let Err(errno) = passing::send(self.0.as_fd(), state.as_bytes(), None) {
@@ -106,6 +116,20 @@ impl Notify {
             _ => Ok(()),
         }
     }
+}
+
+/// How soon after each other the manager wants to hear that all is well, at the latest, before it ends this process
+/// (sd_watchdog_enabled(3)); `None`: it does not.
+#[must_use]
+pub fn watchdog() -> Option<Duration> {
+    watchdog_of(|name| std::env::var(name).ok())
+}
+
+fn watchdog_of(variable: impl Fn(&str) -> Option<String>) -> Option<Duration> {
+    let number = |name| variable(name)?.parse::<u64>().ok();
+    // Inherited from a parent that it was meant for.
+    let is_for_another = variable("WATCHDOG_PID").is_some() && number("WATCHDOG_PID") != Some(std::process::id().into());
+    number("WATCHDOG_USEC").filter(|usec| *usec > 0 && !is_for_another).map(Duration::from_micros)
 }
 
 /// Whether the manager said that it keeps descriptors for this service (`$FDSTORE`, systemd 254). `false` says nothing
@@ -171,6 +195,18 @@ mod tests {
         let mut text = String::new();
         File::from(ours).read_to_string(&mut text).unwrap();
         assert_eq!(text, "x");
+    }
+
+    #[test]
+    fn the_watchdog_is_that_of_this_process() {
+        let of = |usec: &str, pid: Option<String>| {
+            watchdog_of(|name| if name == "WATCHDOG_USEC" { Some(usec.to_owned()) } else { pid.clone().filter(|_| name == "WATCHDOG_PID") })
+        };
+        let this = std::process::id();
+        assert_eq!(of("30000000", None), Some(Duration::from_secs(30)));
+        assert_eq!(of("30000000", Some(this.to_string())), Some(Duration::from_secs(30)));
+        assert_eq!(of("30000000", Some((this + 1).to_string())), None);
+        assert!(of("0", None).is_none() && of("soon", None).is_none() && watchdog_of(|_| None).is_none());
     }
 
     #[test]

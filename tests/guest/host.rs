@@ -11,17 +11,25 @@ use std::time::Duration;
 
 use infill::lab::disk::{self, CacheFs};
 use infill::lab::guest::GuestPlan;
-use infill::lab::qemu::Disk;
+use infill::lab::kernel::Kernel;
+use infill::lab::qemu::{Disk, Ending, Machine};
+use infill::lab::systemd::{JOB_DIR, SystemdPlan};
 use infill::lab::{kernel, packages, qemu};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::density::TEN_THOUSAND;
 use crate::fixtures::Fixtures;
 use crate::runner::{FAILED, INSIDE, OK, START};
-use crate::tests_of;
+use crate::{Test, systemd, tests_of};
 
 /// Where the guest has this program.
 const GUEST_PROGRAM: &str = "/bin/guest-tests";
+/// Its name where a guest has it on a disk.
+const PROGRAM_NAME: &str = "guest-tests";
+/// What comes with infill for systemd.
+const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tuning/systemd");
+/// The file system under the cache of a guest with systemd.
+const SYSTEMD_CACHE_FS: CacheFs = CacheFs::Ext4;
 /// How long one boot with all tests may take, emulated on a busy machine.
 const TOTAL_LIMIT: Duration = Duration::from_secs(1800);
 /// A console line that begins so goes on with a command for the emulator's monitor.
@@ -37,10 +45,36 @@ const HANGING_DISK_BYTES: u64 = 64 << 20;
 /// How many console lines of a failed test are shown.
 const TAIL_LINES: usize = 60;
 
-/// A kernel with a file system under the cache, and what its guests have said so far.
+/// What the guest is, beside its kernel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum World {
+    /// Nothing but the tests, with the cache on such a file system.
+    Bare(CacheFs),
+    /// A root file system with systemd.
+    Systemd,
+}
+
+impl World {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Bare(fs) => fs.name(),
+            Self::Systemd => "systemd",
+        }
+    }
+
+    fn tests(self, series: &str) -> Vec<Test> {
+        match self {
+            Self::Bare(_) => tests_of(series),
+            Self::Systemd if series == kernel::SERIES[0] => systemd::TESTS.to_vec(),
+            Self::Systemd => Vec::new(),
+        }
+    }
+}
+
+/// A kernel in a world, and what its guests have said so far.
 struct Cell {
     series: &'static str,
-    fs: CacheFs,
+    world: World,
     bench: Arc<Bench>,
     state: Mutex<State>,
     changed: Condvar,
@@ -72,11 +106,11 @@ pub(crate) fn main() -> ExitCode {
     let (mut trials, mut cells) = (Vec::new(), Vec::new());
     let bench = Arc::new(Bench::default());
     for series in kernel::SERIES.into_iter().chain([kernel::FROM_FILES]) {
-        for fs in [CacheFs::Ext4, CacheFs::Xfs] {
-            let cell = Arc::new(Cell { series, fs, bench: Arc::clone(&bench), state: Mutex::default(), changed: Condvar::new() });
-            let has_time_for_all = (series, fs) == (kernel::SERIES[0], CacheFs::Ext4);
-            for (test, _) in tests_of(series).into_iter().filter(|(test, _)| has_time_for_all || *test != TEN_THOUSAND) {
-                let name = format!("k{}::{}::{test}", series.replace('.', "_"), fs.name());
+        for world in [World::Bare(CacheFs::Ext4), World::Bare(CacheFs::Xfs), World::Systemd] {
+            let cell = Arc::new(Cell { series, world, bench: Arc::clone(&bench), state: Mutex::default(), changed: Condvar::new() });
+            let has_time_for_all = (series, world) == (kernel::SERIES[0], World::Bare(CacheFs::Ext4));
+            for (test, _) in world.tests(series).into_iter().filter(|(test, _)| has_time_for_all || *test != TEN_THOUSAND) {
+                let name = format!("k{}::{}::{test}", series.replace('.', "_"), world.name());
                 let its_cell = Arc::clone(&cell);
                 let trial = Trial::ignorable_test(name, move || {
                     if skip {
@@ -162,36 +196,50 @@ impl Cell {
         let fixtures = self.bench.fixtures()?;
         let kernel = kernel::ensure(self.series).map_err(text)?;
         let accelerator = qemu::accelerator(&kernel.image).map_err(text)?;
+        let (mut machine, monitor) = (self.machine(&kernel, fixtures, names, scratch)?, scratch.join("monitor"));
+        machine.monitor = Some(monitor.clone());
+        eprintln!("infill: booting Linux {} ({}, {}) for {} tests", kernel.version, accelerator.name(), self.world.name(), names.len());
+        let mut transcript = Transcript { monitor: Monitor { path: monitor, connection: None }, ..Transcript::default() };
+        let ending = machine.run(accelerator, &mut |line| transcript.line(line, self));
+        let ending = ending.map_err(text)?;
+        transcript.end(&ending, self)
+    }
+
+    /// The guest that runs these tests.
+    fn machine(&self, kernel: &Kernel, fixtures: &Fixtures, names: &[&str], scratch: &Path) -> Result<Machine, String> {
+        let text = |e: infill::lab::LabError| e.to_string();
+        let infill = Path::new(env!("CARGO_BIN_EXE_infill"));
         let this_program = std::env::current_exe().map_err(|e| e.to_string())?;
+        let World::Bare(cache_fs) = self.world else {
+            let plan = SystemdPlan {
+                kernel,
+                programs: &[(PROGRAM_NAME, &this_program), ("infill", infill)],
+                dirs: &[("units", Path::new(UNITS))],
+                cache_fs: SYSTEMD_CACHE_FS,
+                store_disk: &fixtures.disk,
+                command: format!("{JOB_DIR}/{PROGRAM_NAME} {INSIDE} {}", names.join(" ")),
+                total_limit: TOTAL_LIMIT,
+            };
+            return plan.build(scratch).map_err(text);
+        };
         let mke2fs = packages::find("mke2fs").ok_or("mke2fs is not installed")?;
         let mut argv = vec![GUEST_PROGRAM.to_owned(), INSIDE.to_owned()];
         argv.extend(names.iter().map(|&name| name.to_owned()));
         let plan = GuestPlan {
-            kernel: &kernel,
+            kernel,
             programs: &[(GUEST_PROGRAM, &this_program), ("/sbin/mke2fs", &mke2fs)],
-            infill: Path::new(env!("CARGO_BIN_EXE_infill")),
+            infill,
             files: &[],
-            cache_fs: self.fs,
+            cache_fs,
             store_disk: &fixtures.disk,
             argv,
             total_limit: TOTAL_LIMIT,
         };
         let mut machine = plan.build(scratch).map_err(text)?;
-        let (hanging, monitor) = (scratch.join("hanging.img"), scratch.join("monitor"));
+        let hanging = scratch.join("hanging.img");
         disk::ext4(&hanging, HANGING_DISK_BYTES, None).map_err(text)?;
         machine.disks.push(Disk { path: hanging, throw_away: false });
-        machine.monitor = Some(monitor.clone());
-        eprintln!(
-            "infill: booting Linux {} ({}) with the cache on {} for {} tests",
-            kernel.version,
-            accelerator.name(),
-            self.fs.name(),
-            names.len()
-        );
-        let mut transcript = Transcript { monitor: Monitor { path: monitor, connection: None }, ..Transcript::default() };
-        let ending = machine.run(accelerator, &mut |line| transcript.line(line, self));
-        let ending = ending.map_err(text)?;
-        transcript.end(&ending.to_string(), self)
+        Ok(machine)
     }
 }
 
@@ -210,6 +258,8 @@ struct Transcript {
     lines: Vec<String>,
     reached_tests: bool,
     power_is_cut: bool,
+    /// All is well with the current test if the guest switches itself off.
+    goes_down: bool,
     monitor: Monitor,
 }
 
@@ -242,6 +292,8 @@ impl Transcript {
             self.current = Some(name.to_owned());
             self.lines.clear();
             self.reached_tests = true;
+        } else if line.strip_prefix(OK) == Some(systemd::GOES_DOWN) {
+            self.goes_down = true;
         } else if let Some(name) = line.strip_prefix(OK) {
             self.current = None;
             cell.record(name, Ok(()));
@@ -259,9 +311,10 @@ impl Transcript {
         self.reached_tests
     }
 
-    fn end(mut self, ending: &str, cell: &Cell) -> Result<(), String> {
+    fn end(mut self, ending: &Ending, cell: &Cell) -> Result<(), String> {
         let message = self.with_tail(&format!("guest died: {ending}"));
         match self.current.take() {
+            Some(test) if self.goes_down && *ending == Ending::PoweredOff => cell.record(&test, Ok(())),
             Some(test) if self.power_is_cut && cell.lock().cuts.insert(test.clone()) => {}
             Some(test) => cell.record(&test, Err(message)),
             None if !self.reached_tests => return Err(message),

@@ -1,5 +1,5 @@
 //! infill against real kernels: every promise that only a kernel can confirm, on Linux 6.12 and 6.1 through cachefiles, on
-//! Linux 7.2 from files, with the cache on ext4 and on XFS, in QEMU.
+//! Linux 7.2 from files, with the cache on ext4 and on XFS, in QEMU; and as a unit of a real systemd.
 //!
 //! One program, three roles. Started by `cargo test` it is the host: it boots a guest for each kernel and
 //! file system and turns what the guest prints into test results. Inside the guest it runs the tests, each
@@ -32,6 +32,7 @@ mod seed_in_use;
 mod serve;
 mod sources;
 mod space;
+mod systemd;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -52,7 +53,7 @@ fn tests_of(series: &str) -> Vec<Test> {
 
 /// All tests.
 fn tests() -> impl Iterator<Item = Test> {
-    tests_of(FROM_FILES).into_iter().chain(through_cachefiles())
+    tests_of(FROM_FILES).into_iter().chain(through_cachefiles()).chain(systemd::TESTS.iter().copied())
 }
 
 fn through_cachefiles() -> impl Iterator<Item = Test> {

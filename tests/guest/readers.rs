@@ -52,6 +52,11 @@ impl Readers {
         Ok(Self { children })
     }
 
+    /// Whether any is still reading.
+    pub(crate) fn are_at_work(&mut self) -> bool {
+        self.children.iter_mut().any(|(child, _)| matches!(child.try_wait(), Ok(None)))
+    }
+
     /// Waits until all are done; gives their complaints. A hung reader is an error.
     pub(crate) fn finish(mut self, limit: Duration) -> Result<Vec<String>, String> {
         let deadline = Instant::now() + limit;

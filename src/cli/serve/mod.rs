@@ -5,6 +5,7 @@ mod control;
 mod front;
 pub(super) mod reload;
 mod repair;
+mod watchdog;
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -19,6 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use self::control::Sockets;
 use self::front::{CacheOf, Opened};
 use self::reload::{Live, Reload};
+use self::watchdog::Watchdog;
 use super::Failure;
 use crate::config::{self, Config, Given, Resolved};
 use crate::control::Images;
@@ -94,6 +96,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
         return Err(Failure::new(exit::BAD_CONFIGURATION, message));
     }
     let mut passed = notify::passed();
+    let mut watchdog = Watchdog::from_env();
     let claimed = front::claim(&config)?;
     // With the rights of whoever starts it, and before anything is taken from the kernel.
     let sockets = Sockets::open(&config, &mut passed)?;
@@ -129,7 +132,7 @@ pub fn run(args: ServeArgs) -> Result<(), Failure> {
     repairing.map_or(Ok(()), repair::attend).map_err(|error| Failure::new(exit::FAILED, format!("no thread: {error}")))?;
     announce(&config, &opened, &engine);
     let live = Live { engine: engine.entry(), steward: steward.as_ref(), mounts: mounts.as_deref() };
-    let result = serve(engine, &look, &live, &mut reload, &signals, &mut opened);
+    let result = serve(engine, &look, &live, &mut reload, &signals, &mut opened, watchdog.as_mut());
     // While it looks at a file, that is not idle.
     steward.into_iter().for_each(Steward::stop);
     if let Some(mounts) = mounts {
@@ -314,12 +317,14 @@ fn serve(
     reload: &mut Reload,
     signals: &Signals,
     opened: &mut Opened,
+    mut watchdog: Option<&mut Watchdog>,
 ) -> Result<Snapshot, EngineError> {
     while !engine.has_failed() {
-        if wait_for(signals, &engine, opened.keep.as_ref()) {
+        if wait_for(signals, &engine, opened.keep.as_ref(), watchdog.as_deref().map(Watchdog::due_in)) {
             opened.renew();
             engine.leave_rest(is_kept(opened.keep.as_ref()));
         }
+        watchdog.iter_mut().for_each(|watchdog| watchdog.look(opened.front().name(), &engine));
         match signals.next() {
             Some(Event::Stop) => {
                 tracing::info!("stopping: finishing the reads that have begun; a second signal ends at once");
@@ -356,13 +361,18 @@ fn say_what_becomes(objects: u64, keep: Option<&Keep>) {
     }
 }
 
-/// Waits until there is something to do; `true`: a keeper has died.
-fn wait_for(signals: &Signals, engine: &Engine, keep: Option<&Keep>) -> bool {
+/// Waits until there is something to do, for so long at most; `true`: a keeper has died.
+fn wait_for(signals: &Signals, engine: &Engine, keep: Option<&Keep>, at_most: Option<Duration>) -> bool {
     let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(engine.ended(), PollFlags::POLLIN)];
     fds.extend(keep.into_iter().flat_map(Keep::watch).map(|keeper| PollFd::new(keeper, PollFlags::POLLIN)));
     // An interrupted wait is looked at like any other.
-    let _ = poll(&mut fds, PollTimeout::NONE);
+    let _ = poll(&mut fds, at_most.map_or(PollTimeout::NONE, rounded_up));
     fds.iter().skip(2).any(|fd| fd.any().unwrap_or(false))
+}
+
+/// Not a moment too short, which would wait again and again.
+fn rounded_up(time: Duration) -> PollTimeout {
+    PollTimeout::try_from(time + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
 }
 
 /// Waits until all traced requests are printed. Not for ever: a shard that hangs keeps its tracer, and whoever

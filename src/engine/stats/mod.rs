@@ -225,6 +225,11 @@ impl ShardStats {
         self.objects.load(Ordering::Relaxed)
     }
 
+    /// Turns of its event loop.
+    pub(super) fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
     /// How long the oldest request has waited.
     fn oldest_ms(&self, now_ns: u64) -> u64 {
         match self.oldest_ns.load(Ordering::Relaxed) {

@@ -3,7 +3,10 @@
 //! Only with a ring: threads that block would need a regular file whose reads hang, which only a kernel of one's own has
 //! (tests/guest/hang.rs).
 
+use std::cell::RefCell;
+
 use super::*;
+use crate::engine::pulse::Pulse;
 use crate::store::endless::Endless;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -116,4 +119,27 @@ fn however_many_requests_wait_when_the_engine_ends_all_of_them_are_left() {
     engine.stop(Duration::ZERO, || true).unwrap();
     let given: Vec<_> = kernel.answers.given.lock().unwrap().iter().map(|answer| answer.0).collect();
     assert_eq!(given, [1], "only the open has an answer");
+}
+
+#[test]
+fn a_shard_that_hangs_itself_is_seen_and_the_others_are_well() {
+    with_each_engine(2, |engine, kernel, _| {
+        let pulse = RefCell::new(Pulse::default());
+        // Longer than a shard that is well needs to hear its bell.
+        let look = || {
+            std::thread::sleep(TIMEOUT / 20);
+            engine.look(&mut pulse.borrow_mut())
+        };
+        wait_until(|| look().is_empty());
+        let mut steps = kernel.steps.lock().unwrap();
+        steps.push_back(close(1));
+        kernel.readable.write(1).unwrap();
+        // The shard that reads requests waits for the lock.
+        wait_until(|| look().iter().any(|still| still.shard == 0 && still.lasts > TIMEOUT / 5));
+        wait_until(|| look().iter().all(|still| still.shard == 0));
+        drop(steps);
+        wait_until(|| look().is_empty());
+        assert_eq!(engine.snapshot().closes, 1);
+        engine.stop(PATIENCE, || false).unwrap();
+    });
 }
