@@ -168,3 +168,40 @@ fn a_user_that_does_not_exist_is_named() {
     refused(&["serve", "--store", "dir:/tmp", "--user", "no-such-user"], 78, &["no-such-user", "UID:GID"]);
     refused(&["serve", "--store", "dir:/tmp", "--user", "root:wheel"], 78, &["user = root:wheel", "number of a group"]);
 }
+
+/// Where packages want it, twice; what an operator has changed stays.
+#[test]
+fn install_writes_all_that_belongs_to_it_and_takes_it_away_again() {
+    let root = tempfile::tempdir().expect("a scratch directory");
+    let at = |path: &str| root.path().join(path);
+    let install = |more: &[&str]| {
+        let root = root.path().to_str().expect("a scratch path is text");
+        let output = infill(&[&["install", "--root", root, "--prefix", "/usr"], more].concat());
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        String::from_utf8(output.stdout).expect("paths are text").lines().map(std::path::PathBuf::from).collect::<Vec<_>>()
+    };
+    let planned = install(&["--dry-run"]);
+    assert!(planned.iter().all(|path| !path.exists()), "a dry run has written");
+    assert_eq!(install(&[]), planned);
+    for path in [
+        "usr/bin/infill",
+        "usr/lib/systemd/system/infill.service",
+        "usr/lib/systemd/system/infill-control.socket",
+        "usr/share/man/man8/infill-serve.8",
+        "usr/share/man/man5/infill-config.5",
+        "usr/share/bash-completion/completions/infill",
+        "usr/share/infill/monitoring/alerts.yml",
+        "etc/infill/config.toml",
+    ] {
+        assert!(at(path).exists(), "{path} is missing; there is {planned:?}");
+    }
+    let version = Command::new(at("usr/bin/infill")).arg("--version").output().expect("what was installed runs");
+    assert!(version.status.success(), "{version:?}");
+    std::fs::write(at("etc/infill/config.toml"), "# mine\n").expect("a scratch file can be written");
+    assert_eq!(install(&[]).len(), planned.len() - 1, "the settings are left alone");
+    install(&["--remove"]);
+    let left: Vec<_> = planned.iter().filter(|path| path.exists()).collect();
+    assert_eq!(left, [&at("etc/infill/config.toml")]);
+    assert_eq!(std::fs::read_to_string(at("etc/infill/config.toml")).expect("it is there"), "# mine\n");
+    refused(&["install", "--root", "/proc/nowhere"], 1, &["cannot write /proc/nowhere/usr/local/bin/infill", "--root"]);
+}

@@ -1,9 +1,14 @@
 //! Dashboard, alerts and the page on metrics speak of what the daemon exports, and of nothing else.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+
+#[path = "common/promtool.rs"]
+mod promtool;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
+use self::promtool::promtool;
 use infill::ops::metrics::{names, render};
 use infill::ops::space;
 use infill::ops::status::{Statistics, Status};
@@ -59,11 +64,14 @@ fn the_page_explains_each_metric() {
 }
 
 #[test]
-fn promtool_takes_the_alerts() {
-    for arguments in [["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]] {
-        match Command::new("promtool").args(arguments).current_dir(docs().join("monitoring")).output() {
-            Ok(output) => assert!(output.status.success(), "{arguments:?}: {output:?}"),
-            Err(error) => println!("not run: promtool (Debian package prometheus): {error}"),
-        }
+fn promtool_takes_the_alerts_and_what_is_exported() {
+    let dir = docs().join("monitoring");
+    for (arguments, text) in [
+        (&["check", "rules", "alerts.yml"][..], String::new()),
+        (&["test", "rules", "alerts_test.yml"], String::new()),
+        (&["check", "metrics"], exported()),
+    ] {
+        let Some(output) = promtool(arguments, &dir, &text) else { return };
+        assert!(output.status.success() && output.stderr.is_empty(), "{arguments:?}: {output:?}");
     }
 }

@@ -16,6 +16,7 @@ const FILES: &[(&str, &[u8])] = &[
     ("lib/systemd/system/infill.service", include_bytes!("../../tuning/systemd/infill.service")),
     ("lib/systemd/system/infill-control.socket", include_bytes!("../../tuning/systemd/infill-control.socket")),
     ("lib/systemd/system/infill-metrics.socket", include_bytes!("../../tuning/systemd/infill-metrics.socket")),
+    ("lib/sysusers.d/infill.conf", include_bytes!("../../tuning/systemd/infill.sysusers")),
     ("share/infill/monitoring/alerts.yml", include_bytes!("../../docs/monitoring/alerts.yml")),
     ("share/infill/monitoring/dashboard.json", include_bytes!("../../docs/monitoring/dashboard.json")),
     ("share/infill/openapi.json", include_bytes!("../../docs/openapi.json")),
@@ -66,10 +67,10 @@ pub fn run(args: &InstallArgs) -> Result<(), Failure> {
     let (verb, act): (_, fn(&Item) -> io::Result<()>) =
         if args.remove { ("remove", |item| remove(&item.path)) } else { ("write", |item| write(&item.path, &item.bytes, item.mode)) };
     for item in &items {
-        say(&item.path);
         if !args.dry_run {
             act(item).map_err(|error| failed(verb, &item.path, &error))?;
         }
+        say(&item.path);
     }
     if !args.remove {
         settings(&args.root.join(SETTINGS), args.dry_run)?;
@@ -93,11 +94,11 @@ fn settings(path: &Path, dry_run: bool) -> Result<(), Failure> {
     if path.exists() {
         return Ok(());
     }
-    say(path);
-    if dry_run {
-        return Ok(());
+    if !dry_run {
+        write(path, config::template().as_bytes(), FILE_MODE).map_err(|error| failed("write", path, &error))?;
     }
-    write(path, config::template().as_bytes(), FILE_MODE).map_err(|error| failed("write", path, &error))
+    say(path);
+    Ok(())
 }
 
 fn say(path: &Path) {

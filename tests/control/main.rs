@@ -5,6 +5,8 @@
 
 mod hostile;
 mod permission;
+#[path = "../common/promtool.rs"]
+mod promtool;
 mod schema;
 mod sockets;
 mod work;

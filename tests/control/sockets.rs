@@ -4,8 +4,10 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
+use super::promtool::promtool;
 use super::{Daemon, Place, ask, parts, request, said, wait_until};
 
 /// One that cannot start: its exit code, and its one line.
@@ -84,11 +86,18 @@ fn metrics_are_scraped_on_a_socket_and_on_a_port_and_nothing_else_is_there() {
         stream.write_all(request(method, path, "").as_bytes()).unwrap();
         parts(&said(&mut stream))
     };
+    place.expect_right(place.open());
     let metrics = place.path("metrics.sock");
     for scrape in [&by_port as &dyn Fn(&str, &str) -> _, &|method: &str, path: &str| ask(&metrics, method, path, "")] {
         let (status, head, body) = scrape("GET", "/metrics");
         assert!(status == 200 && head.contains("content-type: text/plain; version=0.0.4"), "{status} {head}");
         assert!(body.contains("\ninfill_build_info{") && body.ends_with('\n'), "{body}");
+        for line in ["infill_requests_total{op=\"open\",result=\"ok\"} 1", "infill_blob_bytes{blob=\"dom/blob\"} 3000001"] {
+            assert!(body.lines().any(|found| found == line), "no {line} in {body}");
+        }
+        if let Some(checked) = promtool(&["check", "metrics"], Path::new("/"), &body) {
+            assert!(checked.status.success() && checked.stderr.is_empty(), "{checked:?}\n{body}");
+        }
         assert_eq!(scrape("GET", "/v1/stat").0, 404);
         let (status, head, _) = scrape("POST", "/metrics");
         assert!(status == 405 && head.contains("allow: get"), "{head}");
