@@ -55,16 +55,11 @@ pub const KNOBS: &[Knob] = &[
     },
     Knob {
         name: "fd-budget",
-        what: "descriptors for 1,000 blobs in use: --fd-budget 512, 8192",
-        lever: flags(&["--fd-budget=512"], &["--fd-budget=8192"]),
-        cells: &[Cell::Blobs { number: 1000 }],
+        what: "--fd-budget 512, 4096, for at most 1,000 images",
+        lever: flags(&["--fd-budget=512"], &["--fd-budget=4096"]),
+        cells: &[Cell::Images { number: 1000 }],
     },
-    Knob {
-        name: "window",
-        what: "--window auto, 1M",
-        lever: flags(&[], &["--window=1M"]),
-        cells: &[HDD_RANDOM, HDD_PART, HDD_IN_ORDER],
-    },
+    Knob { name: "window", what: "--window auto, 1M", lever: flags(&[], &["--window=1M"]), cells: &[HDD_RANDOM, HDD_PART, HDD_IN_ORDER] },
     Knob {
         name: "slot-size",
         what: "--slot-size 1M, 4M",
