@@ -10,6 +10,7 @@ pub mod prefetch;
 pub mod release;
 pub mod repair;
 pub mod serve;
+pub mod tune;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,7 @@ enum Verb {
     Release(release::ReleaseArgs),
     /// Find out whether this host can serve images, and what to do if not
     Doctor(Box<doctor::DoctorArgs>),
+    Tune(tune::TuneArgs),
     /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
     Demo(demo::DemoArgs),
     /// Measure: one command for each published table
@@ -89,6 +91,7 @@ pub fn main() -> ExitCode {
             Ok(code) => return code,
             Err(failure) => Err(failure),
         },
+        Verb::Tune(args) => tune::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(what) => bench::run(&what),
         Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(exit::FAILED, e)),
