@@ -19,15 +19,19 @@ const SECOND: &str = "/sys/fs/cgroup";
 pub(super) enum Limit {
     /// As good as nothing.
     Stopped,
-    /// So many reads a second at most: a disk that has to move its head for each.
-    ReadsPerS(u32),
+    /// So many reads, and so many bytes, a second at most: a disk that has to move its head for each.
+    Slow { reads_per_s: u64, bytes_per_s: u64 },
 }
 
 /// A group of one process. It is given back when dropped.
 pub(super) struct Throttle {
     group: PathBuf,
-    /// The setting, and its values.
-    setting: PathBuf,
+    settings: Vec<Setting>,
+}
+
+/// One file of the group, and its values.
+struct Setting {
+    path: PathBuf,
     throttled: String,
     free: String,
 }
@@ -42,23 +46,32 @@ impl Throttle {
         let device = format!("{}:{}", major(device), minor(device));
         let has_second =
             || fs::read_to_string(Path::new(SECOND).join("cgroup.controllers")).is_ok_and(|all| all.split_whitespace().any(|c| c == "io"));
-        let (of_first, of_second, value) = match limit {
-            Limit::Stopped => ("read_bps", "rbps", 1),
-            Limit::ReadsPerS(reads) => ("read_iops", "riops", reads),
+        // Names in groups of the first kind and of the second, and values.
+        let limits = match limit {
+            Limit::Stopped => vec![("read_bps", "rbps", 1)],
+            Limit::Slow { reads_per_s, bytes_per_s } => vec![("read_iops", "riops", reads_per_s), ("read_bps", "rbps", bytes_per_s)],
         };
-        let (root, setting, throttled, free) = if Path::new(FIRST).join("cgroup.procs").exists() {
-            (FIRST, format!("blkio.throttle.{of_first}_device"), format!("{device} {value}"), format!("{device} 0"))
-        } else if has_second() {
-            // It may be there already.
-            let _ = fs::write(Path::new(SECOND).join("cgroup.subtree_control"), "+io");
-            (SECOND, "io.max".to_owned(), format!("{device} {of_second}={value}"), format!("{device} {of_second}=max"))
-        } else {
+        let is_first = Path::new(FIRST).join("cgroup.procs").exists();
+        if !is_first && !has_second() {
             eprintln!("infill: not measured beside a slow disk: no control group can throttle one here");
             return Ok(None);
-        };
+        }
+        let root = if is_first { FIRST } else { SECOND };
+        if !is_first {
+            // It may be there already.
+            let _ = fs::write(Path::new(SECOND).join("cgroup.subtree_control"), "+io");
+        }
         let group = Path::new(root).join(format!("infill-bench-{pid}"));
         fs::create_dir_all(&group).trying(|| format!("cannot make {}", group.display()))?;
-        let throttle = Self { setting: group.join(setting), group, throttled, free };
+        let setting = |(of_first, of_second, value): (&str, &str, u64)| {
+            let (name, throttled, free) = if is_first {
+                (format!("blkio.throttle.{of_first}_device"), format!("{device} {value}"), format!("{device} 0"))
+            } else {
+                ("io.max".to_owned(), format!("{device} {of_second}={value}"), format!("{device} {of_second}=max"))
+            };
+            Setting { path: group.join(name), throttled, free }
+        };
+        let throttle = Self { settings: limits.into_iter().map(setting).collect(), group };
         let members = throttle.group.join("cgroup.procs");
         fs::write(&members, pid.to_string()).trying(|| format!("cannot write to {}", members.display()))?;
         Ok(Some(throttle))
@@ -69,8 +82,10 @@ impl Throttle {
     /// # Errors
     /// The kernel refuses it.
     pub(super) fn set(&self, holds_up: bool) -> Result<()> {
-        let value = if holds_up { &self.throttled } else { &self.free };
-        fs::write(&self.setting, value).trying(|| format!("cannot write {value} to {}", self.setting.display()))
+        self.settings.iter().try_for_each(|Setting { path, throttled, free }| {
+            let value = if holds_up { throttled } else { free };
+            fs::write(path, value).trying(|| format!("cannot write {value} to {}", path.display()))
+        })
     }
 }
 

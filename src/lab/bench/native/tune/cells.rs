@@ -26,8 +26,8 @@ use crate::lab::{Result, Trying};
 /// What a figure is called.
 pub(super) type Figure = &'static str;
 
-/// Reads a second of the disk that moves its head for each: a disk of 7,200 turns a minute.
-const HDD_READS_PER_S: u32 = 120;
+/// A disk of 7,200 turns a minute, which moves its head for each read.
+const HDD: Limit = Limit::Slow { reads_per_s: 120, bytes_per_s: 150_000_000 };
 /// The tree on it at most: it is read again and again.
 const HDD_TREE_BYTES: u64 = 96 << 20;
 /// Beside what is on the disk.
@@ -61,9 +61,9 @@ pub(super) enum Cell {
     Events { readers: usize },
     /// A tree, cold, the source in the page cache.
     Tree { readers: usize, order: Order },
-    /// A small tree, cold, from a disk that gives 120 reads a second.
+    /// A small tree, cold, from a disk that gives 120 reads and 150 MB a second.
     SlowTree { readers: usize, order: Order },
-    /// A file of 64 MiB in order, cold, the source in the page cache.
+    /// A file of 64 MiB in order, cold, the source in the page cache, nothing brought in the background.
     Stream,
     /// As many images as are made ready, at most so many, and a missing page of each one's blob in random order, three times.
     Images { number: usize },
@@ -154,7 +154,7 @@ impl<'a> Cells<'a> {
             fs::write(&setting, kib.to_string()).trying(|| format!("cannot write {setting}"))?;
         }
         let infill = Infill::start(self.plan, &[&store], dir, &[&[NO_TIMEOUT], turned.flags].concat())?;
-        let throttle = Throttle::of(infill.pid(), disk.at(), Limit::ReadsPerS(HDD_READS_PER_S))?;
+        let throttle = Throttle::of(infill.pid(), disk.at(), HDD)?;
         let throttle = throttle.ok_or_else(|| failed("no control group can slow a disk down here"))?;
         warm(&image_in(&store, TREE))?;
         drop_cached(&blob_in(&store, TREE))?;
@@ -165,10 +165,11 @@ impl<'a> Cells<'a> {
     }
 
     fn stream(&self, dir: &Path, turned: &Turned) -> Result<Vec<(Figure, f64)>> {
-        let mut infill = Infill::start(self.plan, &[&self.ground.store()], dir, turned.flags)?;
+        let flags = [&["--complete=off"], turned.flags].concat();
+        let mut infill = Infill::start(self.plan, &[&self.ground.store()], dir, &flags)?;
         warm(&self.ground.blob())?;
-        let mounted = mount(&mut infill, ONE, dir, turned)?;
         touch_memory(2 * ONE_BYTES)?;
+        let mounted = mount(&mut infill, ONE, dir, turned)?;
         let (began, path) = (Instant::now(), mounted.at().join(ONE_FILE));
         let mut buffer = vec![0; READ_BYTES];
         let what = || format!("cannot read {}", path.display());
@@ -243,9 +244,10 @@ const MANY_BYTES: u64 = 192 << 10;
 
 /// Reads a tree of an empty cache, and ends the daemon.
 fn read_tree(mut infill: Infill, tree: &Packed, dir: &Path, readers: usize, order: Order, turned: &Turned) -> Result<Vec<(Figure, f64)>> {
-    let mounted = mount(&mut infill, TREE, dir, turned)?;
     settle();
     touch_memory(2 * tree.manifest.len_bytes())?;
+    // Nothing after this but reading: what is brought meanwhile would not be counted.
+    let mounted = mount(&mut infill, TREE, dir, turned)?;
     let before_ns = infill.cpu_ns()?;
     let wall = read_whole(mounted.at(), &in_order(&tree.files, order), readers, None)?;
     let daemon_cpu_ms = (infill.cpu_ns()? - before_ns) as f64 / 1e6;
