@@ -131,7 +131,7 @@ fn table(profile: Name, answer: &Answer) -> String {
         let [knob, current, recommended] = cells(found);
         text += &(line(mark, [&knob, &current, &recommended], &found.why) + "\n");
     }
-    text + "\nok as it should be, -> to be changed (--apply), - not in this kernel. Measured as tuning/README.md says.\n"
+    text + "\nok: as it should be, ->: to be changed (--apply), -: not in this kernel; measured: tuning/README.md\n"
 }
 
 /// What was done, and what is left to do.

@@ -341,4 +341,58 @@ pub(super) mod tests {
         assert_eq!(kind_check(FsType(1)).status, Status::Warn);
         assert_eq!(block_check(1024).status, Status::Warn);
     }
+
+    /// A file system in a file; unmounted when dropped.
+    struct Disk(tempfile::TempDir);
+
+    impl Disk {
+        /// `None`: this process may not mount, or there is no program that makes one.
+        fn make(options: &[&str]) -> Option<Self> {
+            let dir = tempfile::tempdir().unwrap();
+            let (disk, at) = (dir.path().join("disk"), dir.path().join("at"));
+            File::create(&disk).unwrap().set_len(16 << 20).unwrap();
+            std::fs::create_dir(&at).unwrap();
+            let run = |program: &str, args: &[&std::ffi::OsStr]| {
+                let output = std::process::Command::new(program).args(args).output();
+                output.is_ok_and(|output| output.status.success())
+            };
+            let options = ["-q", "-F"].iter().chain(options).map(std::ffi::OsStr::new).chain([disk.as_os_str()]).collect::<Vec<_>>();
+            let is_made = run("mkfs.ext4", &options) && run("mount", &["-o".as_ref(), "loop".as_ref(), disk.as_ref(), at.as_ref()]);
+            is_made.then_some(Self(dir))
+        }
+
+        fn at(&self) -> PathBuf {
+            self.0.path().join("at")
+        }
+    }
+
+    impl Drop for Disk {
+        fn drop(&mut self) {
+            let _ = nix::mount::umount2(&self.at(), nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+
+    /// What can be had here is had really: a file system without nameless files, one with small blocks, and a full one.
+    #[test]
+    fn real_file_systems_provoke_their_findings() {
+        let of = |dir: &Path, id| {
+            let found = checks(&subject(dir, &CullLimits::default()));
+            found.into_iter().find(|check| check.id == id)
+        };
+        let proc = of(Path::new("/proc/self"), Id::CacheDir).unwrap();
+        assert!(proc.verdict == Verdict::BadCacheDir && proc.found.contains("lacks nameless files (O_TMPFILE)"), "{proc:?}");
+        let Some(disk) = Disk::make(&["-b", "1024", "-m", "0"]) else {
+            return println!("not run on disks of their own: they cannot be made and mounted here");
+        };
+        let blocks = of(&disk.at(), Id::CacheBlocks).unwrap();
+        assert!(blocks.status == Status::Warn && blocks.found.contains("1024 bytes"), "{blocks:?}");
+        assert_eq!(of(&disk.at(), Id::CacheSpace).unwrap().status, Status::Ok);
+        // All but a little of what is free.
+        let stat = nix::sys::statvfs::statvfs(&disk.at()).unwrap();
+        let free_bytes = stat.blocks_available() * stat.fragment_size();
+        let filler = File::create(disk.at().join("filler")).unwrap();
+        nix::fcntl::posix_fallocate(&filler, 0, i64::try_from(free_bytes - (100 << 10)).unwrap()).unwrap();
+        let full = of(&disk.at(), Id::CacheSpace).unwrap();
+        assert!(full.verdict == Verdict::BadCacheDir && full.found.contains("(bstop)"), "{full:?}");
+    }
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{major, minor};
 
 use super::super::events::{NO_MORE, PAGES};
@@ -273,6 +274,9 @@ fn in_order(files: &[String], order: Order) -> Vec<String> {
 /// Mounts an image with an empty cache.
 fn mount(infill: &mut Infill, name: &str, dir: &Path, turned: &Turned) -> Result<Mounted> {
     let (image, blob) = infill.attach(name)?;
+    // As infill mount does it, so that the two can tell their mounts apart.
+    let turn = File::open(MOUNTS).trying(|| format!("cannot open {MOUNTS}"))?;
+    let _turn = Flock::lock(turn, FlockArg::LockExclusive).map_err(|(_, errno)| failed(format!("cannot lock {MOUNTS}: {errno}")))?;
     let before = mounts()?;
     let mounted = Mounted::make(&image, &blob, &dir.join("mnt"))?;
     if let Some(kib) = turned.mount_read_ahead_kib {

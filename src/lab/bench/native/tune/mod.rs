@@ -133,7 +133,7 @@ pub fn measure(plan: &TunePlan) -> Result<TuneReport> {
 
 /// All cells of a knob.
 fn measure_knob(knob: &Knob, cells: &mut Cells<'_>, rounds: usize) -> Result<Vec<Row>> {
-    let mut progress = Progress::begin(&format!("{}: {}", knob.name, knob.what));
+    let mut progress = Progress::begin(format!("{}: {}", knob.name, knob.what));
     let mut rows = Vec::new();
     for cell in knob.cells {
         let mut measured: BTreeMap<Figure, Vec<[f64; 2]>> = BTreeMap::new();
