@@ -125,8 +125,11 @@ impl Before {
         }
     }
 
+    /// What is as it was is left: a step that failed may have changed nothing, and could not be done a second time either.
     fn restore(&self, root: &Root) -> std::io::Result<()> {
         match self {
+            Self::File(path, before) if root.read(path)? == *before => Ok(()),
+            Self::Value(path, before) if root.value(path)?.as_ref() == Some(before) => Ok(()),
             Self::File(path, Some(text)) => root.write(path, text),
             Self::File(path, None) => root.remove(path),
             Self::Value(path, value) => root.set(path, value),

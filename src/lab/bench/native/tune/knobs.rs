@@ -59,6 +59,12 @@ pub const KNOBS: &[Knob] = &[
         lever: flags(&["--fd-budget=512"], &["--fd-budget=4096"]),
         cells: &[Cell::Images { number: 1000 }],
     },
+    Knob {
+        name: "nr-open",
+        what: "fs.nr_open: 4096, 1048576, for at most 1,000 images",
+        lever: files(&[KernelFile { path: "/proc/sys/fs/nr_open", off: "4096", on: "1048576" }]),
+        cells: &[Cell::Images { number: 1000 }],
+    },
     Knob { name: "window", what: "--window auto, 1M", lever: flags(&[], &["--window=1M"]), cells: &[HDD_RANDOM, HDD_PART, HDD_IN_ORDER] },
     Knob {
         name: "slot-size",
