@@ -190,7 +190,8 @@ impl<'a> Cells<'a> {
         for n in 0..number {
             let blob = match infill.attach(&format!("blob-{n}")) {
                 Ok((_, blob)) => blob,
-                Err(refused) if refused.to_string().contains("fd_budget") => break,
+                // The end of what is measured: the refusal names what to raise.
+                Err(refused) if ["fd_budget", "LimitNOFILE"].iter().any(|name| refused.to_string().contains(name)) => break,
                 Err(error) => return Err(error),
             };
             let file = File::open(&blob).trying(|| format!("cannot open {}", blob.display()))?;
