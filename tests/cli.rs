@@ -115,3 +115,11 @@ fn a_user_that_does_not_exist_is_named() {
     refused(&["serve", "--store", "dir:/tmp", "--user", "no-such-user"], 78, &["no-such-user", "UID:GID"]);
     refused(&["serve", "--store", "dir:/tmp", "--user", "root:wheel"], 78, &["user = root:wheel", "number of a group"]);
 }
+
+#[test]
+fn a_knob_that_is_not_there_is_named_with_those_that_are() {
+    refused(&["bench", "tune", "--knob", "turbo"], 2, &["turbo", "halt-poll", "fd-budget"]);
+    let output = infill(&["bench", "tune", "--list"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("guest_halt_poll_ns"), "{output:?}");
+}

@@ -15,7 +15,7 @@ use infill::ops::tune::apply::{apply, revert};
 use infill::ops::tune::files::wanted;
 use infill::ops::tune::knob::{State, Value, values};
 use infill::ops::tune::profile::{Name, Profile, Target};
-use infill::ops::tune::record::{RECORD, Record};
+use infill::ops::tune::record::{Change, RECORD, Record};
 use infill::ops::tune::root::Root;
 use proptest::prelude::*;
 
@@ -84,6 +84,12 @@ fn kernel_paths() -> Vec<PathBuf> {
     paths
 }
 
+/// The files that some profile writes.
+fn all_files() -> Vec<PathBuf> {
+    let of = |name| wanted(&Profile::of(name).knobs.iter().collect::<Vec<_>>());
+    Name::ALL.into_iter().flat_map(of).map(|file| file.path).collect()
+}
+
 fn any_name() -> impl Strategy<Value = Name> {
     prop::sample::select(&Name::ALL[..])
 }
@@ -130,23 +136,31 @@ proptest! {
 
     /// A crash may come between any two changes, and after each note of one that was not made.
     #[test]
-    fn what_a_crash_leaves_is_reverted(kernel in any_kernel(), first in any_name(), second in any_name(), made in prop::collection::vec(any::<bool>(), 32)) {
+    fn what_a_crash_leaves_is_reverted(kernel in any_kernel(), first in any_name(), second in any_name(), made in prop::collection::vec(any::<bool>(), 32), again: bool) {
         let host = Host::new(&kernel);
         let before = host.snapshot();
         apply(&host.root, first).unwrap();
-        let after_first = host.snapshot();
+        let text = |path: &Path| fs::read_to_string(host.root.at(path)).ok();
+        let after_first: BTreeMap<PathBuf, Option<String>> = kernel_paths().into_iter().chain(all_files()).map(|path| (path.clone(), text(&path))).collect();
         apply(&host.root, second).unwrap();
-        let record = Record::load(&host.root).unwrap().unwrap();
-        for (change, made) in record.changes.iter().zip(made) {
-            let path = change.path().strip_prefix("/").unwrap().to_owned();
+        let mut record = Record::load(&host.root).unwrap().unwrap();
+        for (change, made) in record.changes.iter_mut().zip(made) {
             // What the second one noted of it and did not do.
-            let undone = after_first.get(&path).or_else(|| before.get(&path));
-            match undone {
+            match (&after_first[change.path()], &mut *change) {
                 _ if made => {}
-                Some(Some(text)) if change.path().starts_with("/proc") || change.path().starts_with("/sys") => host.put(change.path(), text),
-                Some(_) => {}
-                None => fs::remove_file(host.root.at(change.path())).unwrap(),
+                (was, Change::File { older, path, .. }) => {
+                    older.clone_from(was);
+                    match was {
+                        Some(was) => fs::write(host.root.at(path), was).unwrap(),
+                        None => fs::remove_file(host.root.at(path)).unwrap(),
+                    }
+                }
+                (was, Change::Value { path, .. }) => fs::write(host.root.at(path), was.as_ref().unwrap()).unwrap(),
             }
+        }
+        record.save(&host.root).unwrap();
+        if again {
+            apply(&host.root, second).unwrap();
         }
         revert(&host.root).unwrap();
         prop_assert_eq!(host.snapshot(), before);
@@ -212,6 +226,22 @@ fn a_file_of_somebody_else_is_never_touched() {
             assert!(left.keys().filter(|path| !untouched.contains_key(*path)).all(|path| host.dir.path().join(path).is_dir()), "{left:?}");
         }
     }
+}
+
+#[test]
+fn more_than_enough_is_left_alone() {
+    let host = Host::whole();
+    let before = host.snapshot();
+    let path = Path::new("/proc/sys/fs/nr_open");
+    let value = || host.root.value(path).unwrap().unwrap();
+    apply(&host.root, Name::DenseHost).unwrap();
+    assert_eq!(value(), "1048576");
+    host.put(path, "2000000\n");
+    apply(&host.root, Name::DenseHost).unwrap();
+    assert_eq!(value(), "2000000");
+    assert!(!host.root.at(Path::new("/etc/sysctl.d/60-infill.conf")).exists(), "it would be lowered at the next start");
+    revert(&host.root).unwrap();
+    assert_eq!(host.snapshot(), before);
 }
 
 #[test]

@@ -32,7 +32,9 @@ pub fn apply(root: &Root, name: Name) -> Result<Done, TuneError> {
     let (files, values) = (wanted(&knobs), values(&knobs, root));
     let old = Record::load(root)?;
     let mut run = Run::new(root, old.unwrap_or_else(|| Record::new(name)));
-    let is_wanted = |path: &Path| files.iter().any(|file| file.path == path) || values.iter().any(|value| value.path == path);
+    // A value that is more than enough now, by somebody else, is still the profile's.
+    let is_value = |path: &Path| profile.knobs.iter().any(|knob| knob.set.path().is_some_and(|of_knob| of_knob == path));
+    let is_wanted = |path: &Path| files.iter().any(|file| file.path == path) || is_value(path);
     let obsolete: Vec<Change> = run.record.changes.iter().filter(|change| !is_wanted(change.path())).cloned().collect();
     for path in files.iter().map(|file| &file.path).chain(obsolete.iter().filter_map(file_path)) {
         run.must_be_ours(path)?;

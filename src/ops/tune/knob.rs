@@ -76,7 +76,7 @@ impl Target {
     }
 
     /// The kernel's file that has the value now.
-    fn path(&self) -> Option<PathBuf> {
+    pub(super) fn path(&self) -> Option<PathBuf> {
         match self {
             Self::Sysctl { name, .. } => Some(sysctl_path(name)),
             Self::Sysfs { path, .. } => Some(path.into()),
