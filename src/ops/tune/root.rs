@@ -115,8 +115,9 @@ impl Root {
     }
 }
 
-/// The value in a text of the kernel's.
-fn chosen(text: &str) -> &str {
+/// The value in a text of the kernel's: all of it, or of several words the one in brackets.
+#[must_use]
+pub fn chosen(text: &str) -> &str {
     let text = text.trim();
     text.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or(text, |(word, _)| word)
 }

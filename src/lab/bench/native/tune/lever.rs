@@ -3,6 +3,7 @@
 use std::fs;
 
 use crate::lab::{Result, Trying};
+use crate::ops::tune::root::chosen;
 
 /// A file of the kernel's, and its two values.
 #[derive(Clone, Copy, Debug)]
@@ -65,21 +66,5 @@ impl Drop for Turned {
                 eprintln!("infill: {path} is not what it was before: cannot write {value} to it: {error}");
             }
         }
-    }
-}
-
-/// The value in a file of the kernel's; of several words, the one in brackets.
-pub(super) fn chosen(text: &str) -> &str {
-    let text = text.trim_end();
-    text.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or(text, |(word, _)| word)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_several_words_the_chosen_one_is_the_value() {
-        assert_eq!([chosen("always [madvise] never\n"), chosen("200000\n"), chosen("10\t20\n")], ["madvise", "200000", "10\t20"]);
     }
 }
