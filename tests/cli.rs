@@ -205,3 +205,11 @@ fn install_writes_all_that_belongs_to_it_and_takes_it_away_again() {
     assert_eq!(std::fs::read_to_string(at("etc/infill/config.toml")).expect("it is there"), "# mine\n");
     refused(&["install", "--root", "/proc/nowhere"], 1, &["cannot write /proc/nowhere/usr/local/bin/infill", "--root"]);
 }
+
+#[test]
+fn a_knob_that_is_not_there_is_named_with_those_that_are() {
+    refused(&["bench", "tune", "--knob", "turbo"], 2, &["turbo", "halt-poll", "fd-budget"]);
+    let output = infill(&["bench", "tune", "--list"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("guest_halt_poll_ns"), "{output:?}");
+}

@@ -46,6 +46,7 @@ pub fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
         limits: &config.cull,
         cache_bytes: config.cache_bytes,
         xfs_extent_bytes: config.xfs_extent_bytes,
+        state_dir: &config.state_dir,
         shards: config.shards,
     };
     let report = examine(&subject);
@@ -64,7 +65,7 @@ pub fn run(args: DoctorArgs) -> Result<ExitCode, Failure> {
 
 /// The report as aligned lines: mark, name, finding, and what to do below.
 fn table(report: &Report, colour: bool) -> String {
-    let width = report.checks.iter().map(|check| check.id.len()).max().unwrap_or(0);
+    let width = report.checks.iter().map(|check| check.id.name().len()).max().unwrap_or(0);
     let mut text = String::new();
     for check in &report.checks {
         let (mark, paint) = mark(check);
@@ -81,6 +82,10 @@ fn table(report: &Report, colour: bool) -> String {
                 let lead = if i == 0 { "do: " } else { "    " };
                 let _ = writeln!(text, "{:indent$}{lead}{line}", "");
             }
+        }
+        // Never broken: it is there to be copied.
+        if let Some(command) = &check.fix {
+            let _ = writeln!(text, "{:indent$}run: {command}", "");
         }
     }
     let lead = if report.verdict == Verdict::Ready { "ready" } else { "NOT READY" };
@@ -116,22 +121,24 @@ pub(super) fn wrap(text: &str, columns: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::doctor::Id;
 
-    fn check(id: &'static str, status: Status, found: &str, remedy: &str, verdict: Verdict) -> Check {
-        Check { id, status, found: found.into(), remedy: remedy.into(), verdict }
+    fn check(id: Id, status: Status, found: &str, remedy: &str, verdict: Verdict) -> Check {
+        Check { id, status, found: found.into(), remedy: remedy.into(), fix: None, verdict }
     }
 
     #[test]
     fn the_table_is_aligned_and_says_what_to_do() {
         let report = Report::new(vec![
-            check("kernel", Status::Ok, "Linux 6.12.117", "", Verdict::Ready),
-            check("cache-dir", Status::Fail, "no", "mkdir it", Verdict::BadCacheDir),
+            check(Id::Kernel, Status::Ok, "Linux 6.12.117", "", Verdict::Ready),
+            Check { fix: Some("mkdir -p /c".into()), ..check(Id::CacheDir, Status::Fail, "no", "make it", Verdict::BadCacheDir) },
         ]);
         assert_eq!(
             table(&report, false),
             "ok    kernel     Linux 6.12.117\n\
              FAIL  cache-dir  no\n\
-             \x20                do: mkdir it\n\
+             \x20                do: make it\n\
+             \x20                run: mkdir -p /c\n\
              \n\
              NOT READY: not possible: the cache directory cannot be used\n"
         );
@@ -140,10 +147,10 @@ mod tests {
 
     #[test]
     fn json_has_the_documented_keys() {
-        let report = Report::new(vec![check("x", Status::Warn, "a", "b", Verdict::Ready)]);
+        let report = Report::new(vec![check(Id::Store, Status::Warn, "a", "b", Verdict::Ready)]);
         assert_eq!(
             serde_json::to_string(&report).unwrap(),
-            r#"{"checks":[{"id":"x","status":"warn","found":"a","do":"b"}],"verdict":"ready"}"#
+            r#"{"checks":[{"id":"store","status":"warn","found":"a","do":"b","fix":null}],"verdict":"ready"}"#
         );
     }
 

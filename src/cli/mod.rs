@@ -18,6 +18,7 @@ pub mod repair;
 pub mod serve;
 pub mod stat;
 pub mod top;
+pub mod tune;
 
 use std::process::ExitCode;
 
@@ -52,6 +53,7 @@ enum Verb {
     Config(config::ConfigVerb),
     /// Find out whether this host can serve images, and what to do if not
     Doctor(Box<doctor::DoctorArgs>),
+    Tune(tune::TuneArgs),
     /// See the whole way work, on this machine: a real kernel asks, infill serves, every byte is compared
     Demo(demo::DemoArgs),
     /// Measure: one command for each published table
@@ -123,6 +125,7 @@ pub fn main() -> ExitCode {
         },
         Verb::Config(verb) => config::run(&verb),
         Verb::Docs(what) => docs::run(&what),
+        Verb::Tune(args) => tune::run(&args),
         Verb::Demo(args) => demo::run(&args),
         Verb::Bench(what) => bench::run(&what),
         Verb::LabInit => crate::lab::init::main().map(|never| match never {}).map_err(|e| Failure::new(exit::FAILED, e)),

@@ -4,6 +4,7 @@
 //! | file | its subject |
 //! |---|---|
 //! | `doctor` | whether this host can serve, and what to do if not |
+//! | `tune` | what could be set differently on this host, and setting it |
 //! | `confine`, `limits` | what the daemon gives up, and how much it may have |
 //! | `space` | how full the cache may become, and what goes |
 //! | `keep`, `keeper`, `passing`, `notify`, `state` | the device over a restart: systemd or a process keeps it |
@@ -34,4 +35,5 @@ pub mod signals;
 pub mod space;
 pub mod state;
 pub mod status;
+pub mod tune;
 pub mod xattr;

@@ -30,7 +30,7 @@ const LIMITS_NOTE: &str = "cull-limits";
 const DIR_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
 /// Permissions that nobody else may have on the directory.
-const WRITABLE_BY_OTHERS: u32 = 0o022;
+pub(super) const WRITABLE_BY_OTHERS: u32 = 0o022;
 /// How long a daemon that was killed may take to end: its I/O that is in flight comes first.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 /// Pause between two tries.
@@ -161,6 +161,17 @@ impl StateDir {
 #[must_use]
 pub fn noted_cache(dir: &Path) -> Option<PathBuf> {
     fs::read(dir.join(CACHE_NOTE)).ok().map(|bytes| std::ffi::OsString::from_vec(bytes).into())
+}
+
+/// The process that serves with this state directory, if one does; anybody may look who may read there.
+#[must_use]
+pub fn holder(dir: &Path) -> Option<u32> {
+    let file = File::open(dir.join(LOCK_FILE)).ok()?;
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Err((_, Errno::EWOULDBLOCK)) => fs::read_to_string(dir.join(LOCK_FILE)).ok()?.trim().parse().ok(),
+        // A daemon that starts at this very moment tries again.
+        _ => None,
+    }
 }
 
 fn lock(mut file: File, dir: &Path) -> Result<Flock<File>, StateError> {

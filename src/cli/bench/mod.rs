@@ -5,6 +5,7 @@ mod guest;
 mod inside;
 mod native;
 mod restart;
+mod tune;
 
 use std::path::PathBuf;
 
@@ -40,6 +41,8 @@ pub enum Bench {
     Density(density::DensityArgs),
     /// What infill costs readers on this machine's own kernel (6.14 or later), by fanotify: events, a cold tree, isolation
     Native(native::NativeArgs),
+    /// What a knob of `infill tune` does on this machine's own kernel: the cell it is for, with the knob off and on in turn
+    Tune(tune::TuneArgs),
     /// One cell, inside a guest
     #[command(hide = true)]
     Cell,
@@ -77,6 +80,7 @@ pub fn run(bench: &Bench) -> Result<(), Failure> {
         Bench::Restart(args) => restart::run(args),
         Bench::Density(args) => density::run(args),
         Bench::Native(args) => native::run(args),
+        Bench::Tune(args) => tune::run(args),
         Bench::NativePeer(args) => peer::run(args).map_err(failed),
         Bench::Cell => cell::run().map_err(failed),
         Bench::Naive { cache_dir, store, all } => match naive::serve(cache_dir, store, *all) {

@@ -264,7 +264,7 @@ fn check_behaviour(dir: &Path) -> Result<(), CacheDirError> {
 }
 
 /// A new file without a name in `dir`, with mode 0600.
-pub(super) fn nameless(dir: &Path) -> Result<File, CacheDirError> {
+pub(crate) fn nameless(dir: &Path) -> Result<File, CacheDirError> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(dir).map_err(|error| {
         match error.raw_os_error() {
             Some(libc::EOPNOTSUPP | libc::EISDIR) => lacks(dir, "nameless files (O_TMPFILE)"),

@@ -7,9 +7,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, FsType, Statfs, XFS_SUPER_MAGIC, statfs};
+use rustix::fs::{AtFlags, StatxFlags, statx};
 
-use super::{Check, Subject, Verdict};
-use crate::front::cachefiles::cache_dir::{CacheDirError, EXTENT_BYTES, check, hinted_dirs};
+use super::{Check, Id, Subject, Verdict};
+use crate::front::cachefiles::cache_dir::{CacheDirError, EXTENT_BYTES, check, hinted_dirs, nameless};
 use crate::front::cachefiles::fsck::{self, FsckReport};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
 use crate::front::cachefiles::{CullLimits, DEFAULT_DEVNODE, Percents};
@@ -20,13 +21,16 @@ use crate::ops::{exit, extsize, space};
 /// The block size with which every request is made of whole pages.
 const BLOCK_BYTES: u64 = 4096;
 
+/// What cachefiles aligns its writes to (`CACHEFILES_DIO_BLOCK_SIZE`, fs/cachefiles/internal.h).
+const DIRECT_BYTES: u32 = 4096;
+
 /// Damaged objects that are named; of more only the number is given.
 const NAMED_MAX: usize = 3;
 
 /// Looks at the cache directory, or where it would be made, with the settings that `serve` would use.
 #[must_use]
 pub fn checks(subject: &Subject<'_>) -> Vec<Check> {
-    const ID: &str = "cache-dir";
+    const ID: Id = Id::CacheDir;
     let dir = std::path::absolute(subject.cache_dir).unwrap_or_else(|_| subject.cache_dir.to_owned());
     let Some(existing) = dir.ancestors().find(|path| path.exists()) else {
         let found = format!("{} is nowhere to be found", dir.display());
@@ -37,7 +41,7 @@ pub fn checks(subject: &Subject<'_>) -> Vec<Check> {
         return vec![Check::fail(ID, Verdict::BadCacheDir, found, "name a directory with --cache-dir")];
     }
     if let Err(error) = check(existing) {
-        return vec![unfit(ID, &error)];
+        return vec![unfit(&error)];
     }
     let mut checks = vec![if existing == dir {
         Check::ok(ID, format!("{} can be the cache", dir.display()))
@@ -49,11 +53,12 @@ pub fn checks(subject: &Subject<'_>) -> Vec<Check> {
             checks.extend(judge(&stat));
             checks.extend(extents_check(subject, existing, existing == dir, &stat));
         }
-        Err(errno) => checks.push(Check::unknown("cache-fs", format!("the file system cannot be examined: {errno}"), "")),
+        Err(errno) => checks.push(Check::unknown(Id::CacheFs, format!("the file system cannot be examined: {errno}"), "see dmesg")),
     }
+    checks.push(direct_check(alignment(existing)));
     match File::open(existing).and_then(|file| Ok(space::room(&file)?)) {
         Ok(room) => checks.push(space_check(&room, subject.limits)),
-        Err(error) => checks.push(Check::unknown("cache-space", format!("it cannot be told how full it is: {error}"), "")),
+        Err(error) => checks.push(Check::unknown(Id::CacheSpace, format!("it cannot be told how full it is: {error}"), "see df")),
     }
     if dir.join(CACHE).exists() {
         checks.push(objects_check(&dir, subject.cache_bytes));
@@ -62,14 +67,14 @@ pub fn checks(subject: &Subject<'_>) -> Vec<Check> {
 }
 
 /// A directory that cachefiles cannot use. The advice is the last part of the error's text.
-fn unfit(id: &'static str, error: &CacheDirError) -> Check {
+fn unfit(error: &CacheDirError) -> Check {
     let text = error.to_string();
     let (found, remedy) = text.rsplit_once("; ").or_else(|| text.rsplit_once(": ")).unwrap_or((&text, ""));
     let verdict = match error.exit_code() {
         exit::NO_PERMISSION => Verdict::NotPermitted,
         _ => Verdict::BadCacheDir,
     };
-    Check::fail(id, verdict, found, remedy)
+    Check::fail(Id::CacheDir, verdict, found, remedy)
 }
 
 fn judge(stat: &Statfs) -> [Check; 2] {
@@ -79,7 +84,7 @@ fn judge(stat: &Statfs) -> [Check; 2] {
 }
 
 fn kind_check(kind: FsType) -> Check {
-    const ID: &str = "cache-fs";
+    const ID: Id = Id::CacheFs;
     match kind {
         XFS_SUPER_MAGIC => Check::ok(ID, "XFS"),
         EXT4_SUPER_MAGIC => Check::ok(ID, "ext4; XFS is better: ext4 fills the holes of one file one write at a time"),
@@ -89,7 +94,7 @@ fn kind_check(kind: FsType) -> Check {
 
 /// Larger blocks than a page were refused before.
 fn block_check(block_bytes: u64) -> Check {
-    const ID: &str = "cache-blocks";
+    const ID: Id = Id::CacheBlocks;
     if block_bytes >= BLOCK_BYTES {
         return Check::ok(ID, format!("{block_bytes} bytes"));
     }
@@ -98,6 +103,38 @@ fn block_check(block_bytes: u64) -> Check {
         format!("blocks of {block_bytes} bytes: the kernel cuts requests into parts of pages"),
         "make the file system with blocks of 4096 bytes (mkfs.xfs -b size=4096, mkfs.ext4 -b 4096)",
     )
+}
+
+/// What the file system asks of direct writes: alignment of memory and of offsets, in bytes. `None`: it does not tell (before 6.1).
+fn alignment(dir: &Path) -> Option<(u32, u32)> {
+    let file = nameless(dir).ok()?;
+    let found = statx(&file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    let tells = found.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    tells.then_some((found.stx_dio_mem_align, found.stx_dio_offset_align))
+}
+
+/// The kernel writes cache files with direct I/O, in blocks of [`DIRECT_BYTES`].
+fn direct_check(alignment: Option<(u32, u32)>) -> Check {
+    const ID: Id = Id::CacheDirectIo;
+    match alignment {
+        None => Check::ok(ID, "works in blocks of 4096 bytes (tried; the kernel does not tell more)"),
+        Some((memory, offset)) if offset != 0 && offset.max(memory) <= DIRECT_BYTES => {
+            Check::ok(ID, format!("aligned to {offset} bytes, memory to {memory}"))
+        }
+        Some((0, 0)) => Check::warn(
+            ID,
+            "the file system says that it has no direct I/O, and takes such writes all the same",
+            "use a plain ext4 (not data=journal, not encrypted) or XFS",
+        ),
+        Some((memory, offset)) => Check::fail(
+            ID,
+            Verdict::BadCacheDir,
+            format!(
+                "direct I/O is to be aligned to {offset} bytes, memory to {memory}; the kernel writes cache files in blocks of {DIRECT_BYTES}"
+            ),
+            "use a file system on a disk with sectors of at most 4096 bytes (lsblk -t shows them)",
+        ),
+    }
 }
 
 /// On XFS: whether cache files will have few extents.
@@ -112,7 +149,7 @@ fn extents_check(subject: &Subject<'_>, dir: &Path, is_cache: bool, stat: &Statf
 }
 
 fn judge_hints(hints: &[(Option<u32>, PathBuf)], wanted_bytes: u32) -> Check {
-    const ID: &str = "cache-extents";
+    const ID: Id = Id::CacheExtents;
     let small: Vec<_> = hints.iter().filter(|(hint, _)| hint.unwrap_or(0) < wanted_bytes).collect();
     let Some((hint, dir)) = small.first() else {
         let bytes = hints.iter().filter_map(|(hint, _)| *hint).max().unwrap_or(wanted_bytes);
@@ -123,13 +160,14 @@ fn judge_hints(hints: &[(Option<u32>, PathBuf)], wanted_bytes: u32) -> Check {
     Check::warn(
         ID,
         format!("{} has {state}: cache files may come in many small extents, which makes what is cached slow to read", dir.display()),
-        format!("xfs_io -c 'extsize {wanted_bytes}' {} (infill serve does it where there is no hint, if it may)", dirs.join(" ")),
+        "set the hint (infill serve does it where there is none, if it may)",
     )
+    .fixed_by(format!("xfs_io -c 'extsize {wanted_bytes}' {}", dirs.join(" ")))
 }
 
 /// How full the file system is, by the marks that the kernel will be told.
 fn space_check(room: &Room, limits: &CullLimits) -> Check {
-    const ID: &str = "cache-space";
+    const ID: Id = Id::CacheSpace;
     let (bytes, files) = (room.bytes.percent(), room.files.percent());
     let marks = space::limits(limits, room);
     let scarce_bytes = marks.bytes.level(room.bytes.free) <= marks.files.level(room.files.free);
@@ -159,7 +197,7 @@ fn space_check(room: &Room, limits: &CullLimits) -> Check {
 /// What is in the cache, and what of it `serve` would remove before it begins. A cache that is in use is left alone:
 /// what is there changes all the time.
 fn objects_check(dir: &Path, budget_bytes: Option<u64>) -> Check {
-    const ID: &str = "cache-objects";
+    const ID: Id = Id::CacheObjects;
     let holders = find_holders(DEFAULT_DEVNODE.as_ref());
     if !holders.is_empty() {
         return Check::ok(ID, format!("not looked at while the device is in use by {}", describe(&holders)));
@@ -169,13 +207,13 @@ fn objects_check(dir: &Path, budget_bytes: Option<u64>) -> Check {
         Ok((report, found.objects.iter().map(|object| object.bytes).sum()))
     });
     match looked {
-        Ok((report, bytes)) => judge_objects(ID, &report, bytes, budget_bytes),
-        Err(error) => Check::unknown(ID, error.to_string(), ""),
+        Ok((report, bytes)) => judge_objects(&report, bytes, budget_bytes),
+        Err(error) => Check::unknown(ID, error.to_string(), "run as root"),
     }
 }
 
-fn judge_objects(id: &'static str, report: &FsckReport, bytes: u64, budget_bytes: Option<u64>) -> Check {
-    let checked = report.checked;
+fn judge_objects(report: &FsckReport, bytes: u64, budget_bytes: Option<u64>) -> Check {
+    let (id, checked) = (Id::CacheObjects, report.checked);
     let room = match budget_bytes {
         Some(budget) => format!("{bytes} of {budget} bytes"),
         None => format!("{bytes} bytes"),
@@ -194,7 +232,7 @@ fn judge_objects(id: &'static str, report: &FsckReport, bytes: u64, budget_bytes
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::Status;
     use super::*;
     use crate::ops::space::policy::Resource;
@@ -207,7 +245,36 @@ mod tests {
             limits,
             cache_bytes: None,
             xfs_extent_bytes: None,
+            state_dir: Path::new("/nowhere"),
             shards: 1,
+        }
+    }
+
+    pub(in super::super) fn provoked() -> Vec<Check> {
+        let full = Room { bytes: Resource { free: 1, total: 1000 }, files: Resource { free: 500, total: 1000 }, block_bytes: 1 };
+        let damaged = FsckReport { checked: 1, damaged: vec!["/c/x".into()], buried: 0 };
+        vec![
+            unfit(&CacheDirError::io(Path::new("/c"), "create a file in it")(std::io::Error::from(std::io::ErrorKind::PermissionDenied))),
+            kind_check(FsType(1)),
+            block_check(1024),
+            direct_check(Some((512, 8192))),
+            direct_check(Some((0, 0))),
+            judge_hints(&[(None, "/c".into())], EXTENT_BYTES),
+            space_check(&full, &CullLimits::default()),
+            judge_objects(&damaged, 0, None),
+        ]
+    }
+
+    #[test]
+    fn direct_writes_must_fit_into_what_the_kernel_writes() {
+        for (alignment, status) in [
+            (None, Status::Ok),
+            (Some((4, 512)), Status::Ok),
+            (Some((4096, 4096)), Status::Ok),
+            (Some((0, 0)), Status::Warn),
+            (Some((512, 8192)), Status::Fail),
+        ] {
+            assert_eq!(direct_check(alignment).status, status, "{alignment:?}");
         }
     }
 
@@ -231,9 +298,9 @@ mod tests {
     #[test]
     fn damage_is_told_with_its_place() {
         let report = |n: usize| FsckReport { checked: 9, damaged: (0..n).map(|n| format!("/c/{n}").into()).collect(), buried: 1 };
-        let good = judge_objects("x", &report(0), 10, Some(20));
+        let good = judge_objects(&report(0), 10, Some(20));
         assert_eq!((good.status, &*good.found), (Status::Ok, "9 objects, 10 of 20 bytes, 1 rejects of the kernel"));
-        let bad = judge_objects("x", &report(4), 10, None);
+        let bad = judge_objects(&report(4), 10, None);
         assert_eq!(bad.status, Status::Warn);
         assert!(bad.found.ends_with("4 damaged, with which mounts would fail: /c/0 /c/1 /c/2 ..."), "{}", bad.found);
     }
@@ -248,9 +315,10 @@ mod tests {
         );
         let found = judge_hints(&[(Some(EXTENT_BYTES), top.clone()), (Some(4096), below.clone())], EXTENT_BYTES);
         assert_eq!(found.status, Status::Warn);
-        assert!(found.remedy.starts_with("xfs_io -c 'extsize 2097152' /c/cache ("), "{}", found.remedy);
+        assert_eq!(found.fix.as_deref(), Some("xfs_io -c 'extsize 2097152' /c/cache"));
         let found = judge_hints(&[(None, top), (None, below)], EXTENT_BYTES);
-        assert!(found.found.starts_with("/c has no extent size hint") && found.remedy.contains("/c /c/cache ("), "{found:?}");
+        assert!(found.found.starts_with("/c has no extent size hint"), "{found:?}");
+        assert!(found.fix.is_some_and(|fix| fix.ends_with("/c /c/cache")));
     }
 
     #[test]
@@ -268,9 +336,67 @@ mod tests {
         let dir = program.parent().unwrap().join("missing/cache");
         let found = checks(&subject(&dir, &CullLimits::default()));
         assert!(!dir.exists());
-        assert!(matches!(found.len(), 4 | 5) || found[0].status == Status::Fail, "{found:?}");
+        assert!(matches!(found.len(), 5 | 6) || found[0].status == Status::Fail, "{found:?}");
         assert_eq!(kind_check(XFS_SUPER_MAGIC).status, Status::Ok);
         assert_eq!(kind_check(FsType(1)).status, Status::Warn);
         assert_eq!(block_check(1024).status, Status::Warn);
+    }
+
+    /// A file system in a file; unmounted when dropped.
+    struct Disk(tempfile::TempDir);
+
+    impl Disk {
+        /// `None`: this process may not mount, or there is no program that makes one.
+        fn make(options: &[&str]) -> Option<Self> {
+            let dir = tempfile::tempdir().unwrap();
+            let (disk, at) = (dir.path().join("disk"), dir.path().join("at"));
+            File::create(&disk).unwrap().set_len(16 << 20).unwrap();
+            std::fs::create_dir(&at).unwrap();
+            let run = |program: &str, args: &[&std::ffi::OsStr]| {
+                let output = std::process::Command::new(program).args(args).output();
+                output.is_ok_and(|output| output.status.success())
+            };
+            let options = ["-q", "-F"].iter().chain(options).map(std::ffi::OsStr::new).chain([disk.as_os_str()]).collect::<Vec<_>>();
+            let is_made = run("mkfs.ext4", &options) && run("mount", &["-o".as_ref(), "loop".as_ref(), disk.as_ref(), at.as_ref()]);
+            is_made.then_some(Self(dir))
+        }
+
+        fn at(&self) -> PathBuf {
+            self.0.path().join("at")
+        }
+    }
+
+    impl Drop for Disk {
+        fn drop(&mut self) {
+            let _ = nix::mount::umount2(&self.at(), nix::mount::MntFlags::MNT_DETACH);
+        }
+    }
+
+    /// What can be had here is had really: a file system without nameless files, one with small blocks, and a full one.
+    #[test]
+    fn real_file_systems_provoke_their_findings() {
+        let of = |dir: &Path, id| {
+            let found = checks(&subject(dir, &CullLimits::default()));
+            found.into_iter().find(|check| check.id == id)
+        };
+        let sysfs = of(Path::new("/sys"), Id::CacheDir).unwrap();
+        let is_denied = sysfs.verdict == Verdict::NotPermitted;
+        assert!(
+            is_denied || sysfs.verdict == Verdict::BadCacheDir && sysfs.found.contains("lacks nameless files (O_TMPFILE)"),
+            "{sysfs:?}"
+        );
+        let Some(disk) = Disk::make(&["-b", "1024", "-m", "0"]) else {
+            return println!("not run on disks of their own: they cannot be made and mounted here");
+        };
+        let blocks = of(&disk.at(), Id::CacheBlocks).unwrap();
+        assert!(blocks.status == Status::Warn && blocks.found.contains("1024 bytes"), "{blocks:?}");
+        assert_eq!(of(&disk.at(), Id::CacheSpace).unwrap().status, Status::Ok);
+        // All but a little of what is free.
+        let stat = nix::sys::statvfs::statvfs(&disk.at()).unwrap();
+        let free_bytes = stat.blocks_available() * stat.fragment_size();
+        let filler = File::create(disk.at().join("filler")).unwrap();
+        nix::fcntl::posix_fallocate(&filler, 0, i64::try_from(free_bytes - (100 << 10)).unwrap()).unwrap();
+        let full = of(&disk.at(), Id::CacheSpace).unwrap();
+        assert!(full.verdict == Verdict::BadCacheDir && full.found.contains("(bstop)"), "{full:?}");
     }
 }

@@ -1,18 +1,18 @@
 //! What the daemon can give up on this kernel once it serves, see [`crate::ops::confine`].
 
-use super::Check;
+use super::{Check, Id};
 use crate::ops::confine::{calls, files};
 
 /// Tries Landlock and seccomp, each in a thread that ends right after.
 #[must_use]
 pub fn checks() -> Vec<Check> {
     vec![
-        check("landlock", files::probe(), "other files than those of the stores and the cache"),
-        check("seccomp", calls::probe(), "system calls that serving does not need"),
+        check(Id::Landlock, files::probe(), "other files than those of the stores and the cache"),
+        check(Id::Seccomp, calls::probe(), "system calls that serving does not need"),
     ]
 }
 
-fn check(id: &'static str, outcome: Result<String, String>, what: &str) -> Check {
+fn check(id: Id, outcome: Result<String, String>, what: &str) -> Check {
     match outcome {
         Ok(found) => Check::ok(id, found),
         Err(why) => {
@@ -23,16 +23,20 @@ fn check(id: &'static str, outcome: Result<String, String>, what: &str) -> Check
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::Status;
     use super::*;
 
+    pub(in super::super) fn provoked() -> Vec<Check> {
+        [Id::Landlock, Id::Seccomp].map(|id| check(id, Err("not in this kernel; build it in".to_owned()), "something")).into()
+    }
+
     #[test]
     fn what_is_missing_is_a_warning_with_a_remedy() {
-        let missing = check("x", Err("no x here; build it in".to_owned()), "y");
+        let missing = check(Id::Landlock, Err("no x here; build it in".to_owned()), "y");
         assert_eq!((missing.status, missing.remedy.as_str()), (Status::Warn, "build it in"));
         assert_eq!(missing.found, "no x here: infill serves without giving up y");
-        assert_eq!(check("x", Ok("version 1".to_owned()), "y").status, Status::Ok);
+        assert_eq!(check(Id::Landlock, Ok("version 1".to_owned()), "y").status, Status::Ok);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
 
 use super::features::{Driver, Kernel};
-use super::{Check, Verdict, read};
+use super::{Check, Id, Verdict, read};
 use crate::front::cachefiles::DEFAULT_DEVNODE;
 use crate::ops::processes::{Process, describe, find_holders, find_waiting};
 
@@ -28,6 +28,8 @@ const WAITING_SHOWN: usize = 8;
 
 /// The name of our own program, which may hold the device.
 const OWN_NAME: &str = "infill";
+/// The daemon of the kernel's other mode, which may hold it as well; also the name of its service.
+const CACHEFILESD: &str = "cachefilesd";
 
 /// What was found at the device's path.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -62,7 +64,7 @@ pub fn checks(kernel: &Kernel) -> Vec<Check> {
 }
 
 fn node_check(node: &Node, driver: &Driver) -> Check {
-    const ID: &str = "device";
+    const ID: Id = Id::Device;
     match (node, driver) {
         (Node::Device(Ok(())), _) => Check::ok(ID, format!("{DEFAULT_DEVNODE} may be opened")),
         (Node::Device(Err(errno)), _) => Check::fail(
@@ -75,19 +77,22 @@ fn node_check(node: &Node, driver: &Driver) -> Check {
             ID,
             Verdict::Unavailable,
             format!("{DEFAULT_DEVNODE} is no device"),
-            format!("remove it, then load the driver again: modprobe -r cachefiles; modprobe cachefiles ({DEFAULT_DEVNODE} is made by it)"),
-        ),
+            format!("remove it, then load the driver again, which makes {DEFAULT_DEVNODE}"),
+        )
+        .fixed_by(format!("rm {DEFAULT_DEVNODE} && modprobe -r cachefiles && modprobe cachefiles")),
         (Node::Missing, Driver::Running) => Check::fail(
             ID,
             Verdict::Unavailable,
             format!("{DEFAULT_DEVNODE} is missing although the driver is there"),
             "in a container: pass the device in; elsewhere: mount devtmpfs on /dev, or mknod it with major 10 and the minor number from /proc/misc",
-        ),
+        )
+        .fixed_by(format!("mknod -m 600 {DEFAULT_DEVNODE} c 10 \"$(awk '$2 == \"cachefiles\" {{print $1}}' /proc/misc)\"")),
         (Node::Missing, Driver::Loadable(_)) => Check::warn(
             ID,
             format!("{DEFAULT_DEVNODE} is missing because the driver is not loaded"),
-            "modprobe cachefiles; at every boot: a line 'cachefiles' in /etc/modules-load.d/infill.conf",
-        ),
+            "load it now, and at every boot by a line 'cachefiles' in /etc/modules-load.d/infill.conf",
+        )
+        .fixed_by("modprobe cachefiles && echo cachefiles > /etc/modules-load.d/infill.conf"),
         (Node::Missing, Driver::Absent) => Check::fail(
             ID,
             Verdict::Unavailable,
@@ -99,41 +104,51 @@ fn node_check(node: &Node, driver: &Driver) -> Check {
 
 /// Readers and mounts that wait for data. A few at any moment are a host at work.
 fn waiting_check(waiting: &[Process], is_served: bool) -> Check {
-    const ID: &str = "readers";
+    const ID: Id = Id::Readers;
     let shown: Vec<_> = waiting.iter().take(WAITING_SHOWN).map(ToString::to_string).collect();
     let found = format!("{} processes wait for data at this moment: {}", waiting.len(), shown.join(", "));
     match (waiting.is_empty(), is_served) {
         (true, _) => Check::ok(ID, "nobody waits for data at this moment"),
         (false, true) => Check::ok(ID, format!("{found}; if they wait for long, see the daemon's log for what hangs")),
-        (false, false) => Check::warn(ID, found, "start infill serve: nobody else answers them"),
+        (false, false) => Check::warn(ID, found, "start infill serve: nobody else answers them").fixed_by("systemctl start infill"),
     }
 }
 
 fn holder_check(holders: &[Process]) -> Check {
-    const ID: &str = "device-holder";
+    const ID: Id = Id::DeviceHolder;
     let names = describe(holders);
     if holders.is_empty() {
         Check::ok(ID, "no process that is visible here holds it")
     } else if holders.iter().all(|holder| is_own(&holder.command)) {
         Check::ok(ID, format!("held by infill itself: {names}"))
     } else {
-        Check::fail(
+        let check = Check::fail(
             ID,
             Verdict::Unavailable,
             format!("held by {names}; a kernel has one daemon at a time"),
-            "stop that process (cachefilesd: systemctl disable --now cachefilesd) after unmounting its images",
-        )
+            "stop that process after unmounting its images",
+        );
+        let foreign: Vec<_> = holders.iter().filter(|holder| !is_own(&holder.command)).collect();
+        if foreign.iter().all(|holder| is_program(&holder.command, CACHEFILESD)) {
+            return check.fixed_by(format!("systemctl disable --now {CACHEFILESD}"));
+        }
+        let pids: Vec<_> = foreign.iter().map(|holder| holder.pid.to_string()).collect();
+        check.fixed_by(format!("kill {}", pids.join(" ")))
     }
 }
 
 /// Whether a command line is one of our own program.
 fn is_own(command: &str) -> bool {
+    is_program(command, OWN_NAME)
+}
+
+fn is_program(command: &str, name: &str) -> bool {
     let program = command.split_ascii_whitespace().next().unwrap_or_default();
-    program.rsplit('/').next() == Some(OWN_NAME)
+    program.rsplit('/').next() == Some(name)
 }
 
 fn rights_check(capabilities: Option<u64>, initial_namespace: bool) -> Check {
-    const ID: &str = "rights";
+    const ID: Id = Id::Rights;
     let has_admin = capabilities.is_some_and(|set| has_capability(set, CAP_SYS_ADMIN));
     let fail = |found: &str, remedy: &str| Check::fail(ID, Verdict::NotPermitted, found, remedy);
     if !initial_namespace {
@@ -164,9 +179,25 @@ pub(super) fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::Status;
     use super::*;
+
+    pub(in super::super) fn provoked() -> Vec<Check> {
+        let process = |pid, command: &str| Process { pid, command: command.to_owned() };
+        vec![
+            node_check(&Node::Missing, &Driver::Running),
+            node_check(&Node::Missing, &Driver::Loadable(None)),
+            node_check(&Node::Missing, &Driver::Absent),
+            node_check(&Node::NotADevice, &Driver::Running),
+            node_check(&Node::Device(Err(Errno::EACCES)), &Driver::Running),
+            waiting_check(&[process(7, "cat /mnt/app")], false),
+            holder_check(&[process(8, "/sbin/cachefilesd -n")]),
+            holder_check(&[process(9, "nydusd"), process(10, "infill keeper")]),
+            rights_check(Some(0), true),
+            rights_check(Some(u64::MAX), false),
+        ]
+    }
 
     #[test]
     fn a_missing_node_is_judged_by_its_driver() {
@@ -199,6 +230,7 @@ mod tests {
         let busy = holder_check(&[own, other]);
         assert_eq!(busy.verdict, Verdict::Unavailable);
         assert!(busy.found.contains("pid 8 (/sbin/cachefilesd -n)"), "{}", busy.found);
+        assert_eq!(busy.fix.as_deref(), Some("systemctl disable --now cachefilesd"));
         assert!(!is_own("vi infill.toml"));
     }
 

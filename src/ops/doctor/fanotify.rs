@@ -6,7 +6,8 @@ use std::path::Path;
 use nix::errno::Errno;
 
 use super::features::{Kernel, Setting};
-use super::{Check, Verdict, read};
+use super::release::{Running, for_files};
+use super::{Check, Id, Verdict, read};
 use crate::front::fanotify::Group;
 use crate::mount::groups_wanted;
 use crate::mount::loops::{self, Loop};
@@ -14,26 +15,30 @@ use crate::mount::metadata::{MetadataError, is_asked_for};
 
 /// Groups of a user at most.
 const MAX_GROUPS: &str = "/proc/sys/fs/fanotify/max_user_groups";
+/// What is put into it where it is too few: more than any number of event loops wants, and room for others.
+const GROUPS_FIX: &str = "sysctl -w fs.fanotify.max_user_groups=";
+/// Groups that other programs may have beside ours.
+const GROUPS_OF_OTHERS: usize = 64;
 
 /// Looks at what the fanotify front end needs, with event loops as many as `shards`.
 #[must_use]
-pub fn checks(kernel: &Kernel, cache_dir: &Path, shards: usize) -> Vec<Check> {
+pub fn checks(running: &Running, kernel: &Kernel, cache_dir: &Path, shards: usize) -> Vec<Check> {
     let groups = read(MAX_GROUPS).and_then(|text| text.parse().ok());
     let existing = cache_dir.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
     let backed = kernel.config.as_ref().map(|config| config.setting("EROFS_FS_BACKED_BY_FILE"));
     let watched = Group::new().map(|group| group.can_watch(existing));
-    let mut checks = vec![events(watched, existing), files(backed)];
+    let mut checks = vec![for_files(running), events(watched, existing), files(backed)];
     if checks.iter().all(|check| check.verdict == Verdict::Ready) {
         checks.push(metadata(is_asked_for(existing)));
     }
     checks.extend(loops::find(cache_dir).iter().map(bypassed));
-    checks.extend(groups.and_then(|groups| enough(groups, shards)));
+    checks.extend(groups.map(|groups| enough(groups, shards)));
     checks
 }
 
 /// What became of a try to watch a file.
 fn events(watched: Result<io::Result<Result<(), Errno>>, Errno>, dir: &Path) -> Check {
-    const ID: &str = "fanotify";
+    const ID: Id = Id::Fanotify;
     let dir = dir.display();
     match watched {
         Ok(Ok(Ok(()))) => Check::ok(ID, format!("the kernel asks before a file in {dir} is read (pre-content events)")),
@@ -43,7 +48,8 @@ fn events(watched: Result<io::Result<Result<(), Errno>>, Errno>, dir: &Path) -> 
             Verdict::Failed,
             "no group: there are too many",
             format!("end other programs that use fanotify, or raise {MAX_GROUPS}"),
-        ),
+        )
+        .fixed_by(format!("{GROUPS_FIX}$(( $(cat {MAX_GROUPS}) * 2 ))")),
         Ok(Ok(Err(Errno::EINVAL))) | Err(_) => Check::fail(
             ID,
             Verdict::Unavailable,
@@ -65,7 +71,7 @@ fn events(watched: Result<io::Result<Result<(), Errno>>, Errno>, dir: &Path) -> 
 
 /// Whether EROFS mounts files.
 fn files(backed: Option<Setting>) -> Check {
-    const ID: &str = "erofs-files";
+    const ID: Id = Id::ErofsFiles;
     match backed {
         Some(Setting::No) => Check::fail(
             ID,
@@ -80,14 +86,14 @@ fn files(backed: Option<Setting>) -> Check {
 
 /// A device through which the cache is read, and nobody is asked.
 fn bypassed(found: &Loop) -> Check {
-    let text = found.to_string();
+    let (device, text) = (&found.device, found.to_string());
     let (found, remedy) = text.split_once("; ").unwrap_or((&text, ""));
-    Check::fail("cache-loop", Verdict::Failed, found, remedy)
+    Check::fail(Id::CacheLoop, Verdict::Failed, found, remedy).fixed_by(format!("losetup -d /dev/{device}"))
 }
 
 /// What became of a try to mount an image.
 fn metadata(asked: Result<bool, MetadataError>) -> Check {
-    const ID: &str = "erofs-metadata";
+    const ID: Id = Id::ErofsMetadata;
     match asked {
         Ok(true) => Check::ok(ID, "the kernel asks before it reads an image's metadata: nothing has to be there before a mount"),
         Ok(false) => Check::ok(
@@ -102,16 +108,50 @@ fn metadata(asked: Result<bool, MetadataError>) -> Check {
     }
 }
 
-/// Whether there are groups enough.
-fn enough(groups: usize, shards: usize) -> Option<Check> {
+/// Whether there are groups enough. Of marks there always are: ours are not limited (`FAN_UNLIMITED_MARKS`).
+fn enough(groups: usize, shards: usize) -> Check {
+    const ID: Id = Id::FanotifyGroups;
     let wanted = groups_wanted(shards);
     let found = format!("{shards} event loops want {wanted} groups together, and a user may have {groups}");
-    (groups < wanted).then(|| Check::fail("fanotify-groups", Verdict::Failed, found, format!("raise {MAX_GROUPS}, or lower --shards")))
+    if groups >= wanted {
+        return Check::ok(ID, found);
+    }
+    Check::fail(ID, Verdict::Failed, found, format!("raise {MAX_GROUPS}, or lower --shards"))
+        .fixed_by(format!("{GROUPS_FIX}{}", wanted + GROUPS_OF_OTHERS))
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    pub(in super::super) fn provoked() -> Vec<Check> {
+        let dir = Path::new("/cache");
+        let watched: [Result<io::Result<Result<(), Errno>>, Errno>; 7] = [
+            Err(Errno::EPERM),
+            Err(Errno::EMFILE),
+            Err(Errno::EINVAL),
+            Ok(Ok(Err(Errno::EINVAL))),
+            Ok(Ok(Err(Errno::EOPNOTSUPP))),
+            Ok(Ok(Err(Errno::ENOSPC))),
+            Ok(Err(io::ErrorKind::StorageFull.into())),
+        ];
+        let mut found: Vec<Check> = watched.into_iter().map(|watched| events(watched, dir)).collect();
+        found.extend([files(Some(Setting::No)), files(None), metadata(Err(MetadataError::TimedOut)), enough(1, 8)]);
+        found.push(bypassed(&Loop { device: "loop1".into(), file: "/cache/blobs/ab".into() }));
+        found.push(for_files(&Running::new("6.12.1", "", None)));
+        found
+    }
+
+    /// A file system without the events is at hand everywhere.
+    #[test]
+    fn memory_cannot_be_watched() {
+        let Ok(group) = Group::new() else {
+            return println!("not run: no group: not root, or a kernel before 6.14");
+        };
+        let check = events(Ok(group.can_watch(Path::new("/dev/shm"))), Path::new("/dev/shm"));
+        assert_eq!(check.verdict, Verdict::BadCacheDir, "{check:?}");
+        assert!(check.remedy.contains("not on overlayfs or tmpfs"), "{check:?}");
+    }
 
     #[test]
     fn each_refusal_says_what_to_do() {
@@ -138,8 +178,9 @@ mod tests {
         for shards in [1, 2, 8, 9, 64, 200] {
             let wanted = groups_wanted(shards);
             assert!(wanted.is_multiple_of(shards) && (shards..=shards.max(64)).contains(&wanted), "{shards}: {wanted}");
-            assert!(enough(wanted, shards).is_none(), "{shards}");
-            assert!(enough(wanted - 1, shards).is_some_and(|check| check.remedy.contains("--shards")), "{shards}");
+            assert_eq!(enough(wanted, shards).verdict, Verdict::Ready, "{shards}");
+            let few = enough(wanted - 1, shards);
+            assert!(few.remedy.contains("--shards") && few.fix.is_some_and(|fix| fix.contains("max_user_groups=")), "{shards}");
         }
     }
 }

@@ -9,7 +9,7 @@ use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::{Check, Verdict, read};
+use super::{Check, Id, Verdict, read};
 
 /// What to do about a missing option where the driver is a module.
 const REBUILD: &str = "rebuild the modules cachefiles and erofs with CONFIG_CACHEFILES_ONDEMAND and \
@@ -144,15 +144,15 @@ impl Kernel {
     pub fn checks(&self) -> Vec<Check> {
         vec![
             self.fscache(),
-            driver("cachefiles", "CONFIG_CACHEFILES", &self.cachefiles.driver),
-            ondemand("cachefiles-ondemand", "CACHEFILES_ONDEMAND", &self.cachefiles),
-            driver("erofs", "CONFIG_EROFS_FS", &self.erofs.driver),
-            ondemand("erofs-ondemand", "EROFS_FS_ONDEMAND", &self.erofs),
+            driver(Id::Cachefiles, "CONFIG_CACHEFILES", &self.cachefiles.driver),
+            ondemand(Id::CachefilesOndemand, "CACHEFILES_ONDEMAND", &self.cachefiles),
+            driver(Id::Erofs, "CONFIG_EROFS_FS", &self.erofs.driver),
+            ondemand(Id::ErofsOndemand, "EROFS_FS_ONDEMAND", &self.erofs),
         ]
     }
 
     fn fscache(&self) -> Check {
-        const ID: &str = "fscache";
+        const ID: Id = Id::Fscache;
         match self.config.as_ref().map(|config| (config, config.setting("FSCACHE"))) {
             // cachefiles cannot exist without it.
             _ if self.cachefiles.driver == Driver::Running => Check::ok(ID, "in use by cachefiles"),
@@ -162,12 +162,16 @@ impl Kernel {
             }
             Some((config, Setting::Yes)) => Check::ok(ID, format!("built in ({})", config.origin)),
             Some((config, Setting::Module)) => Check::ok(ID, format!("a module ({})", config.origin)),
-            None => Check::unknown(ID, "the kernel's configuration was not found", ""),
+            None => Check::unknown(
+                ID,
+                "the kernel's configuration was not found",
+                "run as root, with /proc/config.gz or /boot/config-* of this kernel",
+            ),
         }
     }
 }
 
-fn driver(id: &'static str, option: &str, driver: &Driver) -> Check {
+fn driver(id: Id, option: &str, driver: &Driver) -> Check {
     match driver {
         Driver::Running => Check::ok(id, "loaded or built in"),
         Driver::Loadable(_) => Check::ok(id, format!("can be loaded (modprobe {id})")),
@@ -179,7 +183,7 @@ fn driver(id: &'static str, option: &str, driver: &Driver) -> Check {
     }
 }
 
-fn ondemand(id: &'static str, option: &str, feature: &Feature) -> Check {
+fn ondemand(id: Id, option: &str, feature: &Feature) -> Check {
     match &feature.ondemand {
         Code::Present(place) => Check::ok(id, format!("CONFIG_{option}: in {place}")),
         Code::Absent(place) => {
@@ -272,9 +276,18 @@ fn filter(program: &str, file: File) -> Option<Vec<u8>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::Status;
     use super::*;
+
+    /// A kernel without any of it, and one that hides itself.
+    pub(in super::super) fn provoked() -> Vec<Check> {
+        let absent = || Feature { driver: Driver::Absent, ondemand: Code::Absent("/boot/config-test".into()), is_module: true };
+        let hidden = || Feature { driver: Driver::Loadable(None), ondemand: Code::Unknown, is_module: false };
+        let without = Kernel { config: Some(config("# CONFIG_FSCACHE is not set\n")), cachefiles: absent(), erofs: absent() };
+        let silent = Kernel { config: None, cachefiles: hidden(), erofs: hidden() };
+        [without.checks(), silent.checks()].concat()
+    }
 
     fn config(text: &str) -> Config {
         Config { origin: "/boot/config-test".into(), text: text.into() }
@@ -344,7 +357,7 @@ mod tests {
     fn missing_parts_are_named_with_the_way_out() {
         let judge = |is_module| {
             let feature = Feature { driver: Driver::Running, ondemand: Code::Absent("the running kernel".into()), is_module };
-            ondemand("erofs-ondemand", "EROFS_FS_ONDEMAND", &feature)
+            ondemand(Id::ErofsOndemand, "EROFS_FS_ONDEMAND", &feature)
         };
         let check = judge(true);
         assert_eq!((check.status, check.verdict), (Status::Fail, Verdict::Unavailable));

@@ -3,21 +3,24 @@
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::device::{CAP_IPC_LOCK, CAP_SYS_RESOURCE, capabilities, has_capability};
-use super::{Check, Verdict, read};
+use super::{Check, Id, Verdict, read, set_in_unit};
 use crate::engine::buffers::{self, Pages};
 use crate::engine::ring;
 use crate::ops::limits::{self, Bound, Raised};
 
 /// Descriptors below which a host with hundreds of containers runs short: each mounted blob takes up to two.
-const WANTED_FILES: u64 = 65_536;
+pub(super) const WANTED_FILES: u64 = 65_536;
 /// A default budget below this keeps few blobs open.
 const FEW_FDS: u64 = 2048;
 /// What the unit file should set: the kernel's default upper bound (`fs.nr_open`).
-const NR_OPEN: u64 = 1_048_576;
+pub(super) const NR_OPEN: u64 = 1_048_576;
 /// Share of `fs.file-max` in use, in percent, from which on there is a warning.
 const FILES_HIGH_PERCENT: u64 = 80;
 /// Locked memory in bytes that the engine's buffers may take where `CAP_IPC_LOCK` is missing.
-const WANTED_LOCKED_BYTES: u64 = 64 << 20;
+pub(super) const WANTED_LOCKED_BYTES: u64 = 64 << 20;
+/// Sysctls that are named in commands.
+const FILE_MAX: &str = "fs.file-max";
+const NR_OPEN_NAME: &str = "fs.nr_open";
 /// No limit (`RLIM_INFINITY`).
 const UNLIMITED: u64 = libc::RLIM_INFINITY;
 
@@ -47,26 +50,32 @@ pub fn checks(shards: usize) -> Vec<Check> {
 
 /// Without io_uring the engine falls back to threads that block.
 fn ring_check(ring: Result<&str, String>) -> Check {
-    const ID: &str = "io-uring";
+    const ID: Id = Id::IoUring;
     match ring {
         Ok(mode) => Check::ok(ID, format!("works ({mode})")),
         Err(error) => {
             let (found, remedy) = error.split_once("; ").unwrap_or((&error, ""));
-            Check::warn(ID, format!("{found}; infill serves with threads that block instead"), remedy)
+            let check = Check::warn(ID, format!("{found}; infill serves with threads that block instead"), remedy);
+            match remedy.split_once(": ") {
+                Some((_, command)) if command.starts_with("sysctl -w ") => check.fixed_by(command),
+                _ if remedy.is_empty() => Check { remedy: "boot a kernel with CONFIG_IO_URING=y; see dmesg".into(), ..check },
+                _ => check,
+            }
         }
     }
 }
 
 /// What the buffers would lie in.
 fn pages_check(pages: std::io::Result<Pages>) -> Check {
-    const ID: &str = "buffer-pages";
+    const ID: Id = Id::BufferPages;
     match pages {
         Ok(pages @ (Pages::ReservedHuge | Pages::TransparentHuge)) => Check::ok(ID, pages.to_string()),
         Ok(pages @ Pages::Small) => Check::warn(
             ID,
             format!("{pages}; it works, and each operation costs a little more"),
-            "a kernel with CONFIG_TRANSPARENT_HUGEPAGE=y, or huge pages with the sysctl vm.nr_hugepages",
-        ),
+            "let the kernel give huge pages to who asks (CONFIG_TRANSPARENT_HUGEPAGE=y), or reserve some (vm.nr_hugepages)",
+        )
+        .fixed_by("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"),
         Err(error) => {
             Check::warn(ID, format!("no memory for a buffer of 2 MiB ({error})"), "give this host, or this control group, more memory")
         }
@@ -80,44 +89,58 @@ fn most_fds(hard: u64, nr_open: u64, raises: bool) -> u64 {
 
 /// What `--fd-budget` is if it is not set, and why.
 fn budget_check(raised: Raised, raises: bool, shards: usize) -> Check {
-    const ID: &str = "fd-budget";
+    const ID: Id = Id::FdBudget;
     let (budget, bound) = limits::default_budget(raised, shards);
-    let (why, remedy) = match bound {
-        Bound::Table => ("more has to be asked for", ""),
-        Bound::System => ("half of what fs.file-max and fs.file-nr leave", "raise the sysctl fs.file-max"),
-        Bound::Process if raises => ("what fs.nr_open leaves", "raise the sysctl fs.nr_open"),
-        Bound::Process => ("what the limit of this process leaves", "raise LimitNOFILE= in the systemd unit, or ulimit -Hn"),
+    let (why, remedy, fix) = match bound {
+        Bound::Table => ("more has to be asked for", "set fd_budget", String::new()),
+        Bound::System => ("half of what fs.file-max and fs.file-nr leave", "raise the sysctl fs.file-max", raise(FILE_MAX, NR_OPEN)),
+        Bound::Process if raises => ("what fs.nr_open leaves", "raise the sysctl fs.nr_open", raise(NR_OPEN_NAME, NR_OPEN)),
+        Bound::Process => ("what the limit of this process leaves", "raise LimitNOFILE= in the systemd unit, or ulimit -Hn", more_files()),
     };
     let found = format!("blobs may take {budget} descriptors by default ({why}): about {} are open at a time", budget.div_ceil(2));
     if budget < FEW_FDS {
         let remedy =
             format!("{remedy}; beyond that, blobs are closed, and opened again when they are read, if the kernel can (line kernel-reopen)");
-        return Check::warn(ID, found, remedy);
+        return Check::warn(ID, found, remedy).fixed_by(fix);
     }
     Check::ok(ID, found)
 }
 
+/// The command that gives a sysctl a value.
+fn raise(name: &str, value: u64) -> String {
+    format!("sysctl -w {name}={value}")
+}
+
+/// The command that gives the service more descriptors.
+fn more_files() -> String {
+    set_in_unit(&format!("LimitNOFILE={NR_OPEN}"))
+}
+
 fn files_check(hard: u64, nr_open: u64, raises: bool) -> Check {
-    const ID: &str = "open-files";
+    const ID: Id = Id::OpenFiles;
     let limit = most_fds(hard, nr_open, raises);
     let found = format!("up to {limit} descriptors (limit {hard}, fs.nr_open {nr_open})");
     if limit < WANTED_FILES {
-        let remedy = format!("LimitNOFILE={NR_OPEN} in the systemd unit; an open blob needs two descriptors");
-        return Check::warn(ID, found, remedy);
+        let (what, fix) = if nr_open < WANTED_FILES {
+            ("raise the sysctl fs.nr_open", raise(NR_OPEN_NAME, NR_OPEN))
+        } else {
+            ("raise LimitNOFILE= in the systemd unit", more_files())
+        };
+        return Check::warn(ID, found, format!("{what}; an open blob needs two descriptors")).fixed_by(fix);
     }
     Check::ok(ID, found)
 }
 
 /// `file_nr` is `used unused max`.
 fn host_files_check(file_nr: Option<&str>) -> Check {
-    const ID: &str = "host-files";
+    const ID: Id = Id::HostFiles;
     let numbers: Vec<u64> = file_nr.unwrap_or_default().split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect();
     let [used, _, max] = numbers[..] else {
-        return Check::unknown(ID, "/proc/sys/fs/file-nr cannot be read", "");
+        return Check::unknown(ID, "/proc/sys/fs/file-nr cannot be read", "mount proc on /proc");
     };
     let found = format!("{used} of {max} in use on this host (fs.file-max)");
     if u128::from(used) * 100 >= u128::from(max) * u128::from(FILES_HIGH_PERCENT) {
-        Check::warn(ID, found, "raise the sysctl fs.file-max")
+        Check::warn(ID, found, "raise the sysctl fs.file-max").fixed_by(raise(FILE_MAX, max.saturating_mul(2)))
     } else {
         Check::ok(ID, found)
     }
@@ -125,7 +148,7 @@ fn host_files_check(file_nr: Option<&str>) -> Check {
 
 /// The kernel writes cache files on behalf of the daemon, whose limit counts. The daemon lifts it where it may.
 fn file_size_check((soft, hard): (u64, u64), raises: bool) -> Check {
-    const ID: &str = "file-size";
+    const ID: Id = Id::FileSize;
     if soft == UNLIMITED {
         Check::ok(ID, "not limited")
     } else if hard == UNLIMITED || raises {
@@ -137,11 +160,12 @@ fn file_size_check((soft, hard): (u64, u64), raises: bool) -> Check {
             format!("limited to {hard} bytes: fills beyond it would fail"),
             "ulimit -f unlimited, or LimitFSIZE=infinity in the systemd unit",
         )
+        .fixed_by(set_in_unit("LimitFSIZE=infinity"))
     }
 }
 
 fn locked_check(hard: u64, may_lock: bool) -> Check {
-    const ID: &str = "locked-memory";
+    const ID: Id = Id::LockedMemory;
     if may_lock {
         Check::ok(ID, "not limited (CAP_IPC_LOCK)")
     } else if hard == UNLIMITED {
@@ -154,13 +178,58 @@ fn locked_check(hard: u64, may_lock: bool) -> Check {
             format!("limited to {hard} bytes; the buffers of io_uring count"),
             "LimitMEMLOCK=infinity in the systemd unit, or the capability CAP_IPC_LOCK",
         )
+        .fixed_by(set_in_unit("LimitMEMLOCK=infinity"))
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::Status;
     use super::*;
+
+    pub(in super::super) fn provoked() -> Vec<Check> {
+        let none = Raised { fds: 1024, free_in_system: None };
+        vec![
+            ring_check(Err(
+                "io_uring is switched off by the sysctl kernel.io_uring_disabled=2; allow it with: sysctl -w kernel.io_uring_disabled=0"
+                    .into(),
+            )),
+            ring_check(Err("io_uring_setup failed: EIO".into())),
+            pages_check(Ok(Pages::Small)),
+            pages_check(Err(std::io::ErrorKind::OutOfMemory.into())),
+            files_check(4096, NR_OPEN, false),
+            files_check(UNLIMITED, 1024, true),
+            budget_check(none, false, 4),
+            budget_check(none, true, 4),
+            budget_check(Raised { fds: NR_OPEN, free_in_system: Some(3000) }, true, 4),
+            host_files_check(Some("80\t0\t100")),
+            host_files_check(None),
+            file_size_check((1, 1), false),
+            locked_check(8 << 20, false),
+        ]
+    }
+
+    /// Here the limit is real: that of a process which has one file and no rights to raise it.
+    #[test]
+    fn a_lowered_limit_is_seen() {
+        let program = std::env::current_exe().unwrap();
+        let name = concat!(module_path!(), "::says_its_limit").split_once("::").unwrap().1;
+        let output = std::process::Command::new("sh")
+            .args(["-c", "ulimit -n 3000; exec \"$0\" --exact --ignored --nocapture \"$1\""])
+            .args([program.as_os_str(), name.as_ref()])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.contains("up to 3000 descriptors (limit 3000, "), "{text}");
+    }
+
+    #[test]
+    #[ignore = "it is run by the one above, with a limit"]
+    fn says_its_limit() {
+        let check = files_check(getrlimit(Resource::RLIMIT_NOFILE).unwrap().1, NR_OPEN, false);
+        assert_eq!(check.status, Status::Warn);
+        println!("{}", check.found);
+    }
 
     #[test]
     fn without_io_uring_the_way_out_is_named() {
@@ -168,6 +237,9 @@ mod tests {
         let refused = ring_check(Err("io_uring is switched off; allow it with: sysctl".into()));
         assert_eq!((refused.status, refused.verdict), (Status::Warn, Verdict::Ready));
         assert_eq!(refused.remedy, "allow it with: sysctl");
+        let fix = |text: &str| ring_check(Err(text.to_owned())).fix;
+        assert_eq!(fix("off; allow it with: sysctl -w a=0").as_deref(), Some("sysctl -w a=0"));
+        assert_eq!(fix("refused by a filter; allow it in the profile"), None);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! | file | its subject |
 //! |---|---|
+//! | `id` | the names of findings |
 //! | `release` | kernel versions: the window of the feature, known bugs (pure) |
 //! | `features` | what is compiled into the kernel and its modules |
 //! | `device` | the device node and who may open it |
@@ -9,6 +10,8 @@
 //! | `fanotify` | pre-content events, for images that are mounted from files |
 //! | `host` | io_uring, limits |
 //! | `confinement` | Landlock, seccomp |
+//! | `state_dir` | the state directory, and the daemon that serves there |
+//! | `stores` | where blobs come from |
 //!
 //! Nothing is changed: no module is loaded, the device is not opened, the only files that are made (to try direct writes, and
 //! what the kernel asks for) never have a name, and the only mount is nowhere.
@@ -19,18 +22,22 @@ pub mod device;
 pub mod fanotify;
 pub mod features;
 pub mod host;
+pub mod id;
 pub mod release;
+pub mod state_dir;
+pub mod stores;
 
 use std::fmt;
 use std::fs;
 use std::path::Path;
 
 use self::features::Kernel;
+pub use self::id::Id;
 use self::release::Running;
 use crate::config::FrontEndKind;
 use crate::front::cachefiles::CullLimits;
 use crate::ops::exit;
-use crate::store::{SourceMode, StoreSpec, open_store};
+use crate::store::StoreSpec;
 
 /// How a check ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
@@ -92,7 +99,7 @@ impl fmt::Display for Verdict {
 #[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct Check {
     /// A stable name.
-    pub id: &'static str,
+    pub id: Id,
     /// How it ended.
     pub status: Status,
     /// What was found.
@@ -100,30 +107,37 @@ pub struct Check {
     /// What the operator can do; empty if nothing has to be done.
     #[serde(rename = "do")]
     pub remedy: String,
+    /// The command for a shell that does it, where there is one.
+    pub fix: Option<String>,
     /// What it amounts to.
     #[serde(skip)]
     pub verdict: Verdict,
 }
 
 impl Check {
-    fn ok(id: &'static str, found: impl Into<String>) -> Self {
+    fn ok(id: Id, found: impl Into<String>) -> Self {
         Self::new(id, Status::Ok, Verdict::Ready, found.into(), "")
     }
 
-    fn warn(id: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    fn warn(id: Id, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::new(id, Status::Warn, Verdict::Ready, found.into(), remedy)
     }
 
-    fn unknown(id: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    fn unknown(id: Id, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::new(id, Status::Unknown, Verdict::Ready, found.into(), remedy)
     }
 
-    fn fail(id: &'static str, verdict: Verdict, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    fn fail(id: Id, verdict: Verdict, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::new(id, Status::Fail, verdict, found.into(), remedy)
     }
 
-    fn new(id: &'static str, status: Status, verdict: Verdict, found: String, remedy: impl Into<String>) -> Self {
-        Self { id, status, found, remedy: remedy.into(), verdict }
+    fn new(id: Id, status: Status, verdict: Verdict, found: String, remedy: impl Into<String>) -> Self {
+        Self { id, status, found, remedy: remedy.into(), fix: None, verdict }
+    }
+
+    /// With the command that does what has to be done.
+    fn fixed_by(self, command: impl Into<String>) -> Self {
+        Self { fix: Some(command.into()), ..self }
     }
 }
 
@@ -160,6 +174,8 @@ pub struct Subject<'a> {
     pub cache_bytes: Option<u64>,
     /// Pieces in which cache files are to take their space on XFS; `None`: the default.
     pub xfs_extent_bytes: Option<u32>,
+    /// Where the daemon's lock is to be.
+    pub state_dir: &'a Path,
     /// Event loops, which have descriptors of their own.
     pub shards: usize,
 }
@@ -169,9 +185,10 @@ pub struct Subject<'a> {
 pub fn examine(subject: &Subject<'_>) -> Report {
     let mut checks = interface(subject);
     checks.extend(cache_dir::checks(subject));
+    checks.extend(state_dir::checks(subject.state_dir));
     checks.extend(host::checks(subject.shards));
     checks.extend(confinement::checks());
-    checks.extend(subject.stores.iter().map(check_store));
+    checks.extend(subject.stores.iter().flat_map(|store| stores::checks(store, subject.cache_dir)));
     Report::new(checks)
 }
 
@@ -182,7 +199,7 @@ fn interface(subject: &Subject<'_>) -> Vec<Check> {
     let mut cachefiles = release::checks(&running);
     cachefiles.extend(kernel.checks());
     cachefiles.extend(device::checks(&kernel));
-    let files = fanotify::checks(&kernel, subject.cache_dir, subject.shards);
+    let files = fanotify::checks(&running, &kernel, subject.cache_dir, subject.shards);
     match subject.front_end {
         FrontEndKind::Fanotify => files,
         FrontEndKind::Auto if !is_possible(&cachefiles) && is_possible(&files) => {
@@ -208,14 +225,15 @@ fn instead(cachefiles: &[Check]) -> Check {
     let (first, rest) = (wrong.next().unwrap_or_default(), wrong.count());
     let found =
         format!("not with this kernel ({first}, and {rest} more: --front-end cachefiles shows them); images are mounted from files");
-    Check::ok("cachefiles", found)
+    Check::ok(Id::Cachefiles, found)
 }
 
-fn check_store(spec: &StoreSpec) -> Check {
-    match open_store(spec, SourceMode::default()) {
-        Ok(store) => Check::ok("store", format!("{} can be read", store.name())),
-        Err(error) => Check::fail("store", Verdict::Failed, error.to_string(), ""),
-    }
+/// The command that gives the service `infill` a setting, now and at every start.
+fn set_in_unit(setting: &str) -> String {
+    format!(
+        "mkdir -p /etc/systemd/system/infill.service.d && printf '[Service]\\n{setting}\\n' >> \
+         /etc/systemd/system/infill.service.d/60-doctor.conf && systemctl daemon-reload && systemctl restart infill"
+    )
 }
 
 /// The text of a small file below `/proc` or `/sys`, without the newline at its end.
@@ -230,15 +248,50 @@ mod tests {
 
     #[test]
     fn the_worst_finding_decides() {
-        let fail = |verdict| Check::fail("x", verdict, "", "");
+        let fail = |verdict| Check::fail(Id::Kernel, verdict, "", "");
         let verdict = |checks: &[Check]| Report::new(checks.to_vec()).verdict.exit_code();
-        let harmless = [Check::ok("x", ""), Check::warn("x", "", ""), Check::unknown("x", "", "")];
+        let harmless = [Check::ok(Id::Kernel, ""), Check::warn(Id::Kernel, "", ""), Check::unknown(Id::Kernel, "", "")];
         assert_eq!(verdict(&[]), 0);
         assert_eq!(verdict(&harmless), 0);
         let mut checks = harmless.to_vec();
         for (worse, code) in [(Verdict::Failed, 1), (Verdict::BadCacheDir, 78), (Verdict::NotPermitted, 77), (Verdict::Unavailable, 69)] {
             checks.push(fail(worse));
             assert_eq!(verdict(&checks), code);
+        }
+    }
+
+    /// A module of the doctor provokes each of its own findings; here is seen that none was forgotten, and that each of them says
+    /// what to do.
+    #[test]
+    fn every_finding_is_provoked_and_says_what_to_do() {
+        let provoked: Vec<Check> = [
+            release::tests::provoked(),
+            features::tests::provoked(),
+            device::tests::provoked(),
+            fanotify::tests::provoked(),
+            cache_dir::tests::provoked(),
+            state_dir::tests::provoked(),
+            host::tests::provoked(),
+            confinement::tests::provoked(),
+            stores::tests::provoked(),
+            vec![instead(&[Check::fail(Id::Kernel, Verdict::Unavailable, "old", "")])],
+        ]
+        .concat();
+        // What only informs is never wrong.
+        let informs = |id| matches!(id, Id::StoreReflink | Id::Daemon);
+        for &id in Id::ALL {
+            let of_it: Vec<_> = provoked.iter().filter(|check| check.id == id).collect();
+            assert!(!of_it.is_empty(), "no test provokes {id}");
+            assert!(informs(id) || of_it.iter().any(|check| check.status != Status::Ok), "{id} is only ever fine");
+        }
+        for check in &provoked {
+            assert!(!check.found.is_empty() && !check.found.contains('\n'), "{check:?}");
+            if check.status != Status::Ok {
+                assert!(!check.remedy.is_empty(), "{}: {} says not what to do", check.id, check.found);
+            }
+            let Some(command) = &check.fix else { continue };
+            let parsed = std::process::Command::new("sh").args(["-n", "-c", command]).output().unwrap();
+            assert!(parsed.status.success() && !command.contains('\n'), "{}: {command}: {parsed:?}", check.id);
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use super::{Check, Verdict, read};
+use super::{Check, Id, Verdict, read};
 
 /// A release of the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -48,6 +48,12 @@ const SANE: [Version; 4] = [Version(6, 1, 101), Version(6, 6, 42), Version(6, 9,
 const REOPEN: [Version; 3] = [Version(6, 1, 95), Version(6, 6, 35), Version(6, 8, 0)];
 /// CVE-2024-56549: NULL dereference by a write before the object has its file.
 const EARLY_WRITE: [Version; 5] = [Version(6, 1, 129), Version(6, 6, 78), Version(6, 11, 11), Version(6, 12, 2), Version(6, 13, 0)];
+
+/// FAN_PRE_ACCESS: pre-content events.
+const PRE_CONTENT: Version = Version(6, 14, 0);
+
+/// What serves without cachefiles.
+const USE_FILES: &str = "infill serve --front-end fanotify";
 
 /// What an operator should run instead.
 const GOOD_KERNELS: &str = "boot a kernel from 6.1.101, 6.6.42 or 6.10 up to 7.1.7, best the long-term \
@@ -99,7 +105,7 @@ impl Running {
 pub fn checks(running: &Running) -> Vec<Check> {
     let Some(version) = running.version else {
         let found = format!("'{}' is no version that could be understood", running.release);
-        return vec![Check::unknown("kernel", found, "")];
+        return vec![Check::unknown(Id::Kernel, found, "see docs/kernels.md for the versions that do")];
     };
     let mut checks = vec![window(running, version)];
     if checks.iter().all(|check| check.verdict == Verdict::Ready) && version >= FIRST {
@@ -110,9 +116,13 @@ pub fn checks(running: &Running) -> Vec<Check> {
 }
 
 fn window(running: &Running, version: Version) -> Check {
-    const ID: &str = "kernel";
+    const ID: Id = Id::Kernel;
     let linux = if running.exact { format!("Linux {version}") } else { format!("Linux {}.{} ({})", version.0, version.1, running.release) };
     let missing = |why| Check::fail(ID, Verdict::Unavailable, format!("{linux}: {why}"), GOOD_KERNELS);
+    let removed = |why| {
+        let remedy = format!("mount images from files instead (--front-end fanotify, infill mount), or {GOOD_KERNELS}");
+        Check::fail(ID, Verdict::Unavailable, format!("{linux}: {why}"), remedy).fixed_by(USE_FILES)
+    };
     let removed_71 = version.0 == 7 && version.1 == 1 && !running.exact;
     if version < FIRST && running.is_anolis() {
         let found = format!("{linux}: reported to have on-demand mode back-ported");
@@ -122,10 +132,10 @@ fn window(running: &Running, version: Version) -> Check {
         return missing("cachefiles on-demand mode came with 5.19");
     }
     if version.has(&ONDEMAND_REMOVED) {
-        return missing("cachefiles on-demand mode was removed in 7.3, and EROFS over fscache before it");
+        return removed("cachefiles on-demand mode was removed in 7.3, and EROFS over fscache before it");
     }
     if version.has(&EROFS_REMOVED) {
-        return missing("EROFS over fscache was removed in 7.1.8 and 7.2");
+        return removed("EROFS over fscache was removed in 7.1.8 and 7.2");
     }
     if removed_71 || version.0 == 7 && version.1 == 0 {
         let found = format!("{linux}: EROFS over fscache was removed in 7.1.8, perhaps in a late 7.0 release too");
@@ -147,6 +157,28 @@ fn window(running: &Running, version: Version) -> Check {
         return Check::warn(ID, found, GOOD_KERNELS);
     }
     Check::ok(ID, format!("{linux}: the source has on-demand mode and its fixes"))
+}
+
+/// What the version tells of images that are mounted from files.
+#[must_use]
+pub fn for_files(running: &Running) -> Check {
+    const ID: Id = Id::KernelFiles;
+    match running.version {
+        None => {
+            let found = format!("'{}' is no version that could be understood", running.release);
+            Check::unknown(ID, found, "nothing, if the line fanotify is fine")
+        }
+        Some(version) if version < PRE_CONTENT => Check::fail(
+            ID,
+            Verdict::Unavailable,
+            format!("Linux {version}: pre-content events came with {PRE_CONTENT}"),
+            "boot Linux 6.14 or later, best the long-term 6.18; or serve through cachefiles (docs/kernels.md)",
+        ),
+        Some(version) => Check::ok(
+            ID,
+            format!("Linux {version}: the source has pre-content events; use uncompressed images: reads of compressed ones may be cut off"),
+        ),
+    }
 }
 
 /// A bug that an operator should know of.
@@ -184,7 +216,7 @@ const BUGS: [Bug; 3] = [
 const COMPRESSED_FIRST: Version = Version(6, 9, 0);
 
 fn bugs(running: &Running, version: Version) -> Check {
-    const ID: &str = "kernel-bugs";
+    const ID: Id = Id::KernelBugs;
     let mut advice = if version >= COMPRESSED_FIRST {
         "mount uncompressed images only: a read of a compressed one that is cached in part can hang or \
          corrupt memory (6.9 to 7.1.7, never fixed)"
@@ -206,7 +238,7 @@ fn bugs(running: &Running, version: Version) -> Check {
 }
 
 fn reopen(running: &Running, version: Version) -> Check {
-    const ID: &str = "kernel-reopen";
+    const ID: Id = Id::KernelReopen;
     let without =
         "every mounted blob keeps a descriptor, and when the daemon ends, mounted images give I/O errors until they are mounted anew";
     let remedy = "unmount images before a restart, or boot 6.1.95, 6.6.35, 6.8 or later";
@@ -223,9 +255,53 @@ fn reopen(running: &Running, version: Version) -> Check {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::Status;
     use super::*;
+
+    /// Each bug alone, and each kind of kernel that will not do.
+    pub(in super::super) fn provoked() -> Vec<Check> {
+        let running = |release: &str| Running::new(release, "", None);
+        let releases = [
+            "5.18.0",
+            "5.19.0",
+            "6.1.100",
+            "6.1.128",
+            "6.2.0-39-generic",
+            "6.15.3",
+            "6.19.2",
+            "7.0.3",
+            "7.2.0",
+            "7.3.0",
+            "odd",
+            "5.10.1.an8",
+        ];
+        let mut found: Vec<Check> = releases.iter().flat_map(|release| checks(&running(release))).collect();
+        found.extend(["6.12.1", "7.2.0", "odd"].map(|release| for_files(&running(release))));
+        found
+    }
+
+    #[test]
+    fn each_bug_is_told_where_it_is_and_nowhere_else() {
+        let of = |release: &str| checks(&Running::new(release, "", None)).into_iter().find(|check| check.id == Id::KernelBugs).unwrap();
+        for (has, has_not, word) in [
+            ("6.12.1", "6.12.2", "CVE-2024-56549"),
+            ("6.6.77", "6.6.78", "CVE-2024-56549"),
+            ("6.15.9", "6.16.0", "one queue"),
+            ("6.19.13", "6.19.14", "CVE-2026-43106"),
+        ] {
+            let (bad, good) = (of(has), of(has_not));
+            assert!(bad.status == Status::Warn && bad.found.contains(word) && bad.remedy.contains("update"), "{has}: {bad:?}");
+            assert!(!good.found.contains(word), "{has_not}: {good:?}");
+        }
+        assert!(!may_cull(&Running::new("6.19.13", "", None)) && may_cull(&Running::new("6.19.14", "", None)));
+    }
+
+    #[test]
+    fn mounting_from_files_takes_a_newer_kernel_and_lasts() {
+        let status = |release| for_files(&Running::new(release, "", None)).status;
+        assert_eq!(["6.13.9", "6.14.0", "6.18.44", "7.3.1"].map(status), [Status::Fail, Status::Ok, Status::Ok, Status::Ok]);
+    }
 
     /// Status of the lines `kernel`, `kernel-bugs` and `kernel-reopen` as one letter each.
     fn letters(release: &str, build: &str, signature: Option<&str>) -> String {
@@ -308,6 +384,7 @@ mod tests {
         let removed = &checks(&Running::new("7.1.8", "", None))[0];
         assert_eq!(removed.verdict, Verdict::Unavailable);
         assert_eq!(removed.found, "Linux 7.1.8: EROFS over fscache was removed in 7.1.8 and 7.2");
-        assert!(removed.remedy.starts_with("boot a kernel from 6.1.101"));
+        assert!(removed.remedy.starts_with("mount images from files instead") && removed.remedy.contains("boot a kernel from 6.1.101"));
+        assert_eq!(removed.fix.as_deref(), Some(USE_FILES));
     }
 }

@@ -13,7 +13,7 @@ use super::ground::{Ground, Infill, LoopDisk, ONE, blob_in, drop_cached, image_i
 use super::hold::Hold;
 use super::load::{PAGE_BYTES, Seen, Until, read_randomly};
 use super::samples::{Figures, Samples};
-use super::throttle::Throttle;
+use super::throttle::{Limit, Throttle};
 use super::{Plan, Section, Subject, failed};
 use crate::lab::disk::{CacheFs, sparse};
 use crate::lab::progress::Progress;
@@ -89,7 +89,7 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     let (one_hot, one_slow) = (ground.copy_of_blob("hot-one")?, ground.path("hot-slow"));
     sparse(&one_slow, rounds_bytes)?;
     let hold = Hold::of(&[one_slow.clone(), one_hot.clone()])?;
-    let throttle = Throttle::of(infill.pid(), disk.at())?;
+    let throttle = Throttle::of(infill.pid(), disk.at(), Limit::Stopped)?;
     let mut pairs = vec![Pair { name: "one group", hot: one_hot, slow: one_slow, obstacle: &hold }];
     if let Some(throttle) = &throttle {
         pairs.insert(0, Pair { name: "infill", hot, slow, obstacle: throttle });

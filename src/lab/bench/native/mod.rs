@@ -14,6 +14,7 @@
 //!  bare      of the peers, the limit: one ring that reads events and answers them
 //!  samples   what was measured -> medians, tables
 //!  targets   what the figures must be
+//!  tune      of `infill bench tune`: what a knob does
 //! ```
 //! Everything that is compared is measured in turn, round by round, so that what else the machine does meets all of it alike.
 
@@ -29,6 +30,7 @@ mod samples;
 pub mod targets;
 mod throttle;
 mod tree;
+pub mod tune;
 
 use std::fs;
 use std::path::PathBuf;

@@ -20,13 +20,13 @@ pub struct Spread {
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Option<Self> {
+    pub(super) fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
         Some(Self { median: values[(values.len() - 1) / 2], min, max })
     }
 
-    fn shown(&self) -> String {
+    pub(super) fn shown(&self) -> String {
         let digits = match self.median.abs() {
             ..10.0 => 2,
             10.0..1000.0 => 1,

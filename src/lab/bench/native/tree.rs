@@ -21,7 +21,7 @@ use crate::lab::{Result, Trying};
 use crate::ops::reflink::clone_whole;
 
 /// The image in a store.
-const TREE: &str = "tree";
+pub(super) const TREE: &str = "tree";
 /// What the tree is made of.
 const SOURCES: &[&str] = &["/usr/share", "/usr/bin", "/usr/lib"];
 /// Files of the tree.
@@ -101,19 +101,48 @@ pub(super) fn measure(plan: &Plan, ground: &Ground) -> Result<Section> {
     progress.finish("done");
     let title = format!(
         "{} files ({:.0} MB) read whole and cold by cat's reads; the source is in the page cache",
-        bench.files.len(),
-        bench.manifest.len_bytes() as f64 / 1e6
+        bench.tree.files.len(),
+        bench.tree.manifest.len_bytes() as f64 / 1e6
     );
     Ok(samples.section(Subject::Tree, title, &["wall_ms", "of_present", "of_reflink", "daemon_cpu_ms", "events", "filled_mb"]))
 }
 
-/// The tree as an image in stores, and what it must read as.
+/// A tree of this machine as an image.
+pub(super) struct Packed {
+    /// What it must read as.
+    pub(super) manifest: Manifest,
+    /// Paths of the files, in order.
+    pub(super) files: Vec<String>,
+}
+
+impl Packed {
+    /// Makes the image [`TREE`] in a store, of so many bytes at most.
+    pub(super) fn make(ground: &Ground, store: &Path, bytes_max: u64) -> Result<Self> {
+        let progress = Progress::begin("tree: packing files of this machine into an EROFS image");
+        let tree = ground.path("tree");
+        Selection { sources: SOURCES, files_max: FILES_MAX, bytes_max, file_bytes_max: FILE_BYTES_MAX }.copy_to(&tree)?;
+        let manifest = Manifest::of(&tree)?;
+        image_of(&tree, store, TREE)?;
+        fs::remove_dir_all(&tree).trying(|| format!("cannot remove {}", tree.display()))?;
+        let files = manifest.entries.iter().filter(|entry| matches!(entry.content, Content::File { .. }));
+        let files: Vec<String> = files.map(|entry| entry.path.clone()).collect();
+        progress.finish(&format!("{} files, {} MiB", files.len(), manifest.len_bytes() >> 20));
+        Ok(Self { manifest, files })
+    }
+
+    /// An error if a mount of it reads as something else.
+    pub(super) fn must_be_right(&self, mounted: &Path, name: &str) -> Result<()> {
+        let compared = compare(mounted, &self.manifest, CHECKERS);
+        let odd: Vec<_> = compared.failed.iter().chain(&compared.different).take(3).cloned().collect();
+        if odd.is_empty() { Ok(()) } else { Err(failed(format!("{name} was read wrong: {}", odd.join("; ")))) }
+    }
+}
+
+/// The tree in stores.
 struct Bench<'a> {
     plan: &'a Plan,
     ground: &'a Ground,
-    manifest: Manifest,
-    /// Paths of the files, in order.
-    files: Vec<String>,
+    tree: Packed,
     xfs: Option<LoopDisk>,
 }
 
@@ -142,13 +171,9 @@ impl Server {
 
 impl<'a> Bench<'a> {
     fn make(plan: &'a Plan, ground: &'a Ground) -> Result<Self> {
-        let progress = Progress::begin("tree: packing files of this machine into an EROFS image");
-        let (tree, store) = (ground.path("tree"), ground.store());
-        Selection { sources: SOURCES, files_max: FILES_MAX, bytes_max: plan.tree_bytes, file_bytes_max: FILE_BYTES_MAX }.copy_to(&tree)?;
-        let manifest = Manifest::of(&tree)?;
-        image_of(&tree, &store, TREE)?;
-        fs::remove_dir_all(&tree).trying(|| format!("cannot remove {}", tree.display()))?;
-        let xfs = LoopDisk::make(ground, CacheFs::Xfs, "xfs", 2 * manifest.len_bytes() + XFS_SLACK_BYTES)?;
+        let store = ground.store();
+        let tree = Packed::make(ground, &store, plan.tree_bytes)?;
+        let xfs = LoopDisk::make(ground, CacheFs::Xfs, "xfs", 2 * tree.manifest.len_bytes() + XFS_SLACK_BYTES)?;
         if let Some(xfs) = &xfs {
             let on_xfs = xfs.at().join("store");
             fs::create_dir_all(&on_xfs).trying(|| format!("cannot make {}", on_xfs.display()))?;
@@ -156,10 +181,7 @@ impl<'a> Bench<'a> {
                 fs::copy(&from, &to).trying(|| format!("cannot write {}", to.display()))?;
             }
         }
-        let files = manifest.entries.iter().filter(|entry| matches!(entry.content, Content::File { .. }));
-        let files: Vec<String> = files.map(|entry| entry.path.clone()).collect();
-        progress.finish(&format!("{} files, {} MiB", files.len(), manifest.len_bytes() >> 20));
-        Ok(Self { plan, ground, manifest, files, xfs })
+        Ok(Self { plan, ground, tree, xfs })
     }
 
     /// One cell: how long its readers took, and what else it cost. `check`: what they read is looked at, too.
@@ -169,17 +191,13 @@ impl<'a> Bench<'a> {
         let Ready { image, blob, server } = self.prepare(cell, &dir)?;
         let mounted = Mounted::make(&image, &blob, &dir.join("mnt"))?;
         settle();
-        touch_memory(2 * self.manifest.len_bytes())?;
+        touch_memory(2 * self.tree.manifest.len_bytes())?;
         let before_ns = server.cpu_ns()?;
         let beside = (cell == Cell::BesideCopy).then(|| (blob_in(&self.ground.store(), TREE), dir.join("copy")));
-        let wall = read_whole(mounted.at(), &self.files, readers, beside)?;
+        let wall = read_whole(mounted.at(), &self.tree.files, readers, beside)?;
         let daemon_cpu_ms = (server.cpu_ns()? - before_ns) as f64 / 1e6;
         if check {
-            let compared = compare(mounted.at(), &self.manifest, CHECKERS);
-            let odd: Vec<_> = compared.failed.iter().chain(&compared.different).take(3).cloned().collect();
-            if !odd.is_empty() {
-                return Err(failed(format!("{} was read wrong: {}", cell.name(), odd.join("; "))));
-            }
+            self.tree.must_be_right(mounted.at(), cell.name())?;
         }
         mounted.end()?;
         let figures = match server {
@@ -230,23 +248,23 @@ impl<'a> Bench<'a> {
 
 /// Has the kernel get so much memory, and gives it back: where a hypervisor takes back what its guest does not use, who needs
 /// new pages would pay for that, and who needs none would not.
-fn touch_memory(len_bytes: u64) -> Result<()> {
+pub(super) fn touch_memory(len_bytes: u64) -> Result<()> {
     let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
     MmapOptions::new().len(len).populate().map_anon().map(drop).trying(|| format!("cannot touch {} MiB of memory", len_bytes >> 20))
 }
 
-fn of_statistics(statistics: &serde_json::Value) -> Served {
+pub(super) fn of_statistics(statistics: &serde_json::Value) -> Served {
     let number = |name: &str| statistics[name].as_u64().unwrap_or(0);
     Served { events: number("requests") + number("present"), bytes: number("bytes_filled") }
 }
 
-fn served(daemon_cpu_ms: f64, served: &Served) -> Figures {
+pub(super) fn served(daemon_cpu_ms: f64, served: &Served) -> Figures {
     vec![("daemon_cpu_ms", daemon_cpu_ms), ("events", served.events as f64), ("filled_mb", served.bytes as f64 / 1e6)]
 }
 
 /// Reads every file once; reader i of n has every n-th from the i-th on. From the first open to the last byte, also of a file
 /// that is copied meanwhile.
-fn read_whole(root: &Path, files: &[String], readers: usize, beside: Option<(PathBuf, PathBuf)>) -> Result<Duration> {
+pub(super) fn read_whole(root: &Path, files: &[String], readers: usize, beside: Option<(PathBuf, PathBuf)>) -> Result<Duration> {
     let began = Instant::now();
     let read = |first: usize| -> Result<()> {
         let mut buffer = vec![0; READ_BYTES];
