@@ -8,7 +8,7 @@ use nix::unistd::geteuid;
 use serde::Serialize;
 
 use super::{Failure, print_json};
-use crate::config::Options;
+use crate::config::Given;
 use crate::ops::tune::TuneError;
 use crate::ops::tune::apply::{Done, apply, revert};
 use crate::ops::tune::host::Host;
@@ -86,7 +86,7 @@ pub fn run(args: &TuneArgs) -> Result<(), Failure> {
 /// The profile for this host, by its processors and the disks of its stores.
 fn guess() -> (Name, String) {
     // Settings that cannot be read are doctor's business.
-    let stores = Options::default().look(None).map(|config| config.stores).unwrap_or_default();
+    let stores = Given::default().look(None).map(|config| config.stores).unwrap_or_default();
     let dirs: Vec<&Path> = stores.iter().map(crate::store::StoreSpec::path).collect();
     Host::read(&dirs).guess()
 }

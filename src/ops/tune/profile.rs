@@ -200,7 +200,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("config.toml");
             std::fs::write(&path, text).unwrap();
-            let config = crate::config::Options::default().look(Some(&path));
+            let config = crate::config::Given::default().look(Some(&path));
             assert!(config.is_ok(), "{name}: {}", config.unwrap_err());
         }
     }
