@@ -53,7 +53,7 @@ fn tests_of(series: &str) -> Vec<Test> {
 
 /// All tests.
 fn tests() -> impl Iterator<Item = Test> {
-    tests_of(FROM_FILES).into_iter().chain(through_cachefiles()).chain(systemd::TESTS.iter().copied())
+    tests_of(FROM_FILES).into_iter().chain(through_cachefiles()).chain([systemd::TESTS, systemd::NEWER_TESTS].concat())
 }
 
 fn through_cachefiles() -> impl Iterator<Item = Test> {
