@@ -29,7 +29,7 @@ pub const CACHE_DIR: &str = "/var/cache/infill";
 /// The script on the job's disk.
 const SCRIPT: &str = "run";
 /// What is in the root file system, with all that it depends on.
-const PACKAGES: [&str; 7] = ["systemd", "kmod", "procps", "util-linux", "mount", "coreutils", "dash"];
+const PACKAGES: [&str; 10] = ["systemd", "kmod", "procps", "util-linux", "mount", "coreutils", "dash", "diffutils", "erofs-utils", "grep"];
 /// What of it is left out: nothing reads it there.
 const LEFT_OUT: [&str; 6] = [
     "./usr/share",

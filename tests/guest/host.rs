@@ -20,7 +20,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use crate::density::TEN_THOUSAND;
 use crate::fixtures::Fixtures;
 use crate::runner::{FAILED, INSIDE, OK, START};
-use crate::{Test, systemd, tests_of};
+use crate::{Test, guide, systemd, tests_of};
 
 /// Where the guest has this program.
 const GUEST_PROGRAM: &str = "/bin/guest-tests";
@@ -66,7 +66,7 @@ impl World {
     fn tests(self, series: &str) -> Vec<Test> {
         match self {
             Self::Bare(_) => tests_of(series),
-            Self::Systemd(None) if series == kernel::SERIES[0] => systemd::TESTS.to_vec(),
+            Self::Systemd(None) if series == kernel::SERIES[0] => [guide::TESTS, systemd::TESTS].concat(),
             Self::Systemd(Some(_)) if series == kernel::SERIES[0] => systemd::NEWER_TESTS.to_vec(),
             Self::Systemd(_) => Vec::new(),
         }
