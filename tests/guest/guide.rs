@@ -76,7 +76,7 @@ fn follow(_: &mut Guest) -> Outcome {
     for block in first.iter().chain(&others).chain([&last]) {
         run(block)?;
     }
-    if Path::new("/mnt/app/hostname").exists() {
+    if Path::new("/mnt/app/systemd").exists() {
         return Err("the image is still mounted".into());
     }
     Ok(())
