@@ -68,6 +68,7 @@ impl World {
             Self::Bare(_) => tests_of(series),
             Self::Systemd(None) if series == kernel::SERIES[0] => [guide::TESTS, systemd::TESTS].concat(),
             Self::Systemd(Some(_)) if series == kernel::SERIES[0] => systemd::NEWER_TESTS.to_vec(),
+            Self::Systemd(None) if series == kernel::FROM_FILES => guide::TESTS.to_vec(),
             Self::Systemd(_) => Vec::new(),
         }
     }
