@@ -158,7 +158,7 @@ impl Service {
             image: paths.next().unwrap_or_default(),
             devices: paths.collect(),
             len_bytes: pins.iter().map(|pin| pin.file().len_bytes()).sum(),
-            present_bytes: pins.iter().map(|pin| pin.file().map().present_bytes()).sum(),
+            present_bytes: pins.iter().map(|pin| pin.file().present_bytes()).sum(),
             read_ahead_bytes: settings.read_ahead_bytes,
         };
         if let Some(file) = prepared.image.file_name() {
