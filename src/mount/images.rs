@@ -73,6 +73,7 @@ const fn kind_of(error: &AttachError) -> Kind {
     match error {
         AttachError::NotFound(_) => Kind::NotFound,
         AttachError::Nameless { .. } | AttachError::Store(StoreError { source: Cause::Name(_), .. }) => Kind::Unusable,
+        AttachError::TooManyWays(_) => Kind::Conflict,
         AttachError::TimedOut(_) => Kind::TimedOut,
         AttachError::Store(_)
         | AttachError::Cache { .. }

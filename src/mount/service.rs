@@ -161,9 +161,11 @@ impl Service {
             present_bytes: pins.iter().map(|pin| pin.file().present_bytes()).sum(),
             read_ahead_bytes: settings.read_ahead_bytes,
         };
-        if let Some(file) = prepared.image.file_name() {
-            // Before it can be mounted.
-            self.notes().add(file.to_string_lossy().into_owned(), image);
+        // Before it can be mounted.
+        if let Some(file) = prepared.image.file_name()
+            && !self.notes().add(file.to_string_lossy().into_owned(), image)
+        {
+            return Err(AttachError::TooManyWays(image.name.clone()));
         }
         Ok((prepared, pins))
     }
