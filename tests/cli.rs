@@ -60,6 +60,42 @@ fn a_bad_flag_is_a_usage_error() {
 }
 
 #[test]
+fn a_bad_variable_is_a_bad_configuration_and_is_named() {
+    for (variable, value, words) in [
+        ("INFILL_SHARDS", "many", ["INFILL_SHARDS: shards = \"many\"", "a whole number"]),
+        ("INFILL_LOG_LEVEL", "", ["INFILL_LOG_LEVEL: log_level = \"\"", "error, warn, info or debug"]),
+    ] {
+        let serve =
+            |args: &[&str]| Command::new(env!("CARGO_BIN_EXE_infill")).args(args).env_clear().env(variable, value).output().unwrap();
+        let output = serve(&["serve", "--store", "dir:/", "--check-config"]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(78) && text.lines().count() == 1, "{output:?}");
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        // A flag wins, also over what is no value.
+        let output = serve(&["serve", "--store", "dir:/", "--check-config", "--shards", "1", "--log-level", "info"]);
+        assert!(output.status.success(), "{output:?}");
+    }
+}
+
+#[test]
+fn a_reader_that_has_gone_is_no_trouble() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    for verb in [&["config", "show"][..], &["config", "show", "--json"]] {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_infill")).args(verb).env_clear().stdout(writer.try_clone().unwrap()).output().unwrap();
+        assert!(output.status.success(), "{verb:?}: {output:?}");
+    }
+}
+
+#[test]
+fn what_a_check_can_know_of_sockets_it_says() {
+    let check = ["serve", "--store", "dir:/", "--check-config"];
+    refused(&[&check[..], &["--control-group", "no-such-group"]].concat(), 78, &["no-such-group", "groupadd"]);
+    refused(&[&check[..], &["--control-socket", "/x", "--metrics-socket", "/x"]].concat(), 78, &["metrics_socket = /x", "control_socket"]);
+}
+
+#[test]
 fn a_settings_file_is_checked_before_anything_is_started() {
     let dir = tempfile::tempdir().unwrap();
     let path = settings(dir.path(), "version = 1\n[serve]\nstore = [\"dir:/\"]\nwindwo = 1\n");

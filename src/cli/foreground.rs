@@ -41,9 +41,12 @@ pub(super) fn run(place: &Place, config: &Config, dir: &Path, mount: impl FnOnce
     command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut daemon = command.spawn().map_err(|error| failed("cannot start infill serve", error))?;
     let ready = daemon.stdout.take().is_some_and(|out| BufReader::new(out).read_line(&mut String::new()).is_ok_and(|len| len > 0));
-    let client = if ready { Client::find(&config.control_socket)? } else { None };
-    let Some(client) = client else {
-        return Err(end(daemon).err().unwrap_or_else(|| Failure::new(exit::FAILED, "infill serve has ended; see above")));
+    let client = if ready { Client::find(&config.control_socket) } else { Ok(None) };
+    let client = match client {
+        Ok(Some(client)) => client,
+        Ok(None) => return Err(end(daemon).err().unwrap_or_else(|| Failure::new(exit::FAILED, "infill serve has ended; see above"))),
+        // It would go on by itself.
+        Err(error) => return end(daemon).and(Err(error.into())),
     };
     if let Err(error) = mount(client) {
         let _ = end(daemon);

@@ -2,8 +2,8 @@
 
 use clap::{Args, ValueEnum};
 
-use super::Failure;
 use super::place::Asking;
+use super::{Failure, say};
 use crate::config::LogLevel;
 
 /// Show what the daemon logs, or change it until it is started anew
@@ -28,6 +28,6 @@ pub fn run(args: &LogLevelArgs) -> Result<(), Failure> {
         daemon.set_level(level)?;
     }
     let level = daemon.level()?;
-    println!("{}", level.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned()));
+    say(level.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned()));
     Ok(())
 }

@@ -20,11 +20,15 @@ pub mod stat;
 pub mod top;
 pub mod tune;
 
+use std::fmt::Display;
+use std::io::Write;
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, Subcommand};
 use serde::Serialize;
 
+use crate::config::keys;
 use crate::control::ClientError;
 use crate::ops::exit;
 
@@ -80,7 +84,7 @@ pub struct Failure {
 
 impl Failure {
     /// A failure with an exit code.
-    pub fn new(code: u8, error: impl std::fmt::Display) -> Self {
+    pub fn new(code: u8, error: impl Display) -> Self {
         Self { message: error.to_string(), code }
     }
 }
@@ -91,10 +95,33 @@ impl From<ClientError> for Failure {
     }
 }
 
+/// The failure for a setting that a variable gives, and that clap takes for a wrong flag.
+fn bad_variable(error: &clap::Error) -> Option<Failure> {
+    let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg) else { return None };
+    let key = keys::all().find(|key| argument.split([' ', '=']).next() == Some(&key.flag()))?;
+    let flag = key.flag();
+    // Who gave the flag meant that.
+    if std::env::args_os().any(|given| given.as_encoded_bytes().starts_with(flag.as_bytes())) {
+        return None;
+    }
+    let problem = key.check(&[std::env::var_os(key.variable())?]).err()?;
+    Some(Failure::new(exit::BAD_CONFIGURATION, format!("{}: {} = {problem}", key.variable(), key.name())))
+}
+
+fn fail(Failure { message, code }: &Failure) -> ExitCode {
+    eprintln!("infill: {message}");
+    ExitCode::from(*code)
+}
+
+/// Prints a line. A reader that went away does not change what is done.
+fn say(line: impl Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
 /// Prints for a machine: one JSON object as one line.
 fn print_json(what: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string(what).map_err(|error| Failure::new(exit::FAILED, error))?;
-    println!("{text}");
+    say(text);
     Ok(())
 }
 
@@ -106,7 +133,14 @@ fn command() -> clap::Command {
 /// Runs what the command line asks for.
 #[must_use]
 pub fn main() -> ExitCode {
-    let result = match Cli::parse().verb {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => match bad_variable(&error) {
+            Some(failure) => return fail(&failure),
+            None => error.exit(),
+        },
+    };
+    let result = match cli.verb {
         Verb::Serve(args) => serve::run(*args),
         Verb::Mount(args) => mount::run(&args),
         Verb::Umount(args) => mount::run_umount(&args),
@@ -132,9 +166,6 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("infill: {}", failure.message);
-            ExitCode::from(failure.code)
-        }
+        Err(failure) => fail(&failure),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::Failure;
+use super::{Failure, say};
 use crate::mount::{is_bag, mounted_everywhere};
 use crate::ops::exit;
 use crate::ops::keep::{Keep, KeepError};
@@ -54,7 +54,7 @@ pub fn run(args: &ReleaseArgs) -> Result<(), Failure> {
     }
     drop(device);
     keep.give_up().map_err(failed)?;
-    println!("infill: the device is given up");
+    say("infill: the device is given up");
     Ok(())
 }
 
@@ -70,7 +70,7 @@ fn release_bag(args: &ReleaseArgs, keep: Keep) -> Result<(), Failure> {
         return Err(Failure::new(exit::UNAVAILABLE, message));
     }
     keep.give_up().map_err(|error| Failure::new(error.exit_code(), error))?;
-    println!("infill: what was kept is given up");
+    say("infill: what was kept is given up");
     Ok(())
 }
 

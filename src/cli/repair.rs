@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use nix::sys::signal::SigSet;
 
-use super::Failure;
 use super::leased;
 use super::mount::{is_of_cache, warn};
 use super::place::Place;
+use super::{Failure, say};
 use crate::config::Config;
 use crate::control::{Client, ClientError};
 use crate::mount::{self, Mounted};
@@ -116,17 +116,17 @@ fn replace(daemon: &Client, old: &Mounted) -> Result<(), String> {
 fn report(old: &Mounted) {
     let (dir, users) = (old.at.display(), find_users(old.device));
     if users.is_empty() {
-        println!("infill: {dir}: replaced; no process has files of the old mount");
+        say(format_args!("infill: {dir}: replaced; no process has files of the old mount"));
     } else {
-        println!(
+        say(format_args!(
             "infill: {dir}: replaced; restart those that have files of the old mount, for they may have read zeros: {}",
             describe(&users)
-        );
+        ));
     }
     // Its image lies in a directory of the cache.
     let others = old.image.ancestors().nth(2).map(mount::mounted_everywhere).and_then(Result::ok).unwrap_or_default();
     for other in others.iter().filter(|other| other.device == old.device) {
-        println!("infill: the old mount is still {}: unmount it there, and mount the image anew", place(other));
+        say(format_args!("infill: the old mount is still {}: unmount it there, and mount the image anew", place(other)));
     }
 }
 

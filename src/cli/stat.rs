@@ -91,7 +91,8 @@ fn prefetch_line(Prefetch { wanted, stage, error }: &Prefetch) -> String {
         Stage::Failed => "failed",
     };
     let why = error.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
-    let line: String = format!("{stage:<NUMBER$} {}{why}", wanted.image).chars().take(COLUMNS).collect();
+    // A client named it: a terminal must not obey it.
+    let line: String = format!("{stage:<NUMBER$} {}{why}", wanted.image.escape_debug()).chars().take(COLUMNS).collect();
     format!("{line}\n")
 }
 
@@ -111,10 +112,10 @@ mod tests {
         let health = Health { status: "ok".into(), front_end: "fanotify".into(), version: "10.10.10".into(), pid: 4_194_304 };
         let blob = serde_json::json!({ "blob": "x".repeat(300), "len_bytes": u64::MAX, "present_bytes": u64::MAX });
         stat.insert("blobs".into(), vec![blob].into());
-        let wanted = Wanted { image: "y".repeat(100), domain: None, devices: Vec::new() };
+        let wanted = Wanted { image: format!("\x1b[2J{}", "y".repeat(100)), domain: None, devices: Vec::new() };
         let failed = Prefetch { wanted, stage: Stage::Failed, error: Some("z".repeat(100)) };
         let text = table(&health, &stat.into(), &ImageList { blobs: Vec::new(), prefetches: vec![failed] });
         assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
-        assert!(text.contains("100  ...x") && text.contains("failed") && text.contains("4194304"), "{text}");
+        assert!(text.contains("100  ...x") && text.contains("failed") && !text.contains('\x1b') && text.contains("4194304"), "{text}");
     }
 }

@@ -125,8 +125,11 @@ impl Key {
         kinds.iter().find(|(known, _)| kind == *known).map_or("text", |(_, words)| words).to_owned()
     }
 
-    /// Whether the values can be its own; else what is wrong, and what is allowed.
-    pub(super) fn check(self, values: &[OsString]) -> Result<(), String> {
+    /// Whether the values can be its own.
+    ///
+    /// # Errors
+    /// What is wrong, and what is allowed.
+    pub fn check(self, values: &[OsString]) -> Result<(), String> {
         parse(values.iter().map(|value| argument(self, value))).map(drop).map_err(|error| self.problem(&error))
     }
 

@@ -289,6 +289,9 @@ impl Config {
         let slots_max = (SHARD_BUFFER_BYTES_MAX / self.slot_bytes) - 1;
         bounds("slots", u64::from(self.slots), 1, slots_max)?;
         bounds("workers", u64::from(self.workers), 1, u64::from(WORKERS_MAX))?;
+        if self.control_socket == self.metrics_socket {
+            return Err(value("metrics_socket", self.metrics_socket.display(), &"is the control_socket too; name another path"));
+        }
         if let Some(fds) = self.fd_budget {
             bounds("fd_budget", fds, FD_BUDGET_MIN, FD_BUDGET_MAX)?;
         }

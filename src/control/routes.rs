@@ -14,7 +14,10 @@ use serde_json::Value;
 use super::wire::{Health, ImageList, Level, Outlived, Prefetch, Ready, Released, Trouble, Wanted};
 use crate::ops::log;
 use crate::ops::mounting::Image;
+use crate::store::name::NAME_MAX_BYTES;
 
+/// Devices of an image that a client may name. What it asks for is remembered, in more than one place.
+const DEVICES_MAX: usize = 8192;
 /// The schema itself.
 pub const OPENAPI: &str = include_str!("../../docs/openapi.json");
 const JSON: &str = "application/json";
@@ -295,6 +298,20 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Told> {
     })
 }
 
+/// The image that the body of a request names, if there can be one of such names.
+fn wanted(body: &[u8]) -> Result<Image, Told> {
+    let image = Image::from(parse::<Wanted>(body)?);
+    let longest_bytes = image.devices.iter().chain(&image.domain).chain([&image.name]).map(String::len).max().unwrap_or(0);
+    let unusable = |why| Err(Refusal::new(Kind::Unusable, why).into());
+    if image.devices.len() > DEVICES_MAX {
+        return unusable(format!("{} devices are too many; name {DEVICES_MAX} at most", image.devices.len()));
+    }
+    if longest_bytes > NAME_MAX_BYTES {
+        return unusable(format!("a name of {longest_bytes} bytes is too long; no blob has one of more than {NAME_MAX_BYTES}"));
+    }
+    Ok(image)
+}
+
 const fn now(told: Told) -> Result<Step, Told> {
     Ok(Step::Now(told))
 }
@@ -372,8 +389,8 @@ fn images(daemon: &Arc<Daemon>, _: &Asked, _: &str) -> Result<Step, Told> {
 }
 
 fn attach(daemon: &Arc<Daemon>, asked: &Asked, _: &str) -> Result<Step, Told> {
-    let wanted: Wanted = parse(&asked.body)?;
-    with_images(daemon, Lane::Slow, move |images| images.attach(&wanted.into()).map(|ready| Told::json(StatusCode::OK, &ready)))
+    let image = wanted(&asked.body)?;
+    with_images(daemon, Lane::Slow, move |images| images.attach(&image).map(|ready| Told::json(StatusCode::OK, &ready)))
 }
 
 fn repair(daemon: &Arc<Daemon>, asked: &Asked, _: &str) -> Result<Step, Told> {
@@ -386,8 +403,8 @@ fn release(daemon: &Arc<Daemon>, _: &Asked, _: &str) -> Result<Step, Told> {
 }
 
 fn prefetch(daemon: &Arc<Daemon>, asked: &Asked, _: &str) -> Result<Step, Told> {
-    let wanted: Wanted = parse(&asked.body)?;
-    with_images(daemon, Lane::Quick, move |images| images.prefetch(&wanted.into()).map(|begun| Told::json(StatusCode::ACCEPTED, &begun)))
+    let image = wanted(&asked.body)?;
+    with_images(daemon, Lane::Quick, move |images| images.prefetch(&image).map(|begun| Told::json(StatusCode::ACCEPTED, &begun)))
 }
 
 fn end_lease(daemon: &Arc<Daemon>, _: &Asked, id: &str) -> Result<Step, Told> {
@@ -419,5 +436,21 @@ mod tests {
         assert_eq!(status(Site::Control, asked(Method::GET, "/metrics", true)), Err((404, None)));
         assert_eq!(status(Site::Metrics, asked(Method::GET, "/metrics", false)), Ok("/metrics"));
         assert_eq!(status(Site::Metrics, asked(Method::GET, "/v1/stat", true)), Err((404, None)));
+    }
+    #[test]
+    fn what_a_client_names_is_remembered_only_if_it_can_be_an_image() {
+        let why = |what: serde_json::Value| wanted(what.to_string().as_bytes()).map(|_| ()).map_err(|told| told.status.as_u16());
+        let longest = "x".repeat(NAME_MAX_BYTES);
+        let devices = |count| vec!["d"; count];
+        assert_eq!(why(serde_json::json!({"image": longest, "domain": longest, "devices": devices(DEVICES_MAX)})), Ok(()));
+        assert_eq!(why(serde_json::json!({"image": "i", "devices": devices(DEVICES_MAX + 1)})), Err(422));
+        let long = "x".repeat(NAME_MAX_BYTES + 1);
+        for bad in [
+            serde_json::json!({"image": long}),
+            serde_json::json!({"image": "i", "domain": long}),
+            serde_json::json!({"image": "i", "devices": ["d", long]}),
+        ] {
+            assert_eq!(why(bad), Err(422));
+        }
     }
 }

@@ -260,6 +260,10 @@ async fn read(request: Request<Incoming>, may_change: bool) -> Result<Asked, Tol
     if body.size_hint().lower() > BODY_MAX_BYTES as u64 {
         return Err(too_long());
     }
+    // Whoever may only look has nothing to say: it is not waited for, nor kept.
+    if !may_change {
+        return Ok(Asked { method: head.method, path: head.uri.path().to_owned(), body: Bytes::new(), may_change });
+    }
     let body = Limited::new(body, BODY_MAX_BYTES).collect().await.map_err(|error| {
         if error.is::<LengthLimitError>() {
             too_long()

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag, open};
 use nix::sys::socket::sockopt::AcceptConn;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, bind as bind_to, connect, getsockname, getsockopt,
@@ -195,22 +195,36 @@ pub fn bind(setting: &'static str, path: &Path, users: Users<'_>) -> Result<List
         Ok(made)
     };
     let made = made().map_err(|errno| failed(errno.into()))?;
-    if let Users::Group(_, gid) = users {
-        chown(path, None, Some(gid)).map_err(failed)?;
-    }
-    fs::set_permissions(path, fs::Permissions::from_mode(users.mode())).map_err(failed)?;
+    open_to(path, users).map_err(failed)?;
     listen(&made, Backlog::MAXALLOWABLE).map_err(|errno| failed(errno.into()))?;
     Ok(Listener::Unix(made.into()))
 }
 
-/// Holds a directory for those who make sockets in it.
-fn lock(dir: &Path) -> io::Result<Flock<fs::File>> {
+/// Gives a socket's file the group and the mode for its users; nothing else, which somebody who may write to the directory has put
+/// in its place.
+fn open_to(path: &Path, users: Users<'_>) -> io::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let file = fs::File::from(open(path, flags, Mode::empty())?);
+    if !file.metadata()?.file_type().is_socket() {
+        return Err(io::Error::other("something else was put in its place"));
+    }
+    // The calls for descriptors do not take one of this kind.
+    let there = format!("/proc/self/fd/{}", file.as_raw_fd());
+    if let Users::Group(_, gid) = users {
+        chown(&there, None, Some(gid))?;
+    }
+    fs::set_permissions(&there, fs::Permissions::from_mode(users.mode()))
+}
+
+/// Holds a directory for those who make sockets in it. Not for ever: whoever can read it can hold it as long as he likes, and must
+/// not keep a daemon from starting.
+fn lock(dir: &Path) -> io::Result<Option<Flock<fs::File>>> {
     let began = Instant::now();
     let mut file = fs::File::open(dir)?;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((_, Errno::EWOULDBLOCK)) if began.elapsed() >= LOCK_MAX => return Err(ErrorKind::TimedOut.into()),
+            Ok(lock) => return Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) if began.elapsed() >= LOCK_MAX => return Ok(None),
             Err((again, Errno::EWOULDBLOCK | Errno::EINTR)) => file = again,
             Err((_, errno)) => return Err(errno.into()),
         }
@@ -299,6 +313,24 @@ mod tests {
             all.into_iter().filter_map(|one| one.join().unwrap().ok()).collect::<Vec<_>>()
         });
         assert_eq!(bound.len(), 1);
+    }
+
+    #[test]
+    fn what_was_put_in_a_sockets_place_keeps_its_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, secret) = (dir.path().join("socket"), dir.path().join("secret"));
+        fs::write(&secret, "x").unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(OWN_MODE)).unwrap();
+        std::os::unix::fs::symlink(&secret, &path).unwrap();
+        assert!(open_to(&path, Users::All).is_err() && open_to(&secret, Users::All).is_err());
+        assert_eq!(mode(&secret), OWN_MODE);
+    }
+
+    #[test]
+    fn who_holds_the_directory_keeps_nobody_from_making_a_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let _held = lock(dir.path()).unwrap().unwrap();
+        bind("control_socket", &dir.path().join("socket"), Users::Own).unwrap();
     }
 
     #[test]

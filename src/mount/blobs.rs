@@ -274,19 +274,19 @@ impl Blobs {
     /// Adds what the files tell to what the engine knows of their blobs: also of those that it need not know, because they are
     /// complete.
     pub fn report(&self, known: &mut Vec<ObjectReport>) {
-        for Served { file, key, .. } in self.served().values() {
-            let blob = key.to_string();
-            let present_bytes = file.map().present_bytes().min(file.len_bytes());
-            match known.binary_search_by(|known| known.blob.cmp(&blob)) {
+        let state = |Served { file, key, .. }: &Served| (key.to_string(), file.len_bytes(), file.present_bytes());
+        let mut served: Vec<_> = self.served().values().map(state).collect();
+        // Of two files of one name, one was replaced in the store.
+        served.sort_unstable();
+        served.dedup_by(|one, other| one.0 == other.0);
+        let engines = known.len();
+        for (blob, len_bytes, present_bytes) in served {
+            match known[..engines].binary_search_by(|known| known.blob.cmp(&blob)) {
                 Ok(at) => (known[at].present_bytes, known[at].open) = (present_bytes, true),
-                Err(at) => {
-                    known.insert(
-                        at,
-                        ObjectReport { blob, len_bytes: file.len_bytes(), present_bytes, open: true, ..ObjectReport::default() },
-                    );
-                }
+                Err(_) => known.push(ObjectReport { blob, len_bytes, present_bytes, open: true, ..ObjectReport::default() }),
             }
         }
+        known.sort_unstable_by(|a, b| a.blob.cmp(&b.blob));
     }
 
     /// Whether the blob in the file of this name is served.
@@ -302,8 +302,7 @@ impl Blobs {
             blob: key.to_string(),
             file: file.path().to_owned(),
             len_bytes: file.len_bytes(),
-            // The last page is counted as a whole one.
-            present_bytes: file.map().present_bytes().min(file.len_bytes()),
+            present_bytes: file.present_bytes(),
         };
         let mut all: Vec<_> = self.served().values().map(state).collect();
         all.sort_unstable_by(|a, b| (&a.blob, &a.file).cmp(&(&b.blob, &b.file)));

@@ -100,6 +100,9 @@ pub enum AttachError {
         /// Why not.
         source: io::Error,
     },
+    /// It is mounted as too many different things.
+    #[error("the image {0:?} is mounted with too many different lists of devices already; mount it with one of those, or unmount them all")]
+    TooManyWays(String),
     /// It did not answer.
     #[error("{0} was not brought in time; see whether its store can be read, and request_timeout_ms")]
     TimedOut(Key),

@@ -10,6 +10,7 @@ use super::service::Service;
 use crate::control::wire::{ImageList, Prefetch, Prepared, Ready};
 use crate::control::{Images, Kind, Refusal};
 use crate::ops::mounting::Image;
+use crate::store::{Cause, StoreError};
 
 impl Images for Service {
     fn attach(&self, image: &Image) -> Result<Ready, Refusal> {
@@ -62,7 +63,8 @@ impl Service {
 
     fn lend(&self, prepared: Prepared, pins: Vec<Pinned>) -> Result<Ready, Refusal> {
         let lease = self.leases.begin(pins, Instant::now());
-        let lease = lease.ok_or_else(|| Refusal::new(Kind::Busy, "too many images are about to be mounted; try again soon"))?;
+        let lease =
+            lease.ok_or_else(|| Refusal::new(Kind::Busy, "too many images are about to be mounted, or the daemon ends; try again soon"))?;
         Ok(Ready { prepared, lease, lease_ms: u64::try_from(LEASE_MAX.as_millis()).unwrap_or(u64::MAX) })
     }
 }
@@ -70,12 +72,28 @@ impl Service {
 const fn kind_of(error: &AttachError) -> Kind {
     match error {
         AttachError::NotFound(_) => Kind::NotFound,
-        AttachError::Nameless { .. } => Kind::Unusable,
+        AttachError::Nameless { .. } | AttachError::Store(StoreError { source: Cause::Name(_), .. }) => Kind::Unusable,
+        AttachError::TooManyWays(_) => Kind::Conflict,
         AttachError::TimedOut(_) => Kind::TimedOut,
         AttachError::Store(_)
         | AttachError::Cache { .. }
         | AttachError::Mark { .. }
         | AttachError::Refused { .. }
         | AttachError::Unkept { .. } => Kind::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::name::FileName;
+
+    #[test]
+    fn a_name_that_no_blob_can_have_is_not_the_daemons_failure() {
+        let of = |source| kind_of(&AttachError::Store(StoreError { store: "dir:/s".into(), key: "a/b".into(), source }));
+        for name in [&b""[..], b"..", b"a/b", b"a\0b"] {
+            assert_eq!(of(FileName::new(name).unwrap_err().into()), Kind::Unusable);
+        }
+        assert_eq!(of(Cause::Gone("/s".into())), Kind::Failed);
     }
 }

@@ -16,6 +16,9 @@ const FILE: &str = "blobs.mounted";
 /// Its successor, while it is written.
 const NEW_FILE: &str = "blobs.mounted.new";
 
+/// Ways in which one image's file can be mounted at a time: each may need its own list of devices, and is remembered.
+const WAYS_MAX: usize = 64;
+
 /// An image, and the name of its file among the blobs.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 struct Note {
@@ -49,13 +52,19 @@ impl Notes {
             .collect()
     }
 
-    /// Notes what `file` is to be mounted as.
-    pub(super) fn add(&mut self, file: String, image: &Image) {
+    /// Notes what `file` is to be mounted as. `false`: it is in too many other ways.
+    pub(super) fn add(&mut self, file: String, image: &Image) -> bool {
         let Image { name, domain, devices } = image;
         let note = Note { file, image: name.clone(), domain: domain.clone(), devices: devices.clone() };
-        if self.notes.insert(note) {
-            self.write();
+        if self.notes.contains(&note) {
+            return true;
         }
+        if self.notes.iter().filter(|known| known.file == note.file).count() >= WAYS_MAX {
+            return false;
+        }
+        self.notes.insert(note);
+        self.write();
+        true
     }
 
     /// Forgets all files but those that are still `wanted`.
@@ -115,5 +124,16 @@ mod tests {
         notes.retain(|file| file == "g");
         let notes = Notes::open(dir.path());
         assert_eq!((notes.find("f").len(), notes.find("g")), (0, vec![image(&[])]));
+    }
+
+    #[test]
+    fn an_image_is_remembered_in_so_many_ways() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut notes = Notes::open(dir.path());
+        let way = |n: usize| Image { name: "a".into(), domain: None, devices: vec![n.to_string()] };
+        assert!((0..WAYS_MAX).all(|n| notes.add("f".into(), &way(n))));
+        assert!(!notes.add("f".into(), &way(WAYS_MAX)));
+        assert!(notes.add("f".into(), &way(0)) && notes.add("g".into(), &way(WAYS_MAX)));
+        assert_eq!(Notes::open(dir.path()).find("f").len(), WAYS_MAX);
     }
 }

@@ -158,12 +158,14 @@ impl Service {
             image: paths.next().unwrap_or_default(),
             devices: paths.collect(),
             len_bytes: pins.iter().map(|pin| pin.file().len_bytes()).sum(),
-            present_bytes: pins.iter().map(|pin| pin.file().map().present_bytes()).sum(),
+            present_bytes: pins.iter().map(|pin| pin.file().present_bytes()).sum(),
             read_ahead_bytes: settings.read_ahead_bytes,
         };
-        if let Some(file) = prepared.image.file_name() {
-            // Before it can be mounted.
-            self.notes().add(file.to_string_lossy().into_owned(), image);
+        // Before it can be mounted.
+        if let Some(file) = prepared.image.file_name()
+            && !self.notes().add(file.to_string_lossy().into_owned(), image)
+        {
+            return Err(AttachError::TooManyWays(image.name.clone()));
         }
         Ok((prepared, pins))
     }

@@ -40,6 +40,10 @@ fn check(root: &Value, schema: &Value, value: &Value, at: &str) {
                 }
             }
             "items" => value.as_array().unwrap().iter().for_each(|item| check(root, rule, item, &format!("{at}[]"))),
+            "maxLength" => {
+                assert!(value.as_str().is_none_or(|text| text.len() as u64 <= rule.as_u64().unwrap()), "{at}: {value} is too long")
+            }
+            "maxItems" => assert!(value.as_array().unwrap().len() as u64 <= rule.as_u64().unwrap(), "{at}: {value} is too long"),
             other => assert!(WORDS_FOR_PEOPLE.contains(&other), "{at}: this test does not know {other:?}"),
         }
     }
@@ -125,6 +129,7 @@ fn every_answer_is_as_described() {
     is("POST", "/v1/repair", "", r#"{"file":"/unknown"}"#, 409);
     is("GET", "/v1/images", "", "", 200);
     is("POST", "/v1/prefetch", "", wanted, 202);
+    is("POST", "/v1/prefetch", "", &format!(r#"{{"image":"{}"}}"#, "x".repeat(300)), 422);
     is("POST", "/v1/release", "", "", 200);
     is("DELETE", "/v1/leases/{id}", ready["lease"].as_str().unwrap(), "", 204);
     is("DELETE", "/v1/leases/{id}", ready["lease"].as_str().unwrap(), "", 404);

@@ -102,6 +102,10 @@ fn metrics_are_scraped_on_a_socket_and_on_a_port_and_nothing_else_is_there() {
         let (status, head, _) = scrape("POST", "/metrics");
         assert!(status == 405 && head.contains("allow: get"), "{head}");
     }
+    // What nobody asked for is not waited for.
+    let mut stream = TcpStream::connect(&address).unwrap();
+    stream.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n").unwrap();
+    assert_eq!(parts(&said(&mut stream)).0, 200);
     assert_eq!(ask(&place.control(), "GET", "/metrics", "").0, 404);
     daemon.end();
 }

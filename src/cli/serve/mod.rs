@@ -64,7 +64,7 @@ pub struct ServeArgs {
     /// Replace mounts from files that outlived an earlier daemon and its keepers, as infill repair does
     #[arg(long)]
     repair: bool,
-    /// Check the settings, that the stores and the user exist, print nothing if all is good, and end
+    /// Check the settings, that the stores, the user and the group exist, print nothing if all is good, and end
     #[arg(long)]
     check_config: bool,
     /// The socket of the model kernel: 0, standard input (for tests)

@@ -170,6 +170,12 @@ impl BlobFile {
         self.len_bytes
     }
 
+    /// How much of it is there: never more than it has, though its last page is counted as a whole one.
+    #[must_use]
+    pub fn present_bytes(&self) -> u64 {
+        self.map.present_bytes().min(self.len_bytes)
+    }
+
     /// What is in it.
     #[must_use]
     pub const fn map(&self) -> &Arc<PresenceMap> {
