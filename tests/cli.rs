@@ -202,7 +202,9 @@ fn install_writes_all_that_belongs_to_it_and_takes_it_away_again() {
     install(&["--remove"]);
     let left: Vec<_> = planned.iter().filter(|path| path.exists()).collect();
     assert_eq!(left, [&at("etc/infill/config.toml")]);
+    assert!(!at("usr/share/infill").exists() && at("usr/bin").exists(), "its own directories go, and no others");
     assert_eq!(std::fs::read_to_string(at("etc/infill/config.toml")).expect("it is there"), "# mine\n");
+    refused(&["install", "--prefix", "here"], 2, &["here", "absolute"]);
     refused(&["install", "--root", "/proc/nowhere"], 1, &["cannot write /proc/nowhere/usr/local/bin/infill", "--root"]);
 }
 

@@ -154,8 +154,7 @@ impl Report {
     /// A report of these checks.
     #[must_use]
     pub fn new(checks: Vec<Check>) -> Self {
-        let verdict = checks.iter().map(|check| check.verdict).min();
-        Self { verdict: verdict.unwrap_or(Verdict::Ready), checks }
+        Self { verdict: worst(&checks), checks }
     }
 }
 
@@ -202,12 +201,13 @@ fn interface(subject: &Subject<'_>) -> Vec<Check> {
     let files = fanotify::checks(&running, &kernel, subject.cache_dir, subject.shards);
     match subject.front_end {
         FrontEndKind::Fanotify => files,
-        FrontEndKind::Auto if !is_possible(&cachefiles) && is_possible(&files) => {
+        // What is nearer to being possible: for a user who may nothing, only that counts, and not what the other one lacks.
+        FrontEndKind::Auto if worst(&files) > worst(&cachefiles) => {
             let mut checks = vec![instead(&cachefiles)];
             checks.extend(files);
             checks
         }
-        FrontEndKind::Auto if !is_possible(&cachefiles) => {
+        FrontEndKind::Auto if worst(&cachefiles) != Verdict::Ready => {
             cachefiles.extend(files);
             cachefiles
         }
@@ -215,8 +215,8 @@ fn interface(subject: &Subject<'_>) -> Vec<Check> {
     }
 }
 
-fn is_possible(checks: &[Check]) -> bool {
-    checks.iter().all(|check| check.verdict == Verdict::Ready)
+fn worst(checks: &[Check]) -> Verdict {
+    checks.iter().map(|check| check.verdict).min().unwrap_or(Verdict::Ready)
 }
 
 /// In a line, why not through cachefiles, where that does not matter.
@@ -234,6 +234,13 @@ fn set_in_unit(setting: &str) -> String {
         "mkdir -p /etc/systemd/system/infill.service.d && printf '[Service]\\n{setting}\\n' >> \
          /etc/systemd/system/infill.service.d/60-doctor.conf && systemctl daemon-reload && systemctl restart infill"
     )
+}
+
+/// A path in a command for a shell.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+,:@".contains(c));
+    if is_plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 /// The text of a small file below `/proc` or `/sys`, without the newline at its end.
