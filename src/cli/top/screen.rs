@@ -74,7 +74,7 @@ fn latency(interval: &Interval<'_>) -> String {
     let of = |which: fn(&Times) -> &Classes, share| interval.percentile_us(which, share).map_or("-".to_owned(), time);
     let pair = |which| format!("{} / {}", of(which, 0.5), of(which, 0.99));
     let (all, queued, served) = (pair(|times| &times.request), pair(|times| &times.queued), pair(|times| &times.served));
-    format!("{all}; misses: queued {queued}, served {served}")
+    format!("{all}; queued {queued}, served {served}")
 }
 
 fn filled(interval: &Interval<'_>) -> String {
