@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::human::{cut, size};
 use super::place::Asking;
 use super::{Failure, print_json};
-use crate::control::wire::{BlobState, Health, ImageList, Prefetch, Stage};
+use crate::control::wire::{Health, ImageList, Prefetch, Stage};
 
 /// Columns of a terminal that everything fits into.
 const COLUMNS: usize = 80;
@@ -62,9 +62,11 @@ fn table(health: &Health, stat: &Value, images: &ImageList) -> String {
     for (heading, line) in lines {
         let _ = writeln!(out, "{heading:<HEADING$}{line}");
     }
-    if !images.blobs.is_empty() {
+    // Of any front end, those that were closed too.
+    let blobs = stat["blobs"].as_array().map_or(&[][..], Vec::as_slice);
+    if !blobs.is_empty() {
         let _ = writeln!(out, "\n{:>NUMBER$} {:>NUMBER$}   %  blob", "present", "of");
-        images.blobs.iter().for_each(|blob| out.push_str(&blob_line(blob)));
+        blobs.iter().for_each(|blob| out.push_str(&blob_line(blob)));
     }
     if !images.prefetches.is_empty() {
         let _ = writeln!(out, "\nprefetch     image");
@@ -73,10 +75,12 @@ fn table(health: &Health, stat: &Value, images: &ImageList) -> String {
     out
 }
 
-fn blob_line(BlobState { blob, len_bytes, present_bytes, .. }: &BlobState) -> String {
-    let percent = u128::from(*present_bytes) * 100 / u128::from((*len_bytes).max(1));
-    let name = cut(blob, COLUMNS - 2 * NUMBER - 7);
-    format!("{:>NUMBER$} {:>NUMBER$} {percent:>3}  {name}\n", size(*present_bytes), size(*len_bytes))
+fn blob_line(blob: &Value) -> String {
+    let number = |name: &str| blob[name].as_u64().unwrap_or(0);
+    let (len_bytes, present_bytes) = (number("len_bytes"), number("present_bytes"));
+    let percent = u128::from(present_bytes) * 100 / u128::from(len_bytes.max(1));
+    let name = cut(blob["blob"].as_str().unwrap_or_default(), COLUMNS - 2 * NUMBER - 7);
+    format!("{:>NUMBER$} {:>NUMBER$} {percent:>3}  {name}\n", size(present_bytes), size(len_bytes))
 }
 
 fn prefetch_line(Prefetch { wanted, stage, error }: &Prefetch) -> String {
@@ -99,16 +103,17 @@ mod tests {
     #[test]
     fn the_table_fits_a_terminal_whatever_is_in_it() {
         let most = |name: &str| (name.to_owned(), Value::from(999_999_999_u64));
-        let stat: serde_json::Map<_, _> =
+        let mut stat: serde_json::Map<_, _> =
             ["requests", "failed", "timed_out", "pending", "oldest_ms", "stuck", "fds", "fds_budget", "p999_us"]
                 .map(most)
                 .into_iter()
                 .collect();
         let health = Health { status: "ok".into(), front_end: "fanotify".into(), version: "10.10.10".into(), pid: 4_194_304 };
-        let blob = BlobState { blob: "x".repeat(300), file: "/x".into(), len_bytes: u64::MAX, present_bytes: u64::MAX };
+        let blob = serde_json::json!({ "blob": "x".repeat(300), "len_bytes": u64::MAX, "present_bytes": u64::MAX });
+        stat.insert("blobs".into(), vec![blob].into());
         let wanted = Wanted { image: "y".repeat(100), domain: None, devices: Vec::new() };
         let failed = Prefetch { wanted, stage: Stage::Failed, error: Some("z".repeat(100)) };
-        let text = table(&health, &stat.into(), &ImageList { blobs: vec![blob], prefetches: vec![failed] });
+        let text = table(&health, &stat.into(), &ImageList { blobs: Vec::new(), prefetches: vec![failed] });
         assert!(text.lines().all(|line| line.chars().count() <= COLUMNS), "{text}");
         assert!(text.contains("100  ...x") && text.contains("failed") && text.contains("4194304"), "{text}");
     }

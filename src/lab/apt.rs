@@ -68,9 +68,7 @@ impl Apt {
         if download().is_ok() {
             return Ok(());
         }
-        if self.refreshes {
-            run(self.get().arg("update"))?;
-        }
+        self.refresh()?;
         download()
     }
 
@@ -98,10 +96,19 @@ impl Apt {
         if download().is_ok() {
             return Ok(());
         }
+        self.refresh()?;
+        download()
+    }
+
+    /// Refreshes the lists of packages, where that is ours to do.
+    ///
+    /// # Errors
+    /// What apt-get said.
+    pub fn refresh(&self) -> Result<()> {
         if self.refreshes {
             run(self.get().arg("update"))?;
         }
-        download()
+        Ok(())
     }
 
     fn get_all(&self, wanted: &[&str]) -> Command {

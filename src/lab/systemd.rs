@@ -1,5 +1,5 @@
 //! A guest whose first process is systemd: a small Debian root file system, made once of the packages that this machine's
-//! release offers, then kept as `root/PACKAGES-SETUP.img` in the cache directory, where both parts of the name are checksums.
+//! release offers, or a newer suite, then kept as `root/PACKAGES-SETUP.img` in the cache directory, where both parts of the name are checksums.
 //!
 //! The root file system has no udev, no D-Bus and none of the services that a guest does without, so that it boots in
 //! seconds also where it is emulated. It mounts the disk of a job, runs the script there, and switches itself off as
@@ -29,19 +29,27 @@ pub const CACHE_DIR: &str = "/var/cache/infill";
 /// The script on the job's disk.
 const SCRIPT: &str = "run";
 /// What is in the root file system, with all that it depends on.
-const PACKAGES: [&str; 7] = ["systemd", "kmod", "procps", "util-linux", "mount", "coreutils", "dash"];
+const PACKAGES: [&str; 10] = ["systemd", "kmod", "procps", "util-linux", "mount", "coreutils", "dash", "diffutils", "erofs-utils", "grep"];
 /// What of it is left out: nothing reads it there.
-const LEFT_OUT: [&str; 4] = ["./usr/share", "./lib/udev", "./lib/systemd/system-generators", "./usr/lib/x86_64-linux-gnu/gconv"];
+const LEFT_OUT: [&str; 6] = [
+    "./usr/share",
+    "./lib/udev",
+    "./usr/lib/udev",
+    "./lib/systemd/system-generators",
+    "./usr/lib/systemd/system-generators",
+    "./usr/lib/x86_64-linux-gnu/gconv",
+];
 /// Directories that Debian has as links since 12.
 const MERGED: [&str; 4] = ["bin", "lib", "lib64", "sbin"];
 /// More directories.
 const DIRS: [&str; 10] = ["dev", "etc/systemd/system", "job", "proc", "run", "store", "sys", "tmp", "var/cache/infill", "var/log"];
 /// Units that the guest does without.
-const MASKED: [&str; 27] = [
+const MASKED: [&str; 28] = [
     "dev-hugepages.mount",
     "dev-mqueue.mount",
     "getty.target",
     "kmod-static-nodes.service",
+    "ldconfig.service",
     "proc-sys-fs-binfmt_misc.automount",
     "remote-fs.target",
     "sys-fs-fuse-connections.mount",
@@ -101,6 +109,8 @@ const KERNEL_ARGUMENTS: &str = "root=/dev/vda rootfstype=ext4 rw init=/lib/syste
 pub struct SystemdPlan<'a> {
     /// What boots.
     pub kernel: &'a Kernel,
+    /// Debian suite of its packages; `None`: this machine's release.
+    pub suite: Option<&'a str>,
     /// Programs for the job's disk: the name there, and where on this machine.
     pub programs: &'a [(&'a str, &'a Path)],
     /// Directories for it: the name there, and where on this machine. Of their files only.
@@ -124,7 +134,7 @@ impl SystemdPlan<'_> {
         let (job, cache) = (scratch.join("job.img"), scratch.join("cache.img"));
         disk::ext4(&job, JOB_BYTES, Some(&self.job(&scratch.join("job"))?))?;
         self.cache_fs.make(&cache, CACHE_BYTES)?;
-        let disks = [(ensure_root()?, true), (job, false), (cache, false), (self.store_disk.to_owned(), true)];
+        let disks = [(ensure_root(self.suite)?, true), (job, false), (cache, false), (self.store_disk.to_owned(), true)];
         Ok(Machine {
             kernel: self.kernel.image.clone(),
             initrd: None,
@@ -167,16 +177,17 @@ fn write(path: &Path, data: &[u8]) -> Result<()> {
     fs::create_dir_all(path.parent().unwrap_or(path)).and_then(|()| fs::write(path, data)).trying(what)
 }
 
-/// Gives the image of the root file system: the cached one, or one made now.
+/// Gives the image of a suite's root file system (`None`: of this machine's release): the cached one, or one made now.
 ///
 /// # Errors
 /// There is none in the cache, and its packages cannot be had or the tools for it are missing.
-pub fn ensure_root() -> Result<PathBuf> {
+pub fn ensure_root(suite: Option<&str>) -> Result<PathBuf> {
     let home = cache_dir()?.join("root");
     fs::create_dir_all(&home).trying(|| format!("cannot make {}", home.display()))?;
-    let apt = Apt::of_machine();
-    let setup = format!("{:016x}.img", checksum(format!("{FILES:?}{MASKED:?}{LEFT_OUT:?}{DIRS:?}").as_bytes()));
-    let Some(offered) = apt.offered_with_dependencies(&PACKAGES) else {
+    let apt = suite.map_or_else(|| Ok(Apt::of_machine()), |suite| Apt::of_suite(suite, &home))?;
+    let setup = format!("{:016x}.img", checksum(format!("{suite:?}{FILES:?}{MASKED:?}{LEFT_OUT:?}{DIRS:?}").as_bytes()));
+    let offered = || apt.offered_with_dependencies(&PACKAGES);
+    let Some(offered) = offered().or_else(|| apt.refresh().ok().and_then(|()| offered())) else {
         // No lists: whatever is there will do.
         let found = fs::read_dir(&home).into_iter().flatten().flatten().map(|entry| entry.path());
         let none = || LabError::Failed(format!("no package lists, and no root file system in {}; run: apt-get update", home.display()));

@@ -6,7 +6,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use infill::lab::systemd::JOB_DIR;
+use infill::lab::systemd::{CACHE_DIR, JOB_DIR};
+use nix::mount::{MntFlags, umount2};
 
 use crate::guest::Guest;
 use crate::{Outcome, Test};
@@ -40,8 +41,29 @@ fn blocks<'a>(page: &'a str, text: &str) -> Vec<Block<'a>> {
     found
 }
 
+/// What the pages leave on the machine goes with this.
+struct Machine;
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = umount2("/mnt/app", MntFlags::MNT_DETACH);
+        let _ = Command::new("systemctl").args(["stop", "infill.service"]).output();
+        let _ = Command::new(format!("{JOB_DIR}/infill")).args(["release", "--force"]).output();
+        let _ = Command::new(format!("{JOB_DIR}/infill")).args(["install", "--remove"]).output();
+        let _ = Command::new("systemctl").arg("daemon-reload").output();
+        for path in ["/etc/infill", "/srv/blobs", CLONE] {
+            let _ = fs::remove_dir_all(path);
+        }
+        for entry in fs::read_dir(CACHE_DIR).into_iter().flatten().flatten() {
+            // Files of the disk itself, such as lost+found, stay.
+            let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
+        }
+    }
+}
+
 /// The last step takes everything away again, so the other pages come before it.
 fn follow(_: &mut Guest) -> Outcome {
+    let _machine = Machine;
     fs::create_dir_all(format!("{CLONE}/target/release"))?;
     symlink(format!("{JOB_DIR}/infill"), format!("{CLONE}/target/release/infill"))?;
     let mut first = blocks("getting-started.md", STARTED);
@@ -54,7 +76,7 @@ fn follow(_: &mut Guest) -> Outcome {
     for block in first.iter().chain(&others).chain([&last]) {
         run(block)?;
     }
-    if Path::new("/mnt/app/hostname").exists() {
+    if Path::new("/mnt/app/systemd").exists() {
         return Err("the image is still mounted".into());
     }
     Ok(())

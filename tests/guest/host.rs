@@ -20,7 +20,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use crate::density::TEN_THOUSAND;
 use crate::fixtures::Fixtures;
 use crate::runner::{FAILED, INSIDE, OK, START};
-use crate::{Test, systemd, tests_of};
+use crate::{Test, guide, systemd, tests_of};
 
 /// Where the guest has this program.
 const GUEST_PROGRAM: &str = "/bin/guest-tests";
@@ -50,26 +50,32 @@ const TAIL_LINES: usize = 60;
 enum World {
     /// Nothing but the tests, with the cache on such a file system.
     Bare(CacheFs),
-    /// A root file system with systemd.
-    Systemd,
+    /// A root file system with the systemd of this machine's release, or of a Debian suite.
+    Systemd(Option<&'static str>),
 }
 
 impl World {
     const fn name(self) -> &'static str {
         match self {
             Self::Bare(fs) => fs.name(),
-            Self::Systemd => "systemd",
+            Self::Systemd(None) => "systemd",
+            Self::Systemd(Some(_)) => "newer_systemd",
         }
     }
 
     fn tests(self, series: &str) -> Vec<Test> {
         match self {
             Self::Bare(_) => tests_of(series),
-            Self::Systemd if series == kernel::SERIES[0] => systemd::TESTS.to_vec(),
-            Self::Systemd => Vec::new(),
+            Self::Systemd(None) if series == kernel::SERIES[0] => [guide::TESTS, systemd::TESTS].concat(),
+            Self::Systemd(Some(_)) if series == kernel::SERIES[0] => systemd::NEWER_TESTS.to_vec(),
+            Self::Systemd(None) if series == kernel::FROM_FILES => guide::TESTS.to_vec(),
+            Self::Systemd(_) => Vec::new(),
         }
     }
 }
+
+const WORLDS: [World; 4] =
+    [World::Bare(CacheFs::Ext4), World::Bare(CacheFs::Xfs), World::Systemd(None), World::Systemd(Some(systemd::NEWER_SUITE))];
 
 /// A kernel in a world, and what its guests have said so far.
 struct Cell {
@@ -106,7 +112,7 @@ pub(crate) fn main() -> ExitCode {
     let (mut trials, mut cells) = (Vec::new(), Vec::new());
     let bench = Arc::new(Bench::default());
     for series in kernel::SERIES.into_iter().chain([kernel::FROM_FILES]) {
-        for world in [World::Bare(CacheFs::Ext4), World::Bare(CacheFs::Xfs), World::Systemd] {
+        for world in WORLDS {
             let cell = Arc::new(Cell { series, world, bench: Arc::clone(&bench), state: Mutex::default(), changed: Condvar::new() });
             let has_time_for_all = (series, world) == (kernel::SERIES[0], World::Bare(CacheFs::Ext4));
             for (test, _) in world.tests(series).into_iter().filter(|(test, _)| has_time_for_all || *test != TEN_THOUSAND) {
@@ -210,17 +216,21 @@ impl Cell {
         let text = |e: infill::lab::LabError| e.to_string();
         let infill = Path::new(env!("CARGO_BIN_EXE_infill"));
         let this_program = std::env::current_exe().map_err(|e| e.to_string())?;
-        let World::Bare(cache_fs) = self.world else {
-            let plan = SystemdPlan {
-                kernel,
-                programs: &[(PROGRAM_NAME, &this_program), ("infill", infill)],
-                dirs: &[("units", Path::new(UNITS))],
-                cache_fs: SYSTEMD_CACHE_FS,
-                store_disk: &fixtures.disk,
-                command: format!("{JOB_DIR}/{PROGRAM_NAME} {INSIDE} {}", names.join(" ")),
-                total_limit: TOTAL_LIMIT,
-            };
-            return plan.build(scratch).map_err(text);
+        let cache_fs = match self.world {
+            World::Bare(fs) => fs,
+            World::Systemd(suite) => {
+                let plan = SystemdPlan {
+                    kernel,
+                    suite,
+                    programs: &[(PROGRAM_NAME, &this_program), ("infill", infill)],
+                    dirs: &[("units", Path::new(UNITS))],
+                    cache_fs: SYSTEMD_CACHE_FS,
+                    store_disk: &fixtures.disk,
+                    command: format!("{JOB_DIR}/{PROGRAM_NAME} {INSIDE} {}", names.join(" ")),
+                    total_limit: TOTAL_LIMIT,
+                };
+                return plan.build(scratch).map_err(text);
+            }
         };
         let mke2fs = packages::find("mke2fs").ok_or("mke2fs is not installed")?;
         let mut argv = vec![GUEST_PROGRAM.to_owned(), INSIDE.to_owned()];

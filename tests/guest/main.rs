@@ -17,6 +17,7 @@ mod failures;
 mod fixtures;
 mod from_files;
 mod guest;
+mod guide;
 mod hang;
 mod host;
 mod lifecycle;
@@ -53,7 +54,7 @@ fn tests_of(series: &str) -> Vec<Test> {
 
 /// All tests.
 fn tests() -> impl Iterator<Item = Test> {
-    tests_of(FROM_FILES).into_iter().chain(through_cachefiles()).chain(systemd::TESTS.iter().copied())
+    tests_of(FROM_FILES).into_iter().chain(through_cachefiles()).chain([guide::TESTS, systemd::TESTS, systemd::NEWER_TESTS].concat())
 }
 
 fn through_cachefiles() -> impl Iterator<Item = Test> {

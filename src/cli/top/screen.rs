@@ -26,6 +26,7 @@ pub(super) fn lines(interval: &Interval<'_>, columns: usize, rows: usize) -> Vec
     add("reads", requests(interval));
     add("p50/p99", latency(interval));
     add("filled", filled(interval));
+    add("ahead", ahead(interval));
     add("blobs", descriptors(interval));
     if now.cache_free_bytes > 0 {
         let Sample { cache_bytes, cache_objects, cache_free_bytes, culled_objects, .. } = now;
@@ -80,15 +81,19 @@ fn latency(interval: &Interval<'_>) -> String {
 fn filled(interval: &Interval<'_>) -> String {
     let all = interval.rate(Sample::bytes_filled);
     let share = |of: fn(&Sample) -> u64| if all > 0.0 { interval.rate(of) * 100.0 / all } else { 0.0 };
-    let used = percent(interval.now.bytes_ahead_used, interval.now.bytes_unasked);
     format!(
-        "{}/s: mapped {:.0} %, direct {:.0} %, copied {:.0} %; ahead {}/s, {used} % used",
+        "{}/s: mapped {:.0} %, direct {:.0} %, copied {:.0} %, zeros {:.0} %",
         size(whole(all)),
         share(|sample| sample.bytes_mapped),
         share(|sample| sample.bytes_direct),
         share(|sample| sample.bytes_buffered),
-        size(whole(interval.rate(|sample| sample.bytes_unasked))),
+        share(|sample| sample.bytes_zero),
     )
+}
+
+fn ahead(interval: &Interval<'_>) -> String {
+    let used = percent(interval.now.bytes_ahead_used, interval.now.bytes_unasked);
+    format!("{}/s; of all that was brought ahead {used} % was read", size(whole(interval.rate(|sample| sample.bytes_unasked))))
 }
 
 fn descriptors(interval: &Interval<'_>) -> String {
