@@ -199,7 +199,11 @@ fn interface(subject: &Subject<'_>) -> Vec<Check> {
     cachefiles.extend(kernel.checks());
     cachefiles.extend(device::checks(&kernel));
     let files = fanotify::checks(&running, &kernel, subject.cache_dir, subject.shards);
-    match subject.front_end {
+    judged(subject.front_end, cachefiles, files)
+}
+
+fn judged(front_end: FrontEndKind, mut cachefiles: Vec<Check>, files: Vec<Check>) -> Vec<Check> {
+    match front_end {
         FrontEndKind::Fanotify => files,
         // What is nearer to being possible: for a user who may nothing, only that counts, and not what the other one lacks.
         FrontEndKind::Auto if worst(&files) > worst(&cachefiles) => {
@@ -207,7 +211,7 @@ fn interface(subject: &Subject<'_>) -> Vec<Check> {
             checks.extend(files);
             checks
         }
-        FrontEndKind::Auto if worst(&cachefiles) != Verdict::Ready => {
+        FrontEndKind::Auto if worst(&files) == worst(&cachefiles) && worst(&files) != Verdict::Ready => {
             cachefiles.extend(files);
             cachefiles
         }
@@ -265,6 +269,19 @@ mod tests {
             checks.push(fail(worse));
             assert_eq!(verdict(&checks), code);
         }
+    }
+
+    #[test]
+    fn the_front_end_that_is_nearer_decides() {
+        let verdict = |cachefiles, files| {
+            let [cachefiles, files] = [cachefiles, files].map(|verdict| vec![Check::fail(Id::Kernel, verdict, "no", "")]);
+            Report::new(judged(FrontEndKind::Auto, cachefiles, files)).verdict
+        };
+        // A user who may nothing, on a kernel that has no cachefiles: as root it works.
+        assert_eq!(verdict(Verdict::Unavailable, Verdict::NotPermitted), Verdict::NotPermitted);
+        assert_eq!(verdict(Verdict::NotPermitted, Verdict::Unavailable), Verdict::NotPermitted);
+        assert_eq!(verdict(Verdict::Unavailable, Verdict::Ready), Verdict::Ready);
+        assert_eq!(verdict(Verdict::Ready, Verdict::Unavailable), Verdict::Ready);
     }
 
     /// A module of the doctor provokes each of its own findings; here is seen that none was forgotten, and that each of them says
