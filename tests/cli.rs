@@ -1,6 +1,7 @@
 //! What an operator gets for bad input: one line that says what, where and what to do, and the documented
 //! exit code. Nothing here needs a kernel with cachefiles, or root.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -238,7 +239,18 @@ fn install_writes_all_that_belongs_to_it_and_takes_it_away_again() {
     install(&["--remove"]);
     let left: Vec<_> = planned.iter().filter(|path| path.exists()).collect();
     assert_eq!(left, [&at("etc/infill/config.toml")]);
+    assert!(!at("usr/share/infill").exists() && at("usr/bin").exists(), "its own directories go, and no others");
     assert_eq!(std::fs::read_to_string(at("etc/infill/config.toml")).expect("it is there"), "# mine\n");
+    // Whatever the umask, others can read what is installed.
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "umask 077; exec \"$0\" install --root \"$1\"", env!("CARGO_BIN_EXE_infill")]).arg(at("strict"));
+    assert!(shell.output().expect("sh runs").status.success());
+    for path in ["etc/infill", "etc/infill/config.toml", "usr/local/share/man/man8"] {
+        let mode = std::fs::metadata(at("strict").join(path)).expect("it was installed").permissions().mode();
+        assert_eq!(mode & 0o044, 0o044, "{path}");
+    }
+    let relative = infill(&["install", "--dry-run", "--prefix", "here"]);
+    assert!(relative.status.code() == Some(2) && String::from_utf8_lossy(&relative.stderr).contains("absolute"), "{relative:?}");
     refused(&["install", "--root", "/proc/nowhere"], 1, &["cannot write /proc/nowhere/usr/local/bin/infill", "--root"]);
 }
 

@@ -295,6 +295,11 @@ fn the_command_shows_applies_and_reverts() {
     let answer: serde_json::Value = serde_json::from_slice(&applied.stdout).unwrap();
     assert!(answer["done"]["changed"].as_array().is_some_and(|changed| !changed.is_empty()), "{answer}");
     assert!(answer["knobs"].as_array().unwrap().iter().all(|knob| knob["state"] == "ok" && knob["command"].is_string()), "{answer}");
+    // Two at a time: the second one changes nothing.
+    let other = nix::fcntl::Flock::lock(fs::File::open(host.dir.path()).unwrap(), nix::fcntl::FlockArg::LockExclusiveNonblock).unwrap();
+    one_line(&run(&["--revert"]), 75, &["another infill tune", "try again"]);
+    one_line(&run(&["--apply"]), 75, &["another infill tune"]);
+    drop(other);
     assert!(run(&["--revert"]).status.success());
     assert_eq!(host.snapshot(), before);
     one_line(&infill(&["--root", "/no/such/root"]).output().unwrap(), 78, &["/no/such/root"]);

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::{Failure, config, docs};
-use crate::ops::exit;
+use crate::ops::{dirs, exit};
 
 /// Files of the checkout that go along: where to, below the prefix, and what they hold.
 const FILES: &[(&str, &[u8])] = &[
@@ -21,6 +21,8 @@ const FILES: &[(&str, &[u8])] = &[
     ("share/infill/monitoring/dashboard.json", include_bytes!("../../docs/monitoring/dashboard.json")),
     ("share/infill/openapi.json", include_bytes!("../../docs/openapi.json")),
 ];
+/// Directories, below the prefix, that nobody else has anything in, the inner ones first.
+const OWN_DIRS: [&str; 2] = ["share/infill/monitoring", "share/infill"];
 /// Where the settings are, whatever the prefix.
 const SETTINGS: &str = "etc/infill/config.toml";
 /// Modes of programs and of other files.
@@ -36,8 +38,8 @@ const FILE_MODE: u32 = 0o644;
 /// Exit code: 0, 77 if this user may not write there, 1 for anything else.
 #[derive(Debug, Args)]
 pub struct InstallArgs {
-    /// Below which directory
-    #[arg(long, value_name = "DIR", default_value = "/usr/local")]
+    /// Below which directory of the root
+    #[arg(long, value_name = "DIR", default_value = "/usr/local", value_parser = absolute)]
     prefix: PathBuf,
     /// Another root, such as that of an image or of a package
     #[arg(long, value_name = "DIR", default_value = "/")]
@@ -45,9 +47,15 @@ pub struct InstallArgs {
     /// Only say what would be written
     #[arg(long)]
     dry_run: bool,
-    /// Remove what was installed, but for settings
+    /// Remove what was installed, but for settings; disable the units before
     #[arg(long)]
     remove: bool,
+}
+
+/// A prefix that is not absolute would mean another place with each root.
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.is_absolute() { Ok(path) } else { Err("must be absolute; it is taken below --root".to_owned()) }
 }
 
 /// A file to be installed.
@@ -71,6 +79,10 @@ pub fn run(args: &InstallArgs) -> Result<(), Failure> {
             act(item).map_err(|error| failed(verb, &item.path, &error))?;
         }
         say(&item.path);
+    }
+    if args.remove && !args.dry_run {
+        // One with something of somebody else's in it stays.
+        OWN_DIRS.iter().for_each(|dir| drop(fs::remove_dir(prefix.join(dir))));
     }
     if !args.remove {
         settings(&args.root.join(SETTINGS), args.dry_run)?;
@@ -109,7 +121,7 @@ fn say(path: &Path) {
 /// In one step: a program that runs cannot be written to, and nobody finds half a file.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(dir)?;
+    dirs::make(dir)?;
     let new = path.with_extension(format!("infill-{}", std::process::id()));
     let made = make(&new, bytes, mode).and_then(|()| fs::rename(&new, path));
     made.inspect_err(|_| {

@@ -24,7 +24,7 @@ const RESTART: &str = "systemctl daemon-reload && systemctl restart infill";
 /// Without --apply or --revert nothing is changed. What is in a profile was measured, by the command beside it; the figures are in
 /// tuning/README.md. What is changed is recorded in /var/lib/infill/tune.json, with what was there before.
 ///
-/// Exit code: 0 if it was shown or done, 77 if it is for root, 78 if a file is in the way that infill did not write, 1 for anything
+/// Exit code: 0 if it was shown or done, 75 if another one is at work, 77 if it is for root, 78 if a file is in the way that infill did not write, 1 for anything
 /// else that is in the way; then nothing is changed, or the message says what is.
 #[derive(Debug, clap::Args)]
 pub struct TuneArgs {

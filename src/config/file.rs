@@ -46,8 +46,11 @@ pub fn directory(file: Option<&Path>) -> &Path {
     if parent.as_os_str().is_empty() { Path::new(".") } else { parent }
 }
 
-/// In the order of the bytes of their names.
-fn drop_ins(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+/// The files of a directory of drop-ins, in the order of the bytes of their names; none if it is not there.
+///
+/// # Errors
+/// It cannot be read.
+pub fn drop_ins(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let unreadable = |source| ConfigError::Unreadable { path: dir.to_owned(), source };
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),

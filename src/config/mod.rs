@@ -33,7 +33,7 @@ use crate::range::page_bytes;
 use crate::store::{SourceMode, StoreSpec};
 
 pub use self::error::ConfigError;
-pub use self::file::{DEFAULT_FILE, DROP_INS, directory};
+pub use self::file::{DEFAULT_FILE, DROP_INS, directory, drop_ins};
 use self::keys::one_line;
 pub use self::layers::{Given, Origin, Resolved};
 use self::options::Options;

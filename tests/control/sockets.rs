@@ -1,6 +1,6 @@
 //! Where the daemon listens, and what becomes of it when something is in the way.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::promtool::promtool;
-use super::{Daemon, Place, ask, parts, request, said, wait_until};
+use super::{Daemon, Place, ask, infill, parts, request, said, wait_until};
 
 /// One that cannot start: its exit code, and its one line.
 fn refused(serve: &mut Command, socket: OwnedFd, code: i32, words: &[&str]) {
@@ -125,6 +125,14 @@ fn the_verbs_ask_the_daemon() {
     assert_eq!(printed(&["log-level"]), "debug\n");
     let table = printed(&["stat"]);
     assert!(table.contains("log debug") && table.lines().all(|line| line.len() <= 80), "{table}");
+    // Whoever looks at pictures may go away at any time: a pager, head.
+    let mut top = infill();
+    top.args(["top", "--interval", "0.1", "--control-socket"]).arg(place.control()).stdout(Stdio::piped());
+    let mut top = top.spawn().unwrap();
+    let mut first = [0; 6];
+    top.stdout.take().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"infill");
+    assert!(top.wait().unwrap().success());
     let report: serde_json::Value = serde_json::from_str(&printed(&["stat", "--json"])).unwrap();
     assert!(report["stat"]["requests"].as_u64() > Some(0) && report["health"]["front_end"] == "sim", "{report}");
     let prefetch = place.verb(&["prefetch", "a.img"]);

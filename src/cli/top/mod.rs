@@ -3,7 +3,7 @@
 mod sample;
 mod screen;
 
-use std::io::{Write, stdin};
+use std::io::{self, Write, stdin};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
 
 use self::sample::{Interval, Sample};
-use self::screen::{COLUMNS_MIN, ROWS_MIN, lines};
+use self::screen::{COLUMNS, ROWS, lines};
 use super::Failure;
 use super::place::Asking;
 use crate::ops::exit;
@@ -60,7 +60,11 @@ pub fn run(args: &TopArgs) -> Result<(), Failure> {
     while left != Some(0) && screen.goes_on(&signals, Duration::from_secs_f64(args.interval)) {
         let (now, at) = look()?;
         let (columns, rows) = screen.size();
-        screen.draw(&lines(&Interval { before: &before, now: &now, seconds: (at - since).as_secs_f64() }, columns, rows));
+        let picture = lines(&Interval { before: &before, now: &now, seconds: (at - since).as_secs_f64() }, columns, rows);
+        if screen.draw(&picture).is_err() {
+            // Whoever looked (a pager, head, a terminal) went away.
+            break;
+        }
         (before, since) = (now, at);
         left = left.map(|left| left - 1);
     }
@@ -91,24 +95,23 @@ impl Screen {
 
     /// Columns and rows.
     fn size(&self) -> (usize, usize) {
-        let (rows, columns) = self.before.as_ref().map_or((0, 0), |_| self.term.size());
-        (usize::from(columns).max(COLUMNS_MIN), usize::from(rows).max(ROWS_MIN))
+        let size = self.before.as_ref().and_then(|_| self.term.size_checked());
+        size.map_or((COLUMNS, ROWS), |(rows, columns)| (columns.into(), rows.into()))
     }
 
-    /// A terminal that went away ends the program by its signal.
-    fn draw(&self, lines: &[String]) {
+    /// Over the last picture, or after it.
+    fn draw(&self, lines: &[String]) -> io::Result<()> {
         let mut term = &self.term;
         if self.before.is_none() {
-            let _ = writeln!(term, "{}\n", lines.join("\n"));
-            return;
+            return writeln!(term, "{}\n", lines.join("\n"));
         }
-        let _ = term.move_cursor_to(0, 0);
+        term.move_cursor_to(0, 0)?;
         for (n, line) in lines.iter().enumerate() {
-            let _ = term.clear_line();
+            term.clear_line()?;
             let end = if n + 1 < lines.len() { "\n" } else { "" };
-            let _ = write!(term, "{line}{end}");
+            write!(term, "{line}{end}")?;
         }
-        let _ = term.clear_to_end_of_screen();
+        term.clear_to_end_of_screen()
     }
 
     /// Waits for the next picture; `false`: somebody has seen enough.
@@ -126,7 +129,9 @@ impl Screen {
             let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
             let _ = poll(&mut fds, timeout);
             let [stopped, pressed] = [0, 1].map(|n| fds.get(n).is_some_and(|fd| fd.any().unwrap_or(false)));
-            if stopped && signals.next() == Some(Event::Stop) || pressed && is_quit() {
+            // A terminal that hangs up says so by the signal that has a daemon read its settings.
+            let is_told_to = stopped && matches!(signals.next(), Some(Event::Stop | Event::Reload));
+            if is_told_to || pressed && is_quit() {
                 return false;
             }
         }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statfs::{EXT4_SUPER_MAGIC, FsType, Statfs, XFS_SUPER_MAGIC, statfs};
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
-use super::{Check, Id, Subject, Verdict};
+use super::{Check, Id, Subject, Verdict, quoted};
 use crate::front::cachefiles::cache_dir::{CacheDirError, EXTENT_BYTES, check, hinted_dirs, nameless};
 use crate::front::cachefiles::fsck::{self, FsckReport};
 use crate::front::cachefiles::tree::{CACHE, Census, Dir, census};
@@ -156,7 +156,7 @@ fn judge_hints(hints: &[(Option<u32>, PathBuf)], wanted_bytes: u32) -> Check {
         return Check::ok(ID, format!("cache files take their space in pieces of {bytes} bytes, the smallest too (--xfs-extent)"));
     };
     let state = hint.map_or_else(|| "no extent size hint".to_owned(), |bytes| format!("an extent size hint of {bytes} bytes only"));
-    let dirs: Vec<_> = small.iter().map(|(_, dir)| dir.display().to_string()).collect();
+    let dirs: Vec<_> = small.iter().map(|(_, dir)| quoted(dir)).collect();
     Check::warn(
         ID,
         format!("{} has {state}: cache files may come in many small extents, which makes what is cached slow to read", dir.display()),

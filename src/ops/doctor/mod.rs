@@ -154,8 +154,7 @@ impl Report {
     /// A report of these checks.
     #[must_use]
     pub fn new(checks: Vec<Check>) -> Self {
-        let verdict = checks.iter().map(|check| check.verdict).min();
-        Self { verdict: verdict.unwrap_or(Verdict::Ready), checks }
+        Self { verdict: worst(&checks), checks }
     }
 }
 
@@ -200,14 +199,19 @@ fn interface(subject: &Subject<'_>) -> Vec<Check> {
     cachefiles.extend(kernel.checks());
     cachefiles.extend(device::checks(&kernel));
     let files = fanotify::checks(&running, &kernel, subject.cache_dir, subject.shards);
-    match subject.front_end {
+    judged(subject.front_end, cachefiles, files)
+}
+
+fn judged(front_end: FrontEndKind, mut cachefiles: Vec<Check>, files: Vec<Check>) -> Vec<Check> {
+    match front_end {
         FrontEndKind::Fanotify => files,
-        FrontEndKind::Auto if !is_possible(&cachefiles) && is_possible(&files) => {
+        // What is nearer to being possible: for a user who may nothing, only that counts, and not what the other one lacks.
+        FrontEndKind::Auto if worst(&files) > worst(&cachefiles) => {
             let mut checks = vec![instead(&cachefiles)];
             checks.extend(files);
             checks
         }
-        FrontEndKind::Auto if !is_possible(&cachefiles) => {
+        FrontEndKind::Auto if worst(&files) == worst(&cachefiles) && worst(&files) != Verdict::Ready => {
             cachefiles.extend(files);
             cachefiles
         }
@@ -215,8 +219,8 @@ fn interface(subject: &Subject<'_>) -> Vec<Check> {
     }
 }
 
-fn is_possible(checks: &[Check]) -> bool {
-    checks.iter().all(|check| check.verdict == Verdict::Ready)
+fn worst(checks: &[Check]) -> Verdict {
+    checks.iter().map(|check| check.verdict).min().unwrap_or(Verdict::Ready)
 }
 
 /// In a line, why not through cachefiles, where that does not matter.
@@ -234,6 +238,13 @@ fn set_in_unit(setting: &str) -> String {
         "mkdir -p /etc/systemd/system/infill.service.d && printf '[Service]\\n{setting}\\n' >> \
          /etc/systemd/system/infill.service.d/60-doctor.conf && systemctl daemon-reload && systemctl restart infill"
     )
+}
+
+/// A path in a command for a shell.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+,:@".contains(c));
+    if is_plain { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 /// The text of a small file below `/proc` or `/sys`, without the newline at its end.
@@ -258,6 +269,19 @@ mod tests {
             checks.push(fail(worse));
             assert_eq!(verdict(&checks), code);
         }
+    }
+
+    #[test]
+    fn the_front_end_that_is_nearer_decides() {
+        let verdict = |cachefiles, files| {
+            let [cachefiles, files] = [cachefiles, files].map(|verdict| vec![Check::fail(Id::Kernel, verdict, "no", "")]);
+            Report::new(judged(FrontEndKind::Auto, cachefiles, files)).verdict
+        };
+        // A user who may nothing, on a kernel that has no cachefiles: as root it works.
+        assert_eq!(verdict(Verdict::Unavailable, Verdict::NotPermitted), Verdict::NotPermitted);
+        assert_eq!(verdict(Verdict::NotPermitted, Verdict::Unavailable), Verdict::NotPermitted);
+        assert_eq!(verdict(Verdict::Unavailable, Verdict::Ready), Verdict::Ready);
+        assert_eq!(verdict(Verdict::Ready, Verdict::Unavailable), Verdict::Ready);
     }
 
     /// A module of the doctor provokes each of its own findings; here is seen that none was forgotten, and that each of them says

@@ -7,7 +7,7 @@ use std::path::Path;
 use nix::unistd::{AccessFlags, access, geteuid};
 
 use super::host::{NR_OPEN, WANTED_FILES};
-use super::{Check, Id, Verdict, read, set_in_unit};
+use super::{Check, Id, Verdict, quoted, read, set_in_unit};
 use crate::ops::state::{self, WRITABLE_BY_OTHERS};
 
 /// Looks at the directory, without making it, and at the daemon that has it.
@@ -15,7 +15,8 @@ use crate::ops::state::{self, WRITABLE_BY_OTHERS};
 pub fn checks(dir: &Path) -> Vec<Check> {
     let mut checks = vec![dir_check(dir)];
     let pid = state::holder(dir);
-    checks.push(daemon_check(dir, pid));
+    let is_seen = dir.metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) || access(dir, AccessFlags::R_OK).is_ok();
+    checks.push(if is_seen || pid.is_some() { daemon_check(dir, pid) } else { hidden(dir) });
     let limits = pid.and_then(|pid| Some((pid, read(&format!("/proc/{pid}/limits"))?)));
     checks.extend(limits.map(|(pid, limits)| limits_check(pid, &limits)));
     checks
@@ -45,7 +46,7 @@ fn dir_check(dir: &Path) -> Check {
         let text =
             format!("{here} belongs to user {} with mode {:o}: others could put something into it", found.uid(), found.mode() & 0o7777);
         return fail(Verdict::BadCacheDir, text, "give it to the daemon's user alone")
-            .fixed_by(format!("chown {own} {here} && chmod 700 {here}"));
+            .fixed_by(format!("chown {own} {0} && chmod go-w {0}", quoted(existing)));
     }
     Check::ok(ID, format!("{here} can be used"))
 }
@@ -58,6 +59,11 @@ fn daemon_check(dir: &Path, pid: Option<u32>) -> Check {
             None => format!("none serves with the state directory {}", dir.display()),
         },
     )
+}
+
+fn hidden(dir: &Path) -> Check {
+    let found = format!("whether one serves with the state directory {} cannot be seen by this user", dir.display());
+    Check::unknown(Id::Daemon, found, "run as root")
 }
 
 /// What the running daemon may have, by /proc/PID/limits. It has raised what it was allowed to.
@@ -109,6 +115,7 @@ pub(super) mod tests {
             // Nobody can write there, root neither.
             dir_check(Path::new("/proc/self/fd")),
             daemon_check(dir.path(), None),
+            hidden(dir.path()),
             limits_check(7, LIMITS),
             limits_check(7, &LIMITS.replace("unlimited            unlimited", "4096                 4096     ")),
             limits_check(7, ""),
@@ -118,7 +125,7 @@ pub(super) mod tests {
     #[test]
     fn a_directory_that_is_missing_is_not_made_and_one_of_others_is_refused() {
         let parent = tempfile::tempdir().unwrap();
-        let dir = parent.path().join("a/state");
+        let dir = parent.path().join("a/the state's");
         let found = checks(&dir);
         assert!(!dir.exists() && found[0].status == Status::Ok && found[0].found.contains("can be made"), "{found:?}");
         fs::create_dir_all(&dir).unwrap();

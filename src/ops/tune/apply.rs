@@ -27,6 +27,7 @@ pub struct Done {
 /// A file that is not ours is in the way, and nothing was changed; or a step failed, and all before it were taken back, or the error
 /// says which were not.
 pub fn apply(root: &Root, name: Name) -> Result<Done, TuneError> {
+    let _alone = root.lock()?;
     let profile = Profile::of(name);
     let knobs = profile.fitting(root);
     let (files, values) = (wanted(&knobs), values(&knobs, root));
@@ -48,6 +49,7 @@ pub fn apply(root: &Root, name: Name) -> Result<Done, TuneError> {
 /// # Errors
 /// Nothing is applied; or something could not be changed back, as the error says, and stays in the record.
 pub fn revert(root: &Root) -> Result<Done, TuneError> {
+    let _alone = root.lock()?;
     let Some(mut record) = Record::load(root)? else {
         return Err(TuneError::NothingApplied(root.at(RECORD.as_ref())));
     };

@@ -4,12 +4,10 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::files::{SETTINGS, wanted};
+use super::files::wanted;
 use super::profile::{Knob, Profile, Scalar, Target};
 use super::root::Root;
-
-/// The operator's own settings.
-const SETTINGS_FILE: &str = "/etc/infill/config.toml";
+use crate::config::{self, DEFAULT_FILE, DROP_INS};
 
 /// How a knob is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -109,8 +107,8 @@ impl Knob {
             one.text.lines().last().is_some_and(|line| text.lines().any(|found| found == line))
         });
         match &self.set {
-            target if is_written => target.recommended(),
             Target::Setting { name, default, .. } => setting(root, name).unwrap_or_else(|| default.clone()),
+            target if is_written => target.recommended(),
             Target::Udev { default, .. } | Target::Unit { default, .. } => default.clone(),
             Target::Sysctl { .. } | Target::Sysfs { .. } => "not set".to_owned(),
         }
@@ -138,11 +136,15 @@ impl Knob {
     }
 }
 
-/// What the operator has set in the settings file.
+/// What the settings files say: the last drop-in that says anything counts.
 fn setting(root: &Root, name: &str) -> Option<String> {
-    let read = |path: &str| root.read(path.as_ref()).ok().flatten()?.parse::<toml::Table>().ok();
-    let of = |file: toml::Table| Some(file.get("serve")?.get(name)?.clone().try_into::<Scalar>().ok()?.shown());
-    read(SETTINGS).and_then(of).or_else(|| read(SETTINGS_FILE).and_then(of))
+    let main = root.at(DEFAULT_FILE.as_ref());
+    let drop_ins = config::drop_ins(&main.with_file_name(DROP_INS)).unwrap_or_default();
+    let of = |path: &PathBuf| {
+        let file: toml::Table = std::fs::read_to_string(path).ok()?.parse().ok()?;
+        Some(file.get("serve")?.get(name)?.clone().try_into::<Scalar>().ok()?.shown())
+    };
+    drop_ins.iter().rev().chain([&main]).find_map(of)
 }
 
 impl Profile {
@@ -166,4 +168,28 @@ pub fn values(knobs: &[&Knob], root: &Root) -> Vec<Value> {
     }
     let value = |knob: &&Knob| Some(Value { path: knob.set.path()?, value: knob.set.recommended() });
     knobs.iter().filter_map(value).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::tune::profile::Name;
+
+    #[test]
+    fn the_setting_that_counts_is_the_one_that_is_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path());
+        let profile = Profile::of(Name::SmallVm);
+        let slots = profile.knobs.iter().find(|knob| knob.name == "slots").unwrap();
+        let looks = || {
+            let found = slots.look(&root);
+            (found.current, found.state)
+        };
+        assert_eq!(looks(), ("16".to_owned(), State::Change));
+        let files = [("config.toml", 5), ("config.d/10-own.toml", 7), ("config.d/50-profile.toml", 4), ("config.d/90-own.toml", 9)];
+        for (file, value) in files {
+            root.write(&PathBuf::from("/etc/infill").join(file), &format!("version = 1\n[serve]\nslots = {value}\n")).unwrap();
+            assert_eq!(looks(), (value.to_string(), if value == 4 { State::Ok } else { State::Change }), "{file}");
+        }
+    }
 }

@@ -31,6 +31,9 @@ pub enum TuneError {
     /// Only root may.
     #[error("changing this host's settings is for root: run infill tune as root, or name a directory of yours with --root")]
     NotRoot,
+    /// Another one is at work.
+    #[error("{}: another infill tune is changing things here; try again when it has ended", .0.display())]
+    Busy(PathBuf),
     /// A file is there that is not ours.
     #[error("{}: infill tune did not write this file, or somebody changed it since: it is left as it is, and nothing was changed; move it away and try again", .0.display())]
     Foreign(PathBuf),
@@ -74,6 +77,7 @@ impl TuneError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NotRoot => exit::NO_PERMISSION,
+            Self::Busy(_) => exit::TRY_AGAIN,
             Self::Failed { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => exit::NO_PERMISSION,
             Self::Foreign(_) | Self::BadRecord { .. } => exit::BAD_CONFIGURATION,
             _ => exit::FAILED,

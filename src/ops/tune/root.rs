@@ -1,12 +1,17 @@
 //! The file system in which everything is done: this host's, or one below a directory.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Modes of what is made.
-const DIR_MODE: u32 = 0o755;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::TuneError;
+use crate::ops::dirs;
+
+/// Mode of files that are made, whatever the umask: the daemon reads some of them as another user.
 const FILE_MODE: u32 = 0o644;
 /// Ends the name of a file that is being written.
 const NEW: &str = ".infill-new";
@@ -34,6 +39,18 @@ impl Root {
     #[must_use]
     pub fn is_live(&self) -> bool {
         self.at(Path::new("/proc/sys")).is_dir()
+    }
+
+    /// Keeps others from changing anything here meanwhile: two at a time would each lose what the other noted.
+    ///
+    /// # Errors
+    /// Somebody else is at it.
+    pub(super) fn lock(&self) -> Result<Flock<File>, TuneError> {
+        let dir = File::open(&self.0).map_err(TuneError::io("open", &self.0))?;
+        Flock::lock(dir, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+            Errno::EWOULDBLOCK => TuneError::Busy(self.0.clone()),
+            errno => TuneError::io("lock", &self.0)(errno.into()),
+        })
     }
 
     /// Where a path is.
@@ -79,12 +96,13 @@ impl Root {
     pub fn write(&self, path: &Path, text: &str) -> io::Result<()> {
         let at = self.at(path);
         let dir = at.parent().ok_or(ErrorKind::InvalidInput)?;
-        DirBuilder::new().recursive(true).mode(DIR_MODE).create(dir)?;
+        dirs::make(dir)?;
         let mut name = at.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
         name.push(NEW);
         let new = at.with_file_name(name);
         let written = (|| {
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(FILE_MODE).open(&new)?;
+            let mut file = File::create(&new)?;
+            file.set_permissions(Permissions::from_mode(FILE_MODE))?;
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
             fs::rename(&new, &at)?;

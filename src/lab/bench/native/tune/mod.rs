@@ -28,7 +28,8 @@ use super::{Plan, Subject, failed, read_file};
 use crate::engine::placement::usable_cpus;
 use crate::lab::bench::report;
 use crate::lab::progress::Progress;
-use crate::lab::{Result, packages};
+use crate::lab::{Result, Trying, packages};
+use crate::ops::signals::{Event, Signals};
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -104,6 +105,8 @@ impl TuneReport {
 /// Something that is needed could not be had, a daemon ended, or something was read wrong.
 pub fn measure(plan: &TunePlan) -> Result<TuneReport> {
     packages::ensure(packages::IMAGE_TOOLS)?;
+    // Who stops it does not keep it from turning everything back.
+    let signals = Signals::block().trying(|| "cannot receive signals")?;
     let native = Plan {
         infill: plan.infill.clone(),
         only: vec![Subject::Tree],
@@ -119,7 +122,7 @@ pub fn measure(plan: &TunePlan) -> Result<TuneReport> {
     for knob in &plan.knobs {
         match knob.unfit() {
             Some(why) => drop(not_here.insert(knob.name, why)),
-            None => rows.extend(measure_knob(knob, &mut cells, plan.rounds)?),
+            None => rows.extend(measure_knob(knob, &mut cells, plan.rounds, &signals)?),
         }
     }
     Ok(TuneReport {
@@ -132,7 +135,7 @@ pub fn measure(plan: &TunePlan) -> Result<TuneReport> {
 }
 
 /// All cells of a knob.
-fn measure_knob(knob: &Knob, cells: &mut Cells<'_>, rounds: usize) -> Result<Vec<Row>> {
+fn measure_knob(knob: &Knob, cells: &mut Cells<'_>, rounds: usize, signals: &Signals) -> Result<Vec<Row>> {
     let mut progress = Progress::begin(format!("{}: {}", knob.name, knob.what));
     let mut rows = Vec::new();
     for cell in knob.cells {
@@ -142,6 +145,9 @@ fn measure_knob(knob: &Knob, cells: &mut Cells<'_>, rounds: usize) -> Result<Vec
             // Who is first changes: what the first one leaves behind does not always meet the same one.
             for on in [round % 2 == 1, round % 2 == 0] {
                 progress.update(|| format!("{}, round {}: {}", cell.name(), round + 1, if on { "on" } else { "off" }));
+                if signals.next() == Some(Event::Stop) {
+                    return Err(failed("stopped by a signal; everything is as it was before"));
+                }
                 let turned = knob.lever.turn(on)?;
                 found[usize::from(on)] = cells.run(cell, &turned)?;
             }
