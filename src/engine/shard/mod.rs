@@ -145,14 +145,19 @@ impl<I: Io> Shard<I> {
     }
 
     fn publish(&mut self) {
+        self.note_growth();
+        let machine = &self.machine;
+        let (pending, oldest_ns, stuck, objects) = (machine.pending(), machine.oldest(), machine.stuck(), machine.object_count());
+        self.stats().publish(machine.counters(), &Gauges { pending, oldest_ns, stuck, objects });
+    }
+
+    /// Counts what objects got since this was called last.
+    fn note_growth(&mut self) {
         for (object, bytes) in self.machine.grown() {
             if let Some(Some(attached)) = self.attached.get(object.0) {
                 attached.stats.grows(bytes);
             }
         }
-        let machine = &self.machine;
-        let (pending, oldest_ns, stuck, objects) = (machine.pending(), machine.oldest(), machine.stuck(), machine.object_count());
-        self.stats().publish(machine.counters(), &Gauges { pending, oldest_ns, stuck, objects });
     }
 
     fn take_messages(&mut self) {
@@ -325,6 +330,8 @@ impl<I: Io> Shard<I> {
 
     /// Drops what belongs to a closed object, so that the kernel can let go of it too.
     fn release(&mut self, object: Handle) {
+        // Its handle may be another object's in this turn.
+        self.note_growth();
         if let Some(attached) = self.attached.get_mut(object.0).and_then(Option::take) {
             for file in &attached.source_files {
                 self.io.remove_file(*file);
