@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::plan::Window;
-use crate::range;
+use crate::range::{self, intersect};
 use crate::store::{Data, Extent, SourceFile};
 
 pub(super) const PAGE: u64 = 4096;
