@@ -102,6 +102,8 @@ impl Bare {
                     Action::Look { .. } | Action::Filled { .. } | Action::Release { .. } => {}
                 }
             }
+            // As a shard does.
+            drop(self.machine.grown());
             if self.ended.is_empty() {
                 return good;
             }
