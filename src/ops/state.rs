@@ -58,7 +58,7 @@ pub enum StateError {
         mode: u32,
     },
     /// The operating system refused.
-    #[error("cannot {what} {}: {source}; run as root, or name a directory of yours with --state-dir", path.display())]
+    #[error("cannot {what} {}: {source}; run as root, or name a directory that can be written with --state-dir", path.display())]
     Os {
         /// What was tried.
         what: &'static str,
@@ -76,8 +76,14 @@ impl StateError {
         match self {
             Self::Busy { .. } => exit::UNAVAILABLE,
             Self::Insecure { .. } => exit::BAD_CONFIGURATION,
-            Self::Os { source, .. } if source.kind() == ErrorKind::PermissionDenied => exit::NO_PERMISSION,
-            Self::Os { .. } => exit::FAILED,
+            Self::Os { source, .. } => match source.kind() {
+                ErrorKind::PermissionDenied => exit::NO_PERMISSION,
+                // Another directory has to be named, or this one mended: time does not cure it.
+                ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::AlreadyExists | ErrorKind::ReadOnlyFilesystem => {
+                    exit::BAD_CONFIGURATION
+                }
+                _ => exit::FAILED,
+            },
         }
     }
 }
@@ -225,5 +231,13 @@ mod tests {
         let error = StateDir::claim(&dir).unwrap_err();
         assert!(error.to_string().contains("mode 770"), "{error}");
         assert_eq!(error.exit_code(), 78);
+        // A file in its place, or in that of a directory above it.
+        let file = parent.path().join("file");
+        fs::write(&file, "").unwrap();
+        for dir in [file.clone(), file.join("state")] {
+            let error = StateDir::claim(&dir).unwrap_err();
+            assert_eq!(error.exit_code(), 78, "{error}");
+            assert!(error.to_string().contains("--state-dir"), "{error}");
+        }
     }
 }

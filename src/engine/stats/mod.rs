@@ -353,6 +353,9 @@ mod tests {
             assert!(stats.report(0, 0).cpu_us >= 20_000);
             drop(looked);
         });
-        assert_eq!(stats.report(0, 0).cpu_us, 0, "its thread has ended");
+        // What it did has ended; the kernel's thread ends a little later.
+        while stats.report(0, 0).cpu_us > 0 {
+            std::thread::yield_now();
+        }
     }
 }
