@@ -86,32 +86,31 @@ impl PageSet {
     /// How many bytes of `range` (whole pages) are in the set.
     #[must_use]
     pub fn count_bytes(&self, range: &ByteRange) -> u64 {
-        let limit = self.page_after(range.end).min(self.pages);
-        let mut page = range.start >> self.page_shift;
-        let mut count = 0;
-        while page < limit {
-            let (leaf, word, bit) = split(page);
-            let n = (64 - bit).min(limit - page);
-            count += self.leaves[leaf].as_ref().map_or(0, |words| u64::from((words[word] & mask(bit, n)).count_ones()));
-            page += n;
-        }
-        count << self.page_shift
+        self.count_of(range, |leaf, word| self.word(leaf, word))
     }
 
     /// How many bytes of the pages that `range` touches are in the set and not in `other`, one of the same object.
     #[must_use]
     pub fn count_bytes_without(&self, range: &ByteRange, other: &Self) -> u64 {
+        self.count_of(range, |leaf, word| self.word(leaf, word) & !other.word(leaf, word))
+    }
+
+    /// How many bytes of the pages that `range` touches have their bit in what `word_of` gives.
+    fn count_of(&self, range: &ByteRange, word_of: impl Fn(usize, usize) -> u64) -> u64 {
         let limit = self.page_after(range.end).min(self.pages);
         let mut page = range.start >> self.page_shift;
         let mut count = 0;
         while page < limit {
             let (leaf, word, bit) = split(page);
             let n = (64 - bit).min(limit - page);
-            let bits = |set: &Self| set.leaves[leaf].as_ref().map_or(0, |words| words[word]);
-            count += u64::from((bits(self) & !bits(other) & mask(bit, n)).count_ones());
+            count += u64::from((word_of(leaf, word) & mask(bit, n)).count_ones());
             page += n;
         }
         count << self.page_shift
+    }
+
+    fn word(&self, leaf: usize, word: usize) -> u64 {
+        self.leaves[leaf].as_ref().map_or(0, |words| words[word])
     }
 
     /// Whether every page that `range` touches is in the set.
