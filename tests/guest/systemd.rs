@@ -18,10 +18,12 @@ use crate::{Outcome, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     ("systemd_unit_starts_and_serves", starts_and_serves),
-    ("systemd_stop_and_start_under_readers", |g| under_readers(g, &["tree"], stop_and_start)),
-    ("systemd_restart_under_readers", |g| under_readers(g, &["one", "tree"], |unit, _| unit.systemctl(&["restart", SERVICE]).map(drop))),
-    ("systemd_kill_nine_under_readers", |g| under_readers(g, &["one", "tree"], |unit, _| kill_nine(unit))),
-    ("systemd_watchdog_ends_a_daemon_that_hangs_under_readers", |g| under_readers(g, &["tree"], hang)),
+    ("systemd_stop_and_start_under_readers", |g| under_readers(g, &["tree"], "", stop_and_start)),
+    ("systemd_restart_under_readers", |g| {
+        under_readers(g, &["one", "tree"], "", |unit, _| unit.systemctl(&["restart", SERVICE]).map(drop))
+    }),
+    ("systemd_kill_nine_under_readers", |g| under_readers(g, &["one", "tree"], "", |unit, _| kill_nine(unit))),
+    ("systemd_watchdog_ends_a_daemon_that_hangs_under_readers", |g| under_readers(g, &["tree"], SHORT_WATCHDOG, hang)),
     ("systemd_connection_to_a_socket_starts_the_unit", connection_starts),
     ("systemd_unit_ends_cachefilesd", ends_cachefilesd),
     ("systemd_second_daemon_is_refused_in_one_line", second_daemon),
@@ -34,8 +36,8 @@ pub(crate) const TESTS: &[Test] = &[
 /// Those that show what a systemd does which says that it stores descriptors (254).
 pub(crate) const NEWER_TESTS: &[Test] = &[
     ("systemd_unit_starts_and_serves", starts_and_serves),
-    ("systemd_stop_and_start_under_readers", |g| under_readers(g, &["tree"], stop_and_start)),
-    ("systemd_kill_nine_under_readers", |g| under_readers(g, &["tree"], |unit, _| kill_nine(unit))),
+    ("systemd_stop_and_start_under_readers", |g| under_readers(g, &["tree"], "", stop_and_start)),
+    ("systemd_kill_nine_under_readers", |g| under_readers(g, &["tree"], "", |unit, _| kill_nine(unit))),
     ("systemd_keeps_the_device_alone_until_it_is_told", kept_until_told),
 ];
 /// A Debian suite that has one.
@@ -92,6 +94,16 @@ impl<'a> Unit<'a> {
         fs::create_dir_all("/etc/infill")?;
         fs::write(CONFIG, format!("version = 1\n[serve]\nstore = [\"dir:{}\"]\n{settings}", guest.store.display()))?;
         Ok(unit)
+    }
+
+    /// Adds lines to the unit until this is dropped.
+    fn set_drop_in(&self, lines: &str) -> Outcome {
+        if !lines.is_empty() {
+            fs::create_dir_all(drop_in_dir())?;
+            fs::write(drop_in_dir().join("test.conf"), lines)?;
+            self.systemctl(&["daemon-reload"])?;
+        }
+        Ok(())
     }
 
     fn systemctl(&self, arguments: &[&str]) -> Result<String> {
@@ -159,12 +171,20 @@ impl Drop for Unit<'_> {
             let _ = self.disable();
         }
         let _ = self.systemctl(&["reset-failed", SERVICE]);
+        if fs::remove_dir_all(drop_in_dir()).is_ok() {
+            let _ = self.systemctl(&["daemon-reload"]);
+        }
         let _ = wait_until_unbound();
         for entry in fs::read_dir(CACHE_DIR).into_iter().flatten().flatten() {
             // Files of the disk itself, such as lost+found, stay.
             let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
         }
     }
+}
+
+/// Where lines are added to the unit until the next boot.
+fn drop_in_dir() -> PathBuf {
+    Path::new(RUNTIME_UNIT_DIR).join(format!("{SERVICE}.d"))
 }
 
 /// Runs a program to its end; gives what it printed.
@@ -213,10 +233,12 @@ fn starts_and_serves(guest: &mut Guest) -> Outcome {
 }
 
 /// For each of some cold images: readers read it while something happens to the daemon; each byte must come, and be right.
-fn under_readers(guest: &mut Guest, images: &[&str], happens: fn(&Unit<'_>, &mut Readers) -> Outcome) -> Outcome {
+/// Something happens to the unit while readers read images; with these lines in a drop-in of the unit, if there are any.
+fn under_readers(guest: &mut Guest, images: &[&str], drop_in: &str, happens: fn(&Unit<'_>, &mut Readers) -> Outcome) -> Outcome {
     let settings = ASKED_OFTEN.map(|flag| flag.trim_start_matches("--").replace('=', " = \"") + "\"\n").concat();
     let files: Vec<_> = images.iter().flat_map(|name| [format!("{name}.img"), format!("{name}.blob")]).collect();
     let unit = Unit::install(guest, &files.iter().map(String::as_str).collect::<Vec<_>>(), &settings)?;
+    unit.set_drop_in(drop_in)?;
     unit.systemctl(&["start", SERVICE])?;
     let (reads, mut mounts) = (ReadCount::start()?, Vec::new());
     for name in images {
@@ -267,11 +289,6 @@ fn kill_nine(unit: &Unit<'_>) -> Outcome {
 
 /// A process that is stopped does nothing, which is what a shard that hangs does.
 fn hang(unit: &Unit<'_>, readers: &mut Readers) -> Outcome {
-    let drop_in = Path::new(RUNTIME_UNIT_DIR).join(format!("{SERVICE}.d"));
-    fs::create_dir_all(&drop_in)?;
-    fs::write(drop_in.join("watchdog.conf"), SHORT_WATCHDOG)?;
-    unit.systemctl(&["daemon-reload"])?;
-    unit.systemctl(&["restart", SERVICE])?;
     at_work(readers)?;
     signal(&unit.show("MainPID")?, Signal::SIGSTOP)?;
     unit.await_restart(1)?;
@@ -279,8 +296,6 @@ fn hang(unit: &Unit<'_>, readers: &mut Readers) -> Outcome {
     let pid = unit.show("MainPID")?;
     std::thread::sleep(SHORT_WATCHDOG_LIMIT + Duration::from_secs(2));
     unit.expect("MainPID", &pid)?;
-    fs::remove_dir_all(&drop_in)?;
-    unit.systemctl(&["daemon-reload"])?;
     match unit.new_lines().iter().any(|line| line.contains("Watchdog timeout")) {
         true => Ok(()),
         false => Err(format!("not the watchdog has ended it:\n{}", unit.new_lines().join("\n")).into()),
@@ -329,8 +344,11 @@ fn reload_and_second_stop(guest: &mut Guest) -> Outcome {
     let unit = Unit::install(guest, &["tiny.img"], "")?;
     unit.systemctl(&["start", SERVICE])?;
     let pid = unit.show("MainPID")?;
+    let mut settings = fs::read_to_string(CONFIG)?;
+    settings.push_str("log_level = \"debug\"\n");
+    fs::write(CONFIG, settings)?;
     unit.systemctl(&["reload", SERVICE])?;
-    unit.wait("a line on the reload", || Ok(unit.new_lines().iter().any(|line| line.contains("settings"))))?;
+    unit.wait("a line on the reload", || Ok(unit.new_lines().iter().any(|line| line.contains("reloaded: log_level = debug"))))?;
     unit.expect("MainPID", &pid)?;
     unit.guest.expect_whole("fsid=tiny.img", "tiny.json", (1, How::Read))?;
     for _ in 0..2 {
