@@ -258,6 +258,8 @@ impl Daemon {
 
     fn stop(&mut self) -> Result<Served> {
         let pid = Pid::from_raw(self.child.id().cast_signed());
+        // Other children have ended before: under `cargo run`, all that built this program.
+        let before_ms = cpu_of_children_ms()?;
         kill(pid, Signal::SIGTERM).trying(|| "cannot stop infill serve")?;
         let status = self.child.wait().trying(|| "cannot wait for infill serve")?;
         if !status.success() {
@@ -266,12 +268,15 @@ impl Daemon {
         }
         let watcher = self.watcher.take().and_then(|w| w.join().ok());
         let mut served = watcher.unwrap_or_default();
-        // The daemon is the only child that has ended.
-        let usage = getrusage(UsageWho::RUSAGE_CHILDREN).trying(|| "cannot read the daemon's CPU time")?;
-        let cpu_ms = usage.user_time().num_milliseconds() + usage.system_time().num_milliseconds();
-        served.cpu_ms = u64::try_from(cpu_ms).unwrap_or(0);
+        served.cpu_ms = cpu_of_children_ms()?.saturating_sub(before_ms);
         Ok(served)
     }
+}
+
+/// CPU time of all children that have ended.
+fn cpu_of_children_ms() -> Result<u64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).trying(|| "cannot read the daemon's CPU time")?;
+    Ok(u64::try_from(usage.user_time().num_milliseconds() + usage.system_time().num_milliseconds()).unwrap_or(0))
 }
 
 impl Drop for Daemon {
