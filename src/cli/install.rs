@@ -1,15 +1,14 @@
 //! `infill install`: the program, its units, manual pages, completions and a settings file, where a Debian machine looks for
 //! them.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::{Failure, config, docs};
-use crate::ops::{dirs, exit};
+use crate::ops::{exit, files};
 
 /// Files of the checkout that go along: where to, below the prefix, and what they hold.
 const FILES: &[(&str, &[u8])] = &[
@@ -72,8 +71,11 @@ struct Item {
 pub fn run(args: &InstallArgs) -> Result<(), Failure> {
     let prefix = args.root.join(args.prefix.strip_prefix("/").unwrap_or(&args.prefix));
     let items = items(&prefix).map_err(|error| Failure::new(exit::FAILED, format!("cannot make what is to be installed: {error}")))?;
-    let (verb, act): (_, fn(&Item) -> io::Result<()>) =
-        if args.remove { ("remove", |item| remove(&item.path)) } else { ("write", |item| write(&item.path, &item.bytes, item.mode)) };
+    let (verb, act): (_, fn(&Item) -> io::Result<()>) = if args.remove {
+        ("remove", |item| remove(&item.path))
+    } else {
+        ("write", |item| files::replace(&item.path, &item.bytes, item.mode))
+    };
     for item in &items {
         if !args.dry_run {
             act(item).map_err(|error| failed(verb, &item.path, &error))?;
@@ -107,7 +109,7 @@ fn settings(path: &Path, dry_run: bool) -> Result<(), Failure> {
         return Ok(());
     }
     if !dry_run {
-        write(path, config::template().as_bytes(), FILE_MODE).map_err(|error| failed("write", path, &error))?;
+        files::replace(path, config::template().as_bytes(), FILE_MODE).map_err(|error| failed("write", path, &error))?;
     }
     say(path);
     Ok(())
@@ -116,26 +118,6 @@ fn settings(path: &Path, dry_run: bool) -> Result<(), Failure> {
 fn say(path: &Path) {
     // A reader that went away does not change what is done.
     let _ = writeln!(io::stdout(), "{}", path.display());
-}
-
-/// In one step: a program that runs cannot be written to, and nobody finds half a file.
-fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    dirs::make(dir)?;
-    let new = path.with_extension(format!("infill-{}", std::process::id()));
-    let made = make(&new, bytes, mode).and_then(|()| fs::rename(&new, path));
-    made.inspect_err(|_| {
-        let _ = fs::remove_file(&new);
-    })?;
-    File::open(dir)?.sync_all()
-}
-
-fn make(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
-    // Whatever the umask.
-    file.set_permissions(fs::Permissions::from_mode(mode))?;
-    file.write_all(bytes)?;
-    file.sync_all()
 }
 
 fn remove(path: &Path) -> io::Result<()> {

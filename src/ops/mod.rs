@@ -11,15 +11,16 @@
 //! | `mounting`, `seeding` | images that are mounted, and blobs that are in the cache beforehand |
 //! | `processes`, `signals`, `log`, `exit` | the host's processes, and what passes between it and this one |
 //! | `status`, `metrics` | what a daemon is and does, for people and for Prometheus |
-//! | `dirs`, `erofs`, `extsize`, `inode`, `reflink`, `xattr` | what file systems are asked beside reading and writing |
+//! | `erofs`, `extsize`, `inode`, `reflink`, `xattr` | what file systems are asked beside reading and writing |
+//! | `files` | files for others to look into, written in one step |
 
 pub mod bag;
 pub mod confine;
-pub mod dirs;
 pub mod doctor;
 pub mod erofs;
 pub mod exit;
 pub mod extsize;
+pub mod files;
 pub mod inode;
 pub mod keep;
 pub mod keeper;

@@ -1,20 +1,17 @@
 //! The file system in which everything is done: this host's, or one below a directory.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::TuneError;
-use crate::ops::dirs;
+use crate::ops::files;
 
 /// Mode of files that are made, whatever the umask: the daemon reads some of them as another user.
 const FILE_MODE: u32 = 0o644;
-/// Ends the name of a file that is being written.
-const NEW: &str = ".infill-new";
 /// Longest value of the kernel's that is of interest, in bytes.
 const VALUE_MAX_BYTES: usize = 4096;
 
@@ -94,22 +91,7 @@ impl Root {
     /// # Errors
     /// What the system says.
     pub fn write(&self, path: &Path, text: &str) -> io::Result<()> {
-        let at = self.at(path);
-        let dir = at.parent().ok_or(ErrorKind::InvalidInput)?;
-        dirs::make(dir)?;
-        let mut name = at.file_name().ok_or(ErrorKind::InvalidInput)?.to_owned();
-        name.push(NEW);
-        let new = at.with_file_name(name);
-        let written = (|| {
-            let mut file = File::create(&new)?;
-            file.set_permissions(Permissions::from_mode(FILE_MODE))?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&new, &at)?;
-            File::open(dir)?.sync_all()
-        })();
-        // What is half written is of no use.
-        written.inspect_err(|_| drop(fs::remove_file(&new)))
+        files::replace(&self.at(path), text.as_bytes(), FILE_MODE)
     }
 
     /// The directories that [`Root::write`] would make for a file, the outer ones first.
