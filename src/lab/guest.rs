@@ -15,13 +15,13 @@ use super::qemu::{Disk, Machine};
 use super::{LabError, Result, Trying};
 
 /// Guest memory: the initramfs, the page cache of a test tree, and the daemon's buffers.
-pub(super) const MEMORY_MIB: u32 = 1024;
+const MEMORY_MIB: u32 = 1024;
 /// Two processors: enough for races, and what small build machines have.
-pub(super) const CPUS: u32 = 2;
+const CPUS: u32 = 2;
 /// The cache disk's size; the image is sparse.
 pub(super) const CACHE_BYTES: u64 = 768 << 20;
 /// A guest that has work prints something more often than this, also when it is emulated.
-pub(super) const IDLE_LIMIT: Duration = Duration::from_secs(180);
+const IDLE_LIMIT: Duration = Duration::from_secs(180);
 
 /// What goes into a guest.
 #[derive(Debug)]
@@ -59,18 +59,8 @@ impl GuestPlan<'_> {
             self.cache_fs.make(&cache, CACHE_BYTES)?;
         }
         let disks = [(cache, false), (self.store_disk.to_owned(), true)];
-        let disks = disks.map(|(path, throw_away)| Disk { path, throw_away });
-        Ok(Machine {
-            kernel: self.kernel.image.clone(),
-            initrd: Some(initramfs(scratch, self.infill, self.programs, self.files, &self.job())?),
-            disks: disks.into(),
-            memory_mib: MEMORY_MIB,
-            cpus: CPUS,
-            append: KERNEL_ARGUMENTS.to_owned(),
-            monitor: None,
-            idle_limit: IDLE_LIMIT,
-            total_limit: self.total_limit,
-        })
+        let initrd = initramfs(scratch, self.infill, self.programs, self.files, &self.job())?;
+        Ok(machine(self.kernel, Some(initrd), &disks, KERNEL_ARGUMENTS, self.total_limit))
     }
 
     fn job(&self) -> Job {
@@ -80,6 +70,27 @@ impl GuestPlan<'_> {
             env: environment(),
             mounts: vec![disk("/dev/vda", "/cache", self.cache_fs.name()), disk("/dev/vdb", "/store", "ext4")],
         }
+    }
+}
+
+/// The machine of every guest, with these disks, of which those marked stay as they are.
+pub(super) fn machine(
+    kernel: &Kernel,
+    initrd: Option<PathBuf>,
+    disks: &[(PathBuf, bool)],
+    arguments: &str,
+    total_limit: Duration,
+) -> Machine {
+    Machine {
+        kernel: kernel.image.clone(),
+        initrd,
+        disks: disks.iter().map(|(path, throw_away)| Disk { path: path.clone(), throw_away: *throw_away }).collect(),
+        memory_mib: MEMORY_MIB,
+        cpus: CPUS,
+        append: arguments.to_owned(),
+        monitor: None,
+        idle_limit: IDLE_LIMIT,
+        total_limit,
     }
 }
 

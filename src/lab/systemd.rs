@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use super::apt::Apt;
 use super::disk::{self, CacheFs};
-use super::guest::{CACHE_BYTES, CPUS, IDLE_LIMIT, MEMORY_MIB};
+use super::guest::{self, CACHE_BYTES};
 use super::initramfs::stripped;
 use super::kernel::Kernel;
 use super::progress::Progress;
-use super::qemu::{Disk, Machine};
+use super::qemu::Machine;
 use super::{LabError, Result, Scratch, Trying, cache_dir, checksum, packages};
 
 /// Where the guest has the job's disk.
@@ -135,17 +135,7 @@ impl SystemdPlan<'_> {
         disk::ext4(&job, JOB_BYTES, Some(&self.job(&scratch.join("job"))?))?;
         self.cache_fs.make(&cache, CACHE_BYTES)?;
         let disks = [(ensure_root(self.suite)?, true), (job, false), (cache, false), (self.store_disk.to_owned(), true)];
-        Ok(Machine {
-            kernel: self.kernel.image.clone(),
-            initrd: None,
-            disks: disks.map(|(path, throw_away)| Disk { path, throw_away }).into(),
-            memory_mib: MEMORY_MIB,
-            cpus: CPUS,
-            append: KERNEL_ARGUMENTS.to_owned(),
-            monitor: None,
-            idle_limit: IDLE_LIMIT,
-            total_limit: self.total_limit,
-        })
+        Ok(guest::machine(self.kernel, None, &disks, KERNEL_ARGUMENTS, self.total_limit))
     }
 
     /// Fills a directory with what is to be on the job's disk.
