@@ -31,7 +31,7 @@ use crate::store::{SourceMode, Store, Stores};
 /// prefetch --seed): nothing is copied then, and nothing is asked of the daemon. Elsewhere they are read on demand.
 ///
 /// Exit code: 0 if it is mounted, 2 for names that cannot be, 69 if no daemon serves or the kernel lacks on-demand
-/// mode, 77 if this user is not permitted, 1 for anything else.
+/// mode, 75 if the daemon is busy or is being started anew, 77 if this user is not permitted, 1 for anything else.
 #[derive(Debug, Args)]
 pub struct MountArgs {
     #[command(flatten)]

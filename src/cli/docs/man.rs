@@ -129,6 +129,7 @@ fn exit_codes() -> Vec<Entry> {
         (exit::FAILED, "It failed, and no other code says why."),
         (exit::USAGE, "The command line was wrong."),
         (exit::UNAVAILABLE, "The kernel lacks a feature, or its device is in use, or no daemon serves."),
+        (exit::TRY_AGAIN, "It cannot be done now, and perhaps soon: the daemon is busy or was started anew."),
         (exit::NO_PERMISSION, "This user is not permitted to do it."),
         (exit::BAD_CONFIGURATION, "The settings cannot work."),
     ]
